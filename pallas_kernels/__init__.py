@@ -1,0 +1,1 @@
+"""Kernels of Qwen3-VL-MoE. Each op is a folder: a dispatching function and one file a backend. Imports jax alone."""

@@ -1,0 +1,186 @@
+"""Reading and writing one safetensors file with plain reads and writes, a tensor at a time.
+
+The format: eight bytes with the header's length, the header as JSON (name -> dtype, shape, range of bytes), the data.
+Plain reads are used in place of a memory map, whose pages would count as this process's memory.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_PIECE = 1 << 20  # bytes read at once; what follows a read then finds them in the processor's cache
+_LONGEST_HEADER = 100 << 20  # as the safetensors library has it
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be read: the message names the file, the tensor, the value and the remedy."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor inside a file: `offset` is the first byte of its data from the start of the file."""
+
+    name: str
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def read_entries(file: Path) -> dict[str, Entry]:
+    """Reads and checks the header of `file`; raises `CheckpointError` where the file can't hold what it promises."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise CheckpointError(
+                    f"{file} is no safetensors file or is truncated "
+                    f"(header of {length} bytes in a file of {size}): download it again"
+                )
+            header = json.loads(stream.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist: download the missing file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} has a damaged header ({error}): download it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a damaged header (not an object): download it again")
+    header.pop("__metadata__", None)
+    return {name: _entry(file, name, value, 8 + length, size) for name, value in header.items()}
+
+
+def _entry(file: Path, name: str, value: Any, data: int, size: int) -> Entry:
+    try:
+        code, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{file} has a damaged header (tensor {name}: {value!r}): download it again")
+    if code not in DTYPES:
+        remedy = "give a checkpoint in bfloat16" if code.startswith("F8") else f"expected one of {', '.join(DTYPES)}"
+        raise CheckpointError(f"{file}: tensor {name} has dtype {code}, which is not supported: {remedy}")
+    entry = Entry(name, file, DTYPES[code], shape, data + start)
+    if end - start != entry.nbytes:
+        raise CheckpointError(
+            f"{file} has a damaged header (tensor {name}: {end - start} bytes for {code} {list(shape)}): download it again"
+        )
+    if data + end > size:
+        raise CheckpointError(
+            f"{file} is truncated: tensor {name} ends at byte {data + end}, the file at {size}: download it again"
+        )
+    return entry
+
+
+def read_tensor(entry: Entry, first: int = 0, count: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    """Reads a tensor, or `count` rows of its first axis from row `first`, into a new array or into `out`.
+
+    `out` is a contiguous array of as many bytes, whose shape is kept.
+    """
+    shape = entry.shape
+    if count is not None:
+        shape = (count, *shape[1:])
+    row = prod(entry.shape[1:]) * entry.dtype.itemsize
+    if out is None:
+        out = np.empty(shape, entry.dtype)
+    buffer = memoryview(out.reshape(-1).view(np.uint8))
+    position, done = entry.offset + first * row, 0
+    with entry.file.open("rb", buffering=0) as stream:
+        while done < len(buffer):
+            got = os.preadv(stream.fileno(), [buffer[done : done + _PIECE]], position + done)
+            if not got:
+                raise CheckpointError(f"{entry.file} ended while tensor {entry.name} was read: it changed meanwhile")
+            done += got
+    return out
+
+
+class FileWriter:
+    """Writes one safetensors file: the header first, then each tensor at its place, in any order.
+
+    `tensors` maps names to (dtype, shape). `close` checks that every tensor was written and forces the file to disk;
+    leaving the `with` block on an error only closes it. Raises `ValueError` for a tensor that was not announced.
+    """
+
+    def __init__(self, file: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
+        # widest items first, so that every tensor starts at a multiple of its item size
+        order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._file, self._offsets, self._expected = file, {}, {}
+        position = 0
+        for name in order:
+            dtype, shape = tensors[name]
+            end = position + prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            self._offsets[name], self._expected[name] = position, (dtype, tuple(shape))
+            position = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._missing = set(tensors)
+        self._data = 8 + len(text)
+        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._pwrite(memoryview(len(text).to_bytes(8, "little") + text), 0)
+
+    def write(self, name: str, values: np.ndarray) -> None:
+        """Writes the whole tensor `name`; `values` need not be contiguous."""
+        if self._expected.get(name) != (values.dtype, values.shape):
+            raise ValueError(f"{self._file}: {name} {values.dtype} {values.shape} is not what the header announces")
+        position = self._data + self._offsets[name]
+        # a row at a time where a copy is needed, so that it stays small
+        for part in (values,) if values.flags.c_contiguous or values.ndim < 2 else values:
+            part = np.ascontiguousarray(part)
+            self._pwrite(memoryview(part.reshape(-1).view(np.uint8)), position)
+            position += part.nbytes
+        self._missing.discard(name)
+
+    def close(self) -> None:
+        """Forces the file to disk; raises `ValueError` where a tensor was never written."""
+        if self._missing:
+            raise ValueError(f"{self._file}: tensor {min(self._missing)} was announced and never written")
+        os.fsync(self._descriptor)
+        self._abandon()
+
+    def _abandon(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _pwrite(self, buffer: memoryview, position: int) -> None:
+        while buffer:
+            written = os.pwrite(self._descriptor, buffer, position)
+            buffer, position = buffer[written:], position + written
+
+    def __enter__(self) -> "FileWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        self._abandon()
+
+
+def plan_files(tensors: Mapping[str, int], max_bytes: int) -> dict[str, list[str]]:
+    """Divides tensors (name -> bytes) in order among files of at most `max_bytes`, named as transformers names them."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, nbytes in tensors.items():
+        if shards[-1] and held + nbytes > max_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += nbytes
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, 1)}

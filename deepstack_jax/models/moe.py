@@ -1,0 +1,59 @@
+"""The feed-forward half of a decoder layer: dense SwiGLU, or a router over experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from deepstack_jax.config import TextConfig
+from deepstack_jax.models.param import Linear, param, scaled_normal
+from pallas_kernels.fused_moe import fused_moe
+
+
+class DenseMLP(nnx.Module):
+    """SwiGLU of the config's intermediate_size."""
+
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, inner = (config.hidden_size,), (config.intermediate_size,)
+        self.gate_proj = Linear(inner, hidden, ("mlp", "embed"), bias=False, dtype=dtype, rngs=rngs)
+        self.up_proj = Linear(inner, hidden, ("mlp", "embed"), bias=False, dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(hidden, inner, ("embed", "mlp"), bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down_proj(jax.nn.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Experts(nnx.Module):
+    """The stacked weights of all experts, in the order that `pallas_kernels.fused_moe` takes."""
+
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        axes = ("expert", "embed", "mlp")
+        self.gate_up_proj = param(rngs, (experts, hidden, 2 * inner), axes, dtype, scaled_normal(hidden))
+        self.down_proj = param(rngs, (experts, inner, hidden), ("expert", "mlp", "embed"), dtype, scaled_normal(inner))
+
+
+class SparseMoE(nnx.Module):
+    """Routes each token to its k likeliest experts and sums their outputs by probability."""
+
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        shape = (config.num_experts,), (config.hidden_size,)
+        self.gate = Linear(*shape, ("expert", "embed"), bias=False, dtype=dtype, rngs=rngs)
+        self.experts = Experts(config, dtype=dtype, rngs=rngs)
+
+    def route(self, hidden: Float[Array, "T D"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"], Float[Array, "T E"]]:
+        """(weights, experts, logits) of each token; weights and logits are float32."""
+        logits = self.gate(hidden)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
+        if self.norm_topk_prob:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, chosen, logits
+
+    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        weights, chosen, _ = self.route(tokens)
+        out = fused_moe(tokens, self.experts.gate_up_proj[...], self.experts.down_proj[...], chosen, weights)
+        return out.reshape(hidden.shape)

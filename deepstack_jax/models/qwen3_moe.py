@@ -1,0 +1,192 @@
+"""The Qwen3-MoE text model (and Qwen3, the same with dense layers).
+
+One `Qwen3MoeForCausalLM` serves plain text, vision-language and the language side of a split: they differ in whether
+visual rows are given. Reference: transformers' qwen3_moe and qwen3_vl_moe; DeepStack is arXiv:2406.04334.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from deepstack_jax.config import TextConfig
+from deepstack_jax.models.attention import ranged_attention
+from deepstack_jax.models.moe import DenseMLP, SparseMoE
+from deepstack_jax.models.norm import RMSNorm
+from deepstack_jax.models.param import Linear, param
+from deepstack_jax.models.rope import Rotation, rotate, text_rotation
+from pallas_kernels.deepstack_add import deepstack_add
+
+Taps = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class KVCache:
+    """Keys and values of every layer, each [B, K, S, h]: the order in which decoding reads them.
+
+    A row's tokens fill slots 0, 1, 2, ... with no gap, whatever padding its prompt came with.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+
+    @staticmethod
+    def empty(config: TextConfig, batch: int, capacity: int, dtype: DTypeLike) -> "KVCache":
+        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        return KVCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: TextConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, head_dim = (config.hidden_size,), config.head_dim
+        heads, kv_heads = (config.num_attention_heads, head_dim), (config.num_key_value_heads, head_dim)
+        bias = config.attention_bias
+        axes = ("heads", "head_dim", "embed")
+        kv_axes = ("kv_heads", "head_dim", "embed")
+        self.q_proj = Linear(heads, hidden, axes, bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(kv_heads, hidden, kv_axes, bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(kv_heads, hidden, kv_axes, bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(hidden, heads, ("embed", "heads", "head_dim"), bias=bias, dtype=dtype, rngs=rngs)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype, rngs=rngs)
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype, rngs=rngs)
+        self.window = config.sliding_windows[layer]
+
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        rotation: Rotation,
+        slots: Int[Array, "B T"],
+        cached: tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]] | None,
+    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]]:
+        """Returns the output and the layer's keys and values, those of `hidden` written at `slots`."""
+        dtype = self.k_proj.weight[...].dtype
+        query = rotate(self.q_norm(self.q_proj(hidden)), rotation).astype(dtype)
+        key = rotate(self.k_norm(self.k_proj(hidden)), rotation).astype(dtype)
+        value = self.v_proj(hidden).astype(dtype)
+        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        if cached is not None:
+            key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, (key, value), strict=True))
+        start = jnp.maximum(slots - self.window + 1, 0) if self.window else jnp.zeros_like(slots)
+        return self.o_proj(ranged_attention(query, key, value, start, slots + 1)), (key, value)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and a dense or sparse feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, config: TextConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        norm = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(*norm, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, layer, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(*norm, dtype=dtype, rngs=rngs)
+        self.mlp = (SparseMoE if config.sparse_layers[layer] else DenseMLP)(config, dtype=dtype, rngs=rngs)
+
+
+class Embedding(nnx.Module):
+    """The token embeddings."""
+
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(stddev=1.0)
+        self.weight = param(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype, init)
+
+
+class Qwen3MoeModel(nnx.Module):
+    """Token ids, or visual rows in their place, to normalised hidden states."""
+
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(config, i, dtype=dtype, rngs=rngs) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        position_ids: Int[Array, "3 B T"],
+        *,
+        slots: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        input_embeds: Float[Array, "M D"] | None = None,
+        input_deepstack_embeds: Float[Array, "M ND"] | None = None,
+        visual_index: Int[Array, "B T"] | None = None,
+        taps: Taps | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """
+        Args:
+            input_ids: tokens, each row from its first one on; padding follows them.
+            position_ids: M-RoPE positions (time, height, width) of the tokens.
+            slots: where in the cache the tokens stand, consecutive in each row; 0, 1, 2, ... by default.
+            cache: keys and values of the tokens before; None attends among `input_ids` alone.
+            input_embeds: embeddings of M visual tokens.
+            input_deepstack_embeds: their N deepstack levels, side by side; level i is added after layer i.
+            visual_index: the row of each visual token in the two arrays, -1 for text.
+            taps: a dictionary to fill with the hidden states of every stage, for comparing with a reference.
+
+        Returns:
+            float32 hidden states and the cache with these tokens in it (None without one).
+        """
+        embedding = self.embed_tokens.weight[...]
+        hidden = embedding[input_ids].astype(jnp.float32)
+        if input_embeds is not None:
+            if visual_index is None:
+                raise ValueError("input_embeds needs visual_index: the row of each visual token, -1 for text")
+            rows = input_embeds[jnp.maximum(visual_index, 0)].astype(jnp.float32)
+            hidden = jnp.where((visual_index >= 0)[..., None], rows, hidden)
+        _tap(taps, "embeddings", hidden)
+
+        batch, length, width = hidden.shape
+        if slots is None:
+            slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        rotation = text_rotation(self.config.rope, self.config.head_dim, position_ids)
+        levels = 0 if input_deepstack_embeds is None else input_deepstack_embeds.shape[1] // width
+        keys, values = [], []
+        for i, layer in enumerate(self.layers):
+            cached = None if cache is None else (cache.keys[i], cache.values[i])
+            attended, (key, value) = layer.self_attn(layer.input_layernorm(hidden), rotation, slots, cached)
+            hidden = hidden + attended
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            if input_deepstack_embeds is not None and visual_index is not None and i < levels:
+                flat = hidden.reshape(-1, width)
+                hidden = deepstack_add(flat, input_deepstack_embeds, visual_index.reshape(-1), i).reshape(hidden.shape)
+            keys.append(key)
+            values.append(value)
+            _tap(taps, f"layers.{i}", hidden)
+        return self.norm(hidden), None if cache is None else KVCache(tuple(keys), tuple(values))
+
+
+class Qwen3MoeForCausalLM(nnx.Module):
+    """`Qwen3MoeModel` and the output head."""
+
+    def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.model = Qwen3MoeModel(config, dtype=dtype, rngs=rngs)
+        if not config.tie_word_embeddings:
+            shape = (config.vocab_size,), (config.hidden_size,)
+            self.lm_head = Linear(*shape, ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
+        self.tied = config.tie_word_embeddings
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """float32 logits of normalised hidden states."""
+        if not self.tied:
+            return self.lm_head(hidden)
+        embedding = self.model.embed_tokens.weight[...]
+        return jnp.einsum("...d,vd->...v", hidden.astype(embedding.dtype), embedding, preferred_element_type=jnp.float32)
+
+
+def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
+    """`new` [B, K, T, h] at slots first[b], first[b] + 1, ... of `cached` [B, K, S, h]."""
+    if new.shape == cached.shape:
+        return new  # a prompt that fills the cache can only start at slot 0
+    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, axis=1))(cached, new, first)
+
+
+def _tap(taps: Taps | None, name: str, value: jax.Array) -> None:
+    if taps is not None:
+        taps[name] = value

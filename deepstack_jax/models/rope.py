@@ -1,0 +1,78 @@
+"""Rotary position embeddings: interleaved M-RoPE for text (1-D rope is the case of no sections), 2-D for patches.
+
+Angles and rotation are float32 in both. Sources: RoFormer (arXiv:2104.09864), the interleaved M-RoPE of Qwen3-VL
+(arXiv:2511.21631), YaRN (arXiv:2309.00071).
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from deepstack_jax.config import RopeConfig
+
+Rotation = tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]]
+
+
+def text_rotation(rope: RopeConfig, head_dim: int, position_ids: Int[Array, "3 B T"]) -> Rotation:
+    """(cos, sin), each float32 [B, T, head_dim/2], of positions (time, height, width)."""
+    frequencies, scale = _inverse_frequencies(rope, head_dim)
+    positions = jnp.moveaxis(position_ids, 0, -1)[..., _frequency_axis(rope, head_dim)]
+    angles = positions.astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def patch_rotation(theta: float, head_dim: int, coordinates: Int[Array, "P 2"]) -> Rotation:
+    """(cos, sin), each float32 [P, head_dim/2]: the first quarter of a head turns with the row, the second the column."""
+    quarter = np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2)
+    angles = coordinates.astype(jnp.float32)[..., None] * (1.0 / np.float32(theta) ** quarter)
+    angles = angles.reshape(len(coordinates), -1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "*batch T H h"], rotation: Rotation) -> Float[Array, "*batch T H h"]:
+    """Turns each pair (x[i], x[i + h/2]) by its angle; float32 in and out."""
+    cos, sin = (part[..., None, :] for part in rotation)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _frequency_axis(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Which of (time, height, width) turns each frequency: T H W T H W ... while height and width have any left."""
+    axis = np.zeros(head_dim // 2, np.int32)
+    if rope.mrope_section:
+        for which in (1, 2):
+            axis[which : 3 * rope.mrope_section[which] : 3] = which
+    return axis
+
+
+def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
+    """(float32 [head_dim/2], factor on cos and sin)."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+    if rope.rope_type == "default":
+        return plain, 1.0
+    if rope.rope_type == "linear":
+        return plain / np.float32(rope.factor), 1.0
+    return _yarn(rope, head_dim, plain)
+
+
+def _yarn(rope: RopeConfig, head_dim: int, plain: np.ndarray) -> tuple[np.ndarray, float]:
+    """Fast frequencies stay, slow ones are divided by the factor, with a ramp between."""
+    trained = rope.original_max_position_embeddings or 0
+
+    def dimension_of(rotations: float) -> float:
+        """The dimension that makes this many full turns over the trained context."""
+        return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    slow = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0, 1)
+    attention = rope.attention_factor
+    if attention is None:
+        attention = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+    return (plain / np.float32(rope.factor) * slow + plain * (1 - slow)).astype(np.float32), attention

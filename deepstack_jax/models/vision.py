@@ -1,0 +1,203 @@
+"""The vision encoder: patches of images and video frames to visual rows, with DeepStack levels beside them.
+
+All patches of a request stand in one packed sequence; each image, and each frame of a video, is a segment that attends
+to itself alone. Within a segment patches come in merge blocks: the patches that become one visual token are neighbours.
+Reference: transformers' qwen3_vl.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from deepstack_jax.config import VisionConfig
+from deepstack_jax.models.attention import ranged_attention
+from deepstack_jax.models.norm import LayerNorm
+from deepstack_jax.models.param import Linear, param
+from deepstack_jax.models.qwen3_moe import Taps, _tap
+from deepstack_jax.models.rope import Rotation, patch_rotation, rotate
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class PatchGeometry:
+    """Where each of P packed patches stands. Patches of padding have the empty segment [0, 0)."""
+
+    coordinates: jax.Array | np.ndarray  # int32 [P, 2]: row and column in the image
+    position_index: jax.Array | np.ndarray  # int32 [P, 4]: neighbours in the grid of learned position embeddings
+    position_weight: jax.Array | np.ndarray  # float32 [P, 4]: their bilinear weights
+    segment_start: jax.Array | np.ndarray  # int32 [P]
+    segment_stop: jax.Array | np.ndarray  # int32 [P]
+
+
+def patch_geometry(config: VisionConfig, grid_thw: np.ndarray, num_patches: int | None = None) -> PatchGeometry:
+    """The geometry of images and videos with grids `grid_thw` [n, 3] in patches (time, height, width).
+
+    Computed on the host; `num_patches` pads the result to a bucket.
+    """
+    parts = [_one_geometry(config, *(int(x) for x in grid)) for grid in grid_thw]
+    fields = [np.concatenate(field) for field in zip(*(part[:-1] for part in parts), strict=True)]
+    frames = np.concatenate([part[-1] for part in parts])
+    stops = np.cumsum(frames)
+    fields += [np.repeat(bound, frames).astype(np.int32) for bound in (stops - frames, stops)]
+    padding = 0 if num_patches is None else num_patches - len(fields[0])
+    return PatchGeometry(*(np.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)) for x in fields))
+
+
+class VisionEncoder(nnx.Module):
+    """`pixel_values` and their geometry to rows [M, (1+N)*D]: the visual embeddings and N deepstack levels."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.config = config
+        self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
+        self.pos_embed = PositionEmbedding(config, dtype=dtype, rngs=rngs)
+        self.blocks = nnx.List([VisionBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
+        self.merger = PatchMerger(config, norm_after_merge=False, dtype=dtype, rngs=rngs)
+        self.deepstack_merger_list = nnx.List(
+            [
+                PatchMerger(config, norm_after_merge=True, dtype=dtype, rngs=rngs)
+                for _ in config.deepstack_visual_indexes
+            ]
+        )
+
+    def __call__(
+        self, pixel_values: Float[Array, "P C"], geometry: PatchGeometry, taps: Taps | None = None
+    ) -> Float[Array, "M R"]:
+        """pixel_values [P, C*Tp*p*p] -> rows [P / merge^2, (1+N)*D] in the parameters' dtype."""
+        hidden = self.patch_embed.proj(pixel_values) + self.pos_embed(geometry)
+        rotation = patch_rotation(self.config.rope_theta, self.config.head_dim, jnp.asarray(geometry.coordinates))
+        bounds = jnp.asarray(geometry.segment_start), jnp.asarray(geometry.segment_stop)
+        levels = []
+        for i, block in enumerate(self.blocks):
+            hidden = block(hidden, rotation, *bounds)
+            _tap(taps, f"blocks.{i}", hidden)
+            if i in self.config.deepstack_visual_indexes:
+                which = self.config.deepstack_visual_indexes.index(i)
+                levels.append(self.deepstack_merger_list[which](hidden))
+        rows = [self.merger(hidden), *levels]
+        _tap(taps, "merger", rows[0])
+        for i, level in enumerate(levels):
+            _tap(taps, f"deepstack.{i}", level)
+        return jnp.concatenate(rows, axis=-1).astype(self.merger.linear_fc2.weight[...].dtype)
+
+
+def separate_deepstack_embeds(
+    rows: Float[Array, "M R"], num_deepstack_embeddings: int
+) -> tuple[Float[Array, "M D"], Float[Array, "M ND"] | None]:
+    """Splits rows [M, (1+N)*D] into embeddings [M, D] and deepstack [M, N*D] (None where N is 0)."""
+    width = rows.shape[-1] // (1 + num_deepstack_embeddings)
+    return rows[:, :width], rows[:, width:] if num_deepstack_embeddings else None
+
+
+class PatchEmbed(nnx.Module):
+    """The convolution over whole patches, which is a product: its stride is its kernel's size."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        shape = (config.hidden_size,), (config.patch_dim,)
+        self.proj = Linear(*shape, ("vision_embed", "patch"), bias=True, dtype=dtype, rngs=rngs)
+
+
+class PositionEmbedding(nnx.Module):
+    """A square grid of learned embeddings, read between its points."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        shape = config.num_position_embeddings, config.hidden_size
+        self.weight = param(rngs, shape, (None, "vision_embed"), dtype, nnx.initializers.normal(stddev=0.02))
+
+    def __call__(self, geometry: PatchGeometry) -> Float[Array, "P D"]:
+        neighbours = self.weight[...][jnp.asarray(geometry.position_index)].astype(jnp.float32)
+        return jnp.sum(neighbours * jnp.asarray(geometry.position_weight)[..., None], axis=1)
+
+
+class VisionAttention(nnx.Module):
+    """Attention within segments, with 2-D rope."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        heads = config.num_heads, config.head_dim
+        embed = (config.hidden_size,)
+        qkv_axes = (None, "heads", "head_dim", "vision_embed")
+        self.qkv = Linear((3, *heads), embed, qkv_axes, bias=True, dtype=dtype, rngs=rngs)
+        self.proj = Linear(embed, heads, ("vision_embed", "heads", "head_dim"), bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, hidden: Float[Array, "P D"], rotation: Rotation, start: jax.Array, stop: jax.Array
+    ) -> Float[Array, "P D"]:
+        dtype = self.qkv.weight[...].dtype
+        query, key, value = jnp.moveaxis(self.qkv(hidden), 1, 0)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        query, key, value = (x.astype(dtype).swapaxes(0, 1)[None] for x in (query, key, value))
+        return self.proj(ranged_attention(query, key, value, start[None], stop[None])[0])
+
+
+class VisionMLP(nnx.Module):
+    """Two products around a tanh-approximated GELU."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        embed, inner = (config.hidden_size,), (config.intermediate_size,)
+        self.linear_fc1 = Linear(inner, embed, ("mlp", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc2 = Linear(embed, inner, ("vision_embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "P D"]) -> Float[Array, "P D"]:
+        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(hidden), approximate=True))
+
+
+class VisionBlock(nnx.Module):
+    """Attention and feed-forward, each behind a norm and around a residual."""
+
+    def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(config.hidden_size, dtype=dtype, rngs=rngs)
+        self.norm2 = LayerNorm(config.hidden_size, dtype=dtype, rngs=rngs)
+        self.attn = VisionAttention(config, dtype=dtype, rngs=rngs)
+        self.mlp = VisionMLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, hidden: Float[Array, "P D"], rotation: Rotation, start: jax.Array, stop: jax.Array
+    ) -> Float[Array, "P D"]:
+        hidden = hidden + self.attn(self.norm1(hidden), rotation, start, stop)
+        return hidden + self.mlp(self.norm2(hidden))
+
+
+class PatchMerger(nnx.Module):
+    """merge x merge neighbouring patches to one visual token; deepstack levels are normalised after the merge."""
+
+    def __init__(self, config: VisionConfig, *, norm_after_merge: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        merged = config.hidden_size * config.merge_unit
+        self.merge_unit = config.merge_unit
+        self.norm_after_merge = norm_after_merge
+        self.norm = LayerNorm(merged if norm_after_merge else config.hidden_size, dtype=dtype, rngs=rngs)
+        self.linear_fc1 = Linear((merged,), (merged,), ("mlp", None), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc2 = Linear((config.out_hidden_size,), (merged,), ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, hidden: Float[Array, "P D"]) -> Float[Array, "M O"]:
+        merged_shape = len(hidden) // self.merge_unit, -1
+        if self.norm_after_merge:
+            merged = self.norm(hidden.reshape(merged_shape))
+        else:
+            merged = self.norm(hidden).reshape(merged_shape)
+        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(merged), approximate=False))
+
+
+def _one_geometry(config: VisionConfig, frames: int, height: int, width: int) -> tuple[np.ndarray, ...]:
+    """(coordinates, position_index, position_weight, patches of each frame) of one image or video."""
+    merge = config.spatial_merge_size
+    rows, columns = np.indices((height, width), dtype=np.int32)
+    blocks = height // merge, merge, width // merge, merge
+    coordinates = np.stack([x.reshape(blocks).swapaxes(1, 2).ravel() for x in (rows, columns)], axis=1)
+
+    side = round(config.num_position_embeddings**0.5)
+    low, high, fraction = [], [], []
+    for axis, size in enumerate((height, width)):
+        at = coordinates[:, axis].astype(np.float32) * np.float32(side - 1) / np.float32(max(size - 1, 1))
+        floor = np.floor(at).astype(np.int32)
+        low.append(floor)
+        high.append(np.minimum(floor + 1, side - 1))
+        fraction.append(at - floor)
+    (low_h, low_w), (high_h, high_w), (part_h, part_w) = low, high, fraction
+    index = [low_h * side + low_w, low_h * side + high_w, high_h * side + low_w, high_h * side + high_w]
+    weight = [(1 - part_h) * (1 - part_w), (1 - part_h) * part_w, part_h * (1 - part_w), part_h * part_w]
+    fields = coordinates, np.stack(index, axis=1), np.stack(weight, axis=1)
+    return *(np.tile(x, (frames, 1)) for x in fields), np.full(frames, height * width)

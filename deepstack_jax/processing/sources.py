@@ -1,0 +1,95 @@
+"""Where images and videos come from: paths, file, http and https URLs, and data URIs."""
+
+import base64
+import binascii
+import io
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
+
+URL_TIMEOUT_SECONDS = 20.0
+_CHUNK = 1 << 20
+
+
+def open_source(source: str | Path, max_bytes: int, error: type[ValueError]) -> Path | io.BytesIO:
+    """Gives the path of a local file as it is, and the bytes behind a URL or a data URI as a file object.
+
+    Args:
+        source: a path, a `file:`, `http:` or `https:` URL, or a `data:` URI.
+        max_bytes: the most that is read from a URL or a data URI.
+        error: the exception raised, with one line naming the source, when it can't be read.
+    """
+    if isinstance(source, Path):
+        return _existing(source, error)
+    scheme = source[:8].lower()
+    if scheme.startswith("data:"):
+        return io.BytesIO(_decode_data_uri(source, max_bytes, error))
+    if scheme.startswith(("http://", "https://")):
+        return io.BytesIO(_download(source, max_bytes, error))
+    if scheme.startswith("file://"):
+        return _existing(Path(unquote(urlsplit(source).path)), error)
+    return _existing(Path(source), error)
+
+
+def describe(source: object) -> str:
+    """A short name of a source for messages: never the whole of a data URI."""
+    text = str(source)
+    return text if len(text) <= 120 else text[:60] + "..."
+
+
+def _existing(path: Path, error: type[ValueError]) -> Path:
+    try:
+        if path.is_file():
+            return path
+    except OSError:  # a name longer than the file system allows, such as bare base64
+        pass
+    raise error(f"no file {describe(path)}: give an existing file, an http(s) URL or a data URI")
+
+
+def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes:
+    header, comma, payload = uri.partition(",")
+    if not comma:
+        raise error(f"{describe(uri)} has no comma after its header: write data:image/png;base64,...")
+    if len(payload) > max_bytes * 4 // 3 + 4:
+        raise error(f"{describe(uri)} holds more than {max_bytes} bytes: send a smaller file")
+    if not header.lower().endswith(";base64"):
+        return unquote_to_bytes(payload)
+    try:
+        return base64.b64decode(unquote(payload), validate=True)
+    except (binascii.Error, ValueError):
+        raise error(f"{describe(uri)} is not valid base64: encode the file's bytes again") from None
+
+
+def _download(url: str, max_bytes: int, error: type[ValueError]) -> bytes:
+    deadline = time.monotonic() + URL_TIMEOUT_SECONDS
+    too_large = error(f"{describe(url)} holds more than {max_bytes} bytes: download it and pass a smaller file")
+    request = urllib.request.Request(url, headers={"User-Agent": "deepstack-jax"})
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
+            if int(response.headers.get("Content-Length") or 0) > max_bytes:
+                raise too_large
+            # read1 returns what has come, so a server that drips bytes still meets the deadline
+            while chunk := response.read1(_CHUNK):
+                size += len(chunk)
+                chunks.append(chunk)
+                if size > max_bytes:
+                    raise too_large
+                if time.monotonic() > deadline:
+                    raise TimeoutError
+    except TimeoutError:
+        raise error(f"{describe(url)} did not arrive within {URL_TIMEOUT_SECONDS:g} s: download it first") from None
+    except urllib.error.HTTPError as reason:
+        reason.close()
+        raise error(f"{describe(url)} answered {reason.code} {reason.reason}: check the URL") from None
+    except (OSError, ValueError) as reason:
+        if reason is too_large:
+            raise
+        cause = getattr(reason, "reason", reason)
+        if isinstance(cause, TimeoutError):
+            raise error(f"{describe(url)} did not arrive within {URL_TIMEOUT_SECONDS:g} s: download it first") from None
+        raise error(f"{describe(url)} can't be fetched ({cause}): check the URL") from None
+    return b"".join(chunks)

@@ -1,0 +1,37 @@
+"""Adding one deepstack level to the hidden states of the visual tokens."""
+
+import jax
+
+from pallas_kernels.deepstack_add import xla
+from pallas_kernels.dispatch import choose
+
+BACKENDS = {"xla": xla.deepstack_add}
+
+
+def deepstack_add(
+    hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int, *, backend: str | None = None
+) -> jax.Array:
+    """`out[t] = hidden[t] + rows[visual_index[t], level*D : (level+1)*D]` where visual_index[t] >= 0, else hidden[t].
+
+    Args:
+        hidden: [T, D], any float dtype.
+        rows: [M, N*D], the N deepstack levels of M visual tokens side by side.
+        visual_index: int32 [T], the row of each visual token, -1 for text.
+        level: 0..N-1, static.
+        backend: a name from `BACKENDS`, or None for the automatic choice.
+
+    Returns:
+        [T, D] in hidden's dtype.
+
+    Raises:
+        ValueError: shapes that don't fit together, a level that rows don't have, or an unknown backend.
+    """
+    tokens, width = hidden.shape
+    if rows.ndim != 2 or rows.shape[1] % width or visual_index.shape != (tokens,):
+        raise ValueError(
+            f"deepstack_add: hidden {hidden.shape}, rows {rows.shape} and visual_index {visual_index.shape} must be "
+            "[T, D], [M, N*D] and [T]"
+        )
+    if not 0 <= level < rows.shape[1] // width:
+        raise ValueError(f"deepstack_add: level {level} is not among the {rows.shape[1] // width} levels of rows {rows.shape}")
+    return choose("deepstack_add", BACKENDS, backend)(hidden, rows, visual_index, level)
