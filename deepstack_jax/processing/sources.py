@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import http.client
 import io
 import time
 import urllib.error
@@ -10,7 +11,6 @@ from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 URL_TIMEOUT_SECONDS = 20.0
-_CHUNK = 1 << 20
 
 
 def open_source(source: str | Path, max_bytes: int, error: type[ValueError]) -> Path | io.BytesIO:
@@ -63,33 +63,34 @@ def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes
 
 
 def _download(url: str, max_bytes: int, error: type[ValueError]) -> bytes:
-    deadline = time.monotonic() + URL_TIMEOUT_SECONDS
-    too_large = error(f"{describe(url)} holds more than {max_bytes} bytes: download it and pass a smaller file")
-    request = urllib.request.Request(url, headers={"User-Agent": "deepstack-jax"})
-    chunks: list[bytes] = []
-    size = 0
     try:
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
-            if int(response.headers.get("Content-Length") or 0) > max_bytes:
-                raise too_large
-            # read1 returns what has come, so a server that drips bytes still meets the deadline
-            while chunk := response.read1(_CHUNK):
-                size += len(chunk)
-                chunks.append(chunk)
-                if size > max_bytes:
-                    raise too_large
-                if time.monotonic() > deadline:
-                    raise TimeoutError
-    except TimeoutError:
-        raise error(f"{describe(url)} did not arrive within {URL_TIMEOUT_SECONDS:g} s: download it first") from None
+        content = _read_url(url, max_bytes)
     except urllib.error.HTTPError as reason:
         reason.close()
         raise error(f"{describe(url)} answered {reason.code} {reason.reason}: check the URL") from None
-    except (OSError, ValueError) as reason:
-        if reason is too_large:
-            raise
-        cause = getattr(reason, "reason", reason)
+    except (OSError, ValueError, http.client.HTTPException) as reason:
+        cause = getattr(reason, "reason", reason)  # URLError wraps what happened
         if isinstance(cause, TimeoutError):
             raise error(f"{describe(url)} did not arrive within {URL_TIMEOUT_SECONDS:g} s: download it first") from None
         raise error(f"{describe(url)} can't be fetched ({cause}): check the URL") from None
-    return b"".join(chunks)
+    if content is None:
+        raise error(f"{describe(url)} holds more than {max_bytes} bytes: pass a smaller file")
+    return content
+
+
+def _read_url(url: str, max_bytes: int) -> bytes | None:
+    """The body behind `url`, or None when it is larger than `max_bytes`."""
+    deadline = time.monotonic() + URL_TIMEOUT_SECONDS
+    request = urllib.request.Request(url, headers={"User-Agent": "deepstack-jax"})
+    content = bytearray()
+    with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
+        if int(response.headers.get("Content-Length") or 0) > max_bytes:
+            return None
+        # read1 returns what has come, so a server that drips bytes meets the deadline too
+        while chunk := response.read1(1 << 20):
+            content += chunk
+            if len(content) > max_bytes:
+                return None
+            if time.monotonic() > deadline:
+                raise TimeoutError
+    return bytes(content)

@@ -1,0 +1,115 @@
+"""Loading a checkpoint, converted or as Hugging Face has it, as a `Model`."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from converters.hf_checkpoint import read_params
+from converters.orbax_checkpoint import is_orbax_checkpoint, restore_params
+from deepstack_jax.config import ModelConfig, read_config
+from deepstack_jax.models.qwen3_vl_moe import Params, abstract_params
+from deepstack_jax.processing.processor import Processor
+from deepstack_jax.sharding import param_shardings
+
+VISION, TEXT = "visual.", "language_model."
+
+
+@dataclass
+class Model:
+    """A checkpoint in memory. Its parameters are a flat dictionary by dotted path (see models/qwen3_vl_moe.py)."""
+
+    config: ModelConfig
+    params: Params
+    path: Path | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    _parts: dict[str, Params] = field(default_factory=dict, repr=False)
+
+    @property
+    def vision_params(self) -> Params:
+        """What the encode program needs."""
+        return self._part(VISION)
+
+    @property
+    def text_params(self) -> Params:
+        """What the prefill and decode programs need."""
+        return self._part(TEXT)
+
+    @cached_property
+    def processor(self) -> Processor:
+        """Tokenizer, chat template, image and video processing; read from the checkpoint when first asked for."""
+        if self.path is None:
+            raise ValueError("this model was not loaded from a checkpoint: it has no tokenizer")
+        return Processor.from_directory(self.path, self.config)
+
+    def _part(self, prefix: str) -> Params:
+        if prefix not in self._parts:
+            self._parts[prefix] = {path: array for path, array in self.params.items() if path.startswith(prefix)}
+        return self._parts[prefix]
+
+
+def load(
+    path: str | Path,
+    dtype: DTypeLike | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    *,
+    expert_layout: str | None = None,
+    parts: Iterable[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Loads a directory made by `deepstack-jax convert`, or a Hugging Face directory as it is.
+
+    Args:
+        path: the directory.
+        dtype: float32 or bfloat16; None keeps the checkpoint's.
+        mesh: places every parameter by its logical axes (sharding.py); None takes the default device.
+        expert_layout: hf4 or hf5, for a Hugging Face directory whose layout can't be told from its shapes.
+        parts: parameters to load, by prefix ("visual.", "language_model."); None loads all.
+        progress: called with (bytes read, bytes in all).
+
+    Raises:
+        ValueError: a directory that isn't a checkpoint of the four families, or is damaged; one line says what and where.
+    """
+    path = Path(path)
+    config = read_config(path)
+    prefixes = None if parts is None else tuple(parts)
+    shardings = param_shardings(config, mesh) if mesh else None
+    if is_orbax_checkpoint(path):
+        params = restore_params(path, config, dtype=dtype, prefixes=prefixes, shardings=shardings, progress=progress)
+    else:
+        arrays = read_params(path, config, dtype=dtype, expert_layout=expert_layout, prefixes=prefixes)
+        sizes = {name: int(np.prod(leaf.shape)) for name, leaf in abstract_params(config).items()}
+        total, done, params = sum(sizes.values()), 0, {}
+        for name, array in arrays:
+            params[name] = jax.device_put(array, shardings[name] if shardings else None, may_alias=False)
+            done += sizes[name]
+            if progress:
+                progress(done * array.itemsize, total * array.itemsize)
+    ends, pad = _special_tokens(path, config)
+    return Model(config, params, path, ends, pad)
+
+
+def _special_tokens(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], int]:
+    """(end tokens, pad token): generation_config.json's, as transformers' generate takes them, else config.json's."""
+    file = path / "generation_config.json"
+    raw = json.loads(file.read_text()) if file.exists() else {}
+    ends = raw.get("eos_token_id")
+    ends = config.eos_token_ids if ends is None else tuple(np.atleast_1d(ends).tolist())
+    pad = raw.get("pad_token_id", config.pad_token_id)
+    if pad is None:
+        pad = ends[0] if ends else 0
+    return ends, int(pad)
+
+
+def dtype_named(name: str) -> DTypeLike:
+    """float32 or bfloat16 by name."""
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {name!r} is not supported: expected float32 or bfloat16")
+    return jnp.dtype(name)

@@ -1,0 +1,187 @@
+"""Answers from prompts: `forward`, `generate` and its streaming form."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from deepstack_jax.checkpoint import Model
+from deepstack_jax.processing.batch import Batch, arrange, bucket
+from deepstack_jax.programs import DecodeState, Prompt, all_logits, decode, encode, prefill
+from deepstack_jax.sampling import SamplingParams
+
+
+@dataclass
+class GenerateOutput:
+    """Answers of B prompts."""
+
+    tokens: np.ndarray  # int32 [B, max_new_tokens], filled up with the pad token
+    lengths: np.ndarray  # int32 [B]: tokens of each answer, its end token included
+    timings: dict[str, float] = field(default_factory=dict)  # seconds of encode, prefill, decode
+
+
+def forward(
+    model: Model,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    pixel_values: ArrayLike | None = None,
+    image_grid_thw: ArrayLike | None = None,
+    pixel_values_videos: ArrayLike | None = None,
+    video_grid_thw: ArrayLike | None = None,
+    mm_token_type_ids: ArrayLike | None = None,
+) -> jax.Array:
+    """float32 logits [B, T, V]; unspecified where attention_mask is 0.
+
+    Args:
+        model: what `load` returned.
+        input_ids: int [B, T].
+        attention_mask: int or bool [B, T], 0 for padding on either side; all ones by default.
+        pixel_values, pixel_values_videos: float [P, C*Tp*p*p], the patches of all images, of all videos.
+        image_grid_thw, video_grid_thw: int [n, 3], the grid of each in patches (time, height, width).
+        mm_token_type_ids: taken so that a processor's whole output can be passed; input_ids say as much.
+
+    Raises:
+        ValueError: arrays that don't fit the model or each other.
+    """
+    del mm_token_type_ids
+    visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
+    batch = arrange(model.config, input_ids, attention_mask, *visuals)
+    compact = np.asarray(all_logits(model.config, model.text_params, _prompt(model, batch)))
+    length = np.shape(input_ids)[-1]
+    logits = np.zeros((len(batch.columns), length, compact.shape[-1]), np.float32)
+    for row, where in enumerate(batch.columns):
+        logits[row, where] = compact[row, : len(where)]
+    return jnp.asarray(logits)
+
+
+def generate(
+    model: Model,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    pixel_values: ArrayLike | None = None,
+    image_grid_thw: ArrayLike | None = None,
+    pixel_values_videos: ArrayLike | None = None,
+    video_grid_thw: ArrayLike | None = None,
+    mm_token_type_ids: ArrayLike | None = None,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    seed: int | Sequence[int] = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> GenerateOutput:
+    """Answers prompts; the arrays are those of `forward`.
+
+    Args:
+        max_new_tokens: at least 1; prompt and answer must fit max_position_embeddings.
+        temperature: 0 takes the likeliest token; above 0 draws.
+        top_k, top_p, min_p: what drawing leaves out; 0, 1.0 and 0.0 leave nothing out.
+        repetition_penalty: above 1 makes tokens of prompt and answer less likely (transformers' rule).
+        presence_penalty: subtracted from the logits of tokens of the answer (OpenAI's rule).
+        seed: an int (row r draws with seed + r) or one a row. A row's answer depends on nothing else of its batch.
+        eos_token_id: end tokens; None takes the checkpoint's own, an empty list none.
+
+    Raises:
+        ValueError: arrays that don't fit, or a parameter out of its range.
+    """
+    del mm_token_type_ids
+    started = time.perf_counter()
+    timings: dict[str, float] = {}
+
+    def lap(stage: str, result: object) -> None:
+        nonlocal started
+        jax.block_until_ready(result)
+        timings[stage] = time.perf_counter() - started
+        started = time.perf_counter()
+
+    visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
+    batch = arrange(model.config, input_ids, attention_mask, *visuals)
+    sampling = _sampling(
+        model,
+        batch,
+        eos_token_id,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+    )
+    capacity = _capacity(model, batch, max_new_tokens)
+    lap("arrange", None)
+    prompt = _prompt(model, batch)
+    lap("encode", prompt.rows)
+    state = prefill(model.config, capacity, model.text_params, prompt, sampling)
+    lap("prefill", state)
+    state = decode(model.config, model.text_params, state, sampling, np.int32(max_new_tokens))
+    lap("decode", state)
+    return GenerateOutput(np.asarray(state.tokens)[:, :max_new_tokens], np.asarray(state.lengths), timings)
+
+
+def stream(model: Model, inputs: dict[str, ArrayLike], *, max_new_tokens: int = 64, **options: object) -> Iterator[np.ndarray]:
+    """`generate` token by token: yields int32 [B], -1 for rows that have ended. Takes its options, by the same names.
+
+    It runs the programs of `generate` and yields the tokens that it returns.
+    """
+    arrays = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    batch = arrange(model.config, **arrays)
+    sampling = _sampling(model, batch, options.pop("eos_token_id", None), **options)  # pyright: ignore
+    capacity = _capacity(model, batch, max_new_tokens)
+    state = prefill(model.config, capacity, model.text_params, _prompt(model, batch), sampling)
+    ended = np.zeros(len(batch.lengths), bool)
+    for made in range(1, max_new_tokens + 1):
+        # copies: the state is donated to the next step, and on CPU an array's view is its buffer
+        token, done = np.array(state.last), np.array(state.done)
+        yield np.where(ended, -1, token)
+        ended = done
+        if ended.all() or made == max_new_tokens:
+            return
+        state = decode(model.config, model.text_params, state, sampling, np.int32(made + 1))
+
+
+def encode_rows(model: Model, batch: Batch) -> jax.Array | None:
+    """The visual rows of a batch, [bucket of M, (1+N)*D], or None where it has no image and no video."""
+    if batch.pixel_values is None or batch.geometry is None:
+        return None
+    return encode(model.config, model.vision_params, batch.pixel_values, batch.geometry)
+
+
+def _prompt(model: Model, batch: Batch) -> Prompt:
+    rows = encode_rows(model, batch)
+    return Prompt(
+        batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows
+    )
+
+
+def _capacity(model: Model, batch: Batch, max_new_tokens: int) -> int:
+    """Slots a row: a function of the prompt's bucket and of max_new_tokens, so that prompts share programs."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} is out of range: expected 1 or more")
+    longest, limit = int(batch.lengths.max()), model.config.text.max_position_embeddings
+    if longest + max_new_tokens > limit:
+        raise ValueError(
+            f"{longest} prompt tokens and max_new_tokens {max_new_tokens} exceed the model's {limit} positions: "
+            f"shorten the prompt or ask for at most {max(limit - longest, 0)}"
+        )
+    return bucket(batch.input_ids.shape[1] + max_new_tokens)
+
+
+def _sampling(
+    model: Model, batch: Batch, eos_token_id: int | Sequence[int] | None, **options: object
+) -> SamplingParams:
+    ends = model.eos_token_ids if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
+    return SamplingParams.of(
+        len(batch.lengths),
+        end_token_ids=ends,
+        pad_token_id=model.pad_token_id,
+        **options,  # pyright: ignore
+    )

@@ -1,0 +1,133 @@
+"""From arrays as Hugging Face names them to the arrays that the compiled programs take.
+
+Rows are moved to the left edge, so that token i of a row stands in slot i whatever padding came with it, and every
+length is rounded up to a bucket, so that a bounded number of programs serves all prompts.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.vision import PatchGeometry, patch_geometry
+from deepstack_jax.processing.positions import rope_positions, visual_index
+
+SMALLEST_BUCKET = 16
+
+
+def bucket(length: int) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that holds `length`."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+@dataclass
+class Batch:
+    """One call's prompts, compacted and padded to buckets: B rows of T, P patches."""
+
+    input_ids: np.ndarray  # int32 [B, T]
+    position_ids: np.ndarray  # int32 [3, B, T]
+    lengths: np.ndarray  # int32 [B]: tokens of each row
+    rope_deltas: np.ndarray  # int32 [B]: M-RoPE position minus slot, of the tokens after the prompt
+    columns: list[np.ndarray]  # where each row's tokens stood in the caller's input_ids
+    visual_index: np.ndarray | None = None  # int32 [B, T]: row of each visual token, -1 for text
+    pixel_values: np.ndarray | None = None  # float32 [P, C*Tp*p*p]
+    geometry: PatchGeometry | None = None
+    num_visual_tokens: int = 0
+
+
+def arrange(
+    config: ModelConfig,
+    input_ids: ArrayLike,
+    attention_mask: ArrayLike | None = None,
+    pixel_values: ArrayLike | None = None,
+    image_grid_thw: ArrayLike | None = None,
+    pixel_values_videos: ArrayLike | None = None,
+    video_grid_thw: ArrayLike | None = None,
+) -> Batch:
+    """Checks the arrays against the model and against each other, and arranges them.
+
+    Raises:
+        ValueError: naming the array, what is wrong with it and what it should be.
+    """
+    ids, mask = _checked_tokens(config, input_ids, attention_mask)
+    columns = [np.flatnonzero(row) for row in mask]
+    lengths = np.asarray([len(row) for row in columns], np.int32)
+    compact = np.zeros((len(ids), int(lengths.max())), np.int32)
+    for row, (source, where) in enumerate(zip(ids, columns, strict=True)):
+        compact[row, : len(where)] = source[where]
+    compact_mask = (np.arange(compact.shape[1]) < lengths[:, None]).astype(np.int32)
+
+    visuals = [
+        _checked_visuals(config, name, pixels, grid)
+        for name, pixels, grid in (
+            ("image", pixel_values, image_grid_thw),
+            ("video", pixel_values_videos, video_grid_thw),
+        )
+    ]
+    image_grid, video_grid = (grid for _, grid in visuals)
+    positions, deltas = rope_positions(compact, compact_mask, image_grid, video_grid, config)
+    padding = bucket(compact.shape[1]) - compact.shape[1]
+    batch = Batch(
+        input_ids=np.pad(compact, [(0, 0), (0, padding)]),
+        position_ids=np.pad(positions, [(0, 0), (0, 0), (0, padding)]),
+        lengths=lengths,
+        rope_deltas=deltas,
+        columns=columns,
+    )
+    if config.vision:
+        index = visual_index(compact, compact_mask, image_grid, video_grid, config)
+        given = [(pixels, grid) for pixels, grid in visuals if pixels is not None and grid is not None]
+        if given:
+            patches = np.concatenate([pixels for pixels, _ in given])
+            merge_unit = config.vision.merge_unit
+            batch.num_visual_tokens = len(patches) // merge_unit
+            room = merge_unit * bucket(batch.num_visual_tokens)
+            batch.pixel_values = np.pad(patches, [(0, room - len(patches)), (0, 0)])
+            batch.geometry = patch_geometry(config.vision, np.concatenate([grid for _, grid in given]), room)
+            batch.visual_index = np.pad(index, [(0, 0), (0, padding)], constant_values=-1)
+    return batch
+
+
+def _checked_tokens(
+    config: ModelConfig, input_ids: ArrayLike, attention_mask: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.asarray(input_ids)
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"input_ids must be integers [B, T], found {ids.dtype} {list(ids.shape)}")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask {list(mask.shape)} must have the shape of input_ids {list(ids.shape)}")
+    if not ids.size or not mask.any(axis=1).all():
+        raise ValueError("empty prompt: every row of input_ids needs at least one token that attention_mask keeps")
+    if ((outside := (ids < 0) | (ids >= config.text.vocab_size)) & mask).any():
+        first = ids[outside & mask][0]
+        raise ValueError(f"token id {first} is outside the vocabulary of {config.text.vocab_size}: was this tokenizer made for this model?")
+    return ids, mask
+
+
+def _checked_visuals(
+    config: ModelConfig, name: str, pixels: ArrayLike | None, grid: ArrayLike | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    names = ("pixel_values", "image_grid_thw") if name == "image" else ("pixel_values_videos", "video_grid_thw")
+    if (pixels is None) != (grid is None):
+        raise ValueError(f"{names[0]} and {names[1]} go together: only one of them was given")
+    if pixels is None or grid is None:
+        return None, None
+    if config.vision is None:
+        raise ValueError(f"{names[0]} was given, but {config.model_type} is a text model: leave {name}s out")
+    grids = np.asarray(grid)
+    rows = np.asarray(pixels, np.float32)
+    if grids.ndim != 2 or grids.shape[1] != 3 or not np.issubdtype(grids.dtype, np.integer) or (grids < 1).any():
+        raise ValueError(f"{names[1]} must be positive integers [n, 3] (time, height, width), found {grids.dtype} {list(grids.shape)}")
+    if (grids[:, 1:] % config.vision.spatial_merge_size).any():
+        raise ValueError(f"{names[1]} {grids.tolist()}: height and width must be multiples of {config.vision.spatial_merge_size}")
+    expected = int(grids.prod(axis=1).sum()), config.vision.patch_dim
+    if rows.shape != expected:
+        raise ValueError(f"{names[0]} {list(rows.shape)} should be {list(expected)}, as {names[1]} {grids.tolist()} says")
+    return rows, grids.astype(np.int64)

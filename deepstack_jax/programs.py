@@ -1,0 +1,161 @@
+"""The compiled programs: encode, prefill, decode, and logits of whole prompts.
+
+Each is a pure function of `(config, params)` and arrays in bucketed shapes, so a server compiles one encode program a
+bucket of patches, one prefill program a bucket of prompt (and of visual tokens), one decode program a bucket of cache.
+Whole and split serving run the same programs.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.qwen3_moe import KVCache, Taps
+from deepstack_jax.models.qwen3_vl_moe import Params, build
+from deepstack_jax.models.vision import PatchGeometry, separate_deepstack_embeds
+from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Prompt:
+    """Tokens of B rows, padded at the end to T, and what places the visual rows among them (None for text alone)."""
+
+    input_ids: jax.Array | np.ndarray  # int32 [B, T]
+    position_ids: jax.Array | np.ndarray  # int32 [3, B, T]
+    lengths: jax.Array | np.ndarray  # int32 [B]
+    rope_deltas: jax.Array | np.ndarray  # int32 [B]
+    visual_index: jax.Array | np.ndarray | None = None  # int32 [B, T]
+    rows: jax.Array | None = None  # [M, (1+N)*D], what `encode` returned
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class DecodeState:
+    """Everything that decoding carries from token to token; donated to `decode` and returned by it."""
+
+    cache: KVCache
+    tokens: jax.Array  # int32 [B, S]: the answers, filled up with the pad token
+    lengths: jax.Array  # int32 [B]: tokens of each answer, its end token included
+    last: jax.Array  # int32 [B]: the newest token, not yet in the cache
+    slots: jax.Array  # int32 [B]: where `last` goes in the cache
+    rope_deltas: jax.Array  # int32 [B]
+    done: jax.Array  # bool [B]
+    seen: jax.Array  # uint8 [B, V]: bits of sampling.IN_PROMPT and sampling.GENERATED
+    step: jax.Array  # int32 []: tokens made so far
+
+
+@partial(jax.jit, static_argnums=0)
+def encode(
+    config: ModelConfig, params: Params, pixel_values: Float[Array, "P C"], geometry: PatchGeometry
+) -> Float[Array, "M R"]:
+    """Rows [P / merge^2, (1+N)*D] of packed patches, in the parameters' dtype. Needs the `visual.` parameters alone."""
+    with precision_of(params):
+        return build(config, params).visual(pixel_values, geometry)
+
+
+@partial(jax.jit, static_argnums=0)
+def all_logits(config: ModelConfig, params: Params, prompt: Prompt) -> Float[Array, "B T V"]:
+    """float32 logits at every token."""
+    with precision_of(params):
+        hidden, _ = run_prompt(config, params, prompt)
+        return build(config, params).language_model.logits(hidden)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def prefill(
+    config: ModelConfig, capacity: int, params: Params, prompt: Prompt, sampling: SamplingParams
+) -> DecodeState:
+    """Runs the prompt, fills a new cache of `capacity` slots a row and draws the first token."""
+    batch = prompt.input_ids.shape[0]
+    with precision_of(params):
+        cache = KVCache.empty(config.text, batch, capacity, _dtype_of(params))
+        hidden, cache = run_prompt(config, params, prompt, cache)
+        assert cache is not None
+        lengths = jnp.asarray(prompt.lengths)
+        at_end = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        logits = build(config, params).language_model.logits(at_end)
+    in_row = jnp.arange(prompt.input_ids.shape[1]) < lengths[:, None]
+    seen = jnp.zeros((batch, config.text.vocab_size), jnp.uint8)
+    state = DecodeState(
+        cache=cache,
+        tokens=jnp.broadcast_to(jnp.asarray(sampling.pad_token_id), (batch, capacity)),
+        lengths=jnp.zeros(batch, jnp.int32),
+        last=jnp.zeros(batch, jnp.int32),
+        slots=lengths - 1,
+        rope_deltas=jnp.asarray(prompt.rope_deltas),
+        done=jnp.zeros(batch, bool),
+        seen=mark_seen(seen, jnp.where(in_row, jnp.asarray(prompt.input_ids), -1), IN_PROMPT),
+        step=jnp.zeros((), jnp.int32),
+    )
+    return _append(state, logits, sampling)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def decode(
+    config: ModelConfig, params: Params, state: DecodeState, sampling: SamplingParams, limit: Int[Array, ""]
+) -> DecodeState:
+    """Goes on until every answer has `limit` tokens or its end token. One loop on the device, the cache in place."""
+
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.step < limit) & ~jnp.all(state.done)
+
+    def next_token(state: DecodeState) -> DecodeState:
+        slots = state.slots[:, None]
+        positions = jnp.broadcast_to(slots + state.rope_deltas[:, None], (3, *slots.shape))
+        model = build(config, params).language_model
+        hidden, cache = model.model(state.last[:, None], positions, slots=slots, cache=state.cache)
+        assert cache is not None
+        return _append(replace(state, cache=cache), model.logits(hidden[:, 0]), sampling)
+
+    with precision_of(params):
+        return jax.lax.while_loop(unfinished, next_token, state)
+
+
+def run_prompt(
+    config: ModelConfig, params: Params, prompt: Prompt, cache: KVCache | None = None, taps: Taps | None = None
+) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    """Normalised hidden states of a prompt, its visual rows in their places. Not jitted: a part of the programs."""
+    embeds = deepstack = None
+    if prompt.rows is not None:
+        embeds, deepstack = separate_deepstack_embeds(prompt.rows, config.num_deepstack_levels)
+    return build(config, params).language_model.model(
+        jnp.asarray(prompt.input_ids),
+        jnp.asarray(prompt.position_ids),
+        cache=cache,
+        input_embeds=embeds,
+        input_deepstack_embeds=deepstack,
+        visual_index=None if prompt.visual_index is None else jnp.asarray(prompt.visual_index),
+        taps=taps,
+    )
+
+
+def precision_of(params: Params) -> AbstractContextManager[object]:
+    """float32 models compute float32 products: the default of TPU and NVIDIA is bfloat16 or tf32 passes."""
+    return jax.default_matmul_precision("highest" if _dtype_of(params) == jnp.float32 else "default")
+
+
+def _dtype_of(params: Params) -> jnp.dtype:
+    return next(iter(params.values())).dtype
+
+
+def _append(state: DecodeState, logits: jax.Array, sampling: SamplingParams) -> DecodeState:
+    """Draws each row's next token and records it, unless the row has ended."""
+    token = sample(logits, state.seen, sampling, state.step)
+    token = jnp.where(state.done, sampling.pad_token_id, token)
+    running = ~state.done
+    return replace(
+        state,
+        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
+        lengths=state.lengths + running,
+        last=token,
+        slots=state.slots + 1,
+        done=state.done | jnp.isin(token, sampling.end_token_ids),
+        seen=mark_seen(state.seen, jnp.where(running, token, -1)[:, None], GENERATED),
+        step=state.step + 1,
+    )

@@ -1,0 +1,57 @@
+"""Where parameters go on a mesh: one table from logical axes to mesh axes.
+
+The mesh has an axis "tensor". Heads, feed-forward widths and the vocabulary are split over it, everything else is
+replicated; a dimension that it doesn't divide is replicated too. XLA adds the collectives.
+"""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.qwen3_vl_moe import abstract_params, logical_axes
+
+RULES: dict[str, str | None] = {
+    "embed": None,
+    "vision_embed": None,
+    "norm": None,
+    "head_dim": None,
+    "patch": None,
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "expert": None,
+}
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """A mesh over the first `num_devices` devices (all by default) with the one axis "tensor"."""
+    devices = jax.devices()[:num_devices]
+    return jax.make_mesh((len(devices),), ("tensor",), devices=devices)
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The sharding of every parameter, by dotted path.
+
+    Raises:
+        ValueError: a logical axis without a rule, or two dimensions of one parameter on the same mesh axis.
+    """
+    shapes = abstract_params(config)
+    return {
+        path: NamedSharding(mesh, _partition(path, axes, shapes[path].shape, mesh))
+        for path, axes in logical_axes(config).items()
+    }
+
+
+def _partition(path: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    placed: list[str | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"{path}: logical axis {axis!r} has no rule in sharding.RULES")
+        target = RULES[axis] if axis else None
+        divides = target in mesh.shape and size % mesh.shape[target] == 0
+        placed.append(target if divides else None)
+    used = [target for target in placed if target]
+    if len(used) != len(set(used)):
+        raise ValueError(f"{path}: logical axes {axes} put two dimensions on one mesh axis {used}")
+    return PartitionSpec(*placed)
