@@ -107,7 +107,9 @@ def _checked_tokens(
         raise ValueError("empty prompt: every row of input_ids needs at least one token that attention_mask keeps")
     if ((outside := (ids < 0) | (ids >= config.text.vocab_size)) & mask).any():
         first = ids[outside & mask][0]
-        raise ValueError(f"token id {first} is outside the vocabulary of {config.text.vocab_size}: was this tokenizer made for this model?")
+        raise ValueError(
+            f"token id {first} is outside the vocabulary of {config.text.vocab_size}: was this tokenizer made for this model?"
+        )
     return ids, mask
 
 
@@ -124,10 +126,16 @@ def _checked_visuals(
     grids = np.asarray(grid)
     rows = np.asarray(pixels, np.float32)
     if grids.ndim != 2 or grids.shape[1] != 3 or not np.issubdtype(grids.dtype, np.integer) or (grids < 1).any():
-        raise ValueError(f"{names[1]} must be positive integers [n, 3] (time, height, width), found {grids.dtype} {list(grids.shape)}")
+        raise ValueError(
+            f"{names[1]} must be positive integers [n, 3] (time, height, width), found {grids.dtype} {list(grids.shape)}"
+        )
     if (grids[:, 1:] % config.vision.spatial_merge_size).any():
-        raise ValueError(f"{names[1]} {grids.tolist()}: height and width must be multiples of {config.vision.spatial_merge_size}")
+        raise ValueError(
+            f"{names[1]} {grids.tolist()}: height and width must be multiples of {config.vision.spatial_merge_size}"
+        )
     expected = int(grids.prod(axis=1).sum()), config.vision.patch_dim
     if rows.shape != expected:
-        raise ValueError(f"{names[0]} {list(rows.shape)} should be {list(expected)}, as {names[1]} {grids.tolist()} says")
+        raise ValueError(
+            f"{names[0]} {list(rows.shape)} should be {list(expected)}, as {names[1]} {grids.tolist()} says"
+        )
     return rows, grids.astype(np.int64)

@@ -91,7 +91,7 @@ def preprocess_images(images: Sequence[Image.Image], settings: ImageSettings) ->
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size an image is resized to: multiples of `factor`, `min_pixels` to `max_pixels`, its shape kept as it can be.
+    """The size an image is resized to: multiples of `factor`, `min_pixels` to `max_pixels`, near its own shape.
 
     The rule is that of transformers' Qwen2VLImageProcessor.
     """
@@ -112,7 +112,7 @@ def resize(image: Image.Image, height: int, width: int, resample: int) -> np.nda
 
 
 def normalisation_table(settings: ImageSettings) -> np.ndarray:
-    """The normalised value of each byte of each channel, float32 `[C, 256]`, rounded as transformers' PIL back end does.
+    """The normalised value of each byte of each channel, float32 `[C, 256]`, rounded as transformers' PIL back end.
 
     A byte has 256 values, so looking them up costs less than arithmetic on the pixels and is exact.
     """
@@ -215,7 +215,9 @@ def _load_file(file: Any, name: str, max_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file)
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image: give a JPEG, PNG, WebP or another format that Pillow reads") from None
+        raise ImageError(
+            f"{name} is not an image: give a JPEG, PNG, WebP or another format that Pillow reads"
+        ) from None
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise ImageError(_too_large(name, f"{pixels[0] if pixels else 'too many'} pixels", max_pixels)) from None
@@ -252,7 +254,9 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     except (ValueError, OSError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{name} of mode {image.mode} can't be made RGB ({_one_line(error)}): convert it first") from None
+        raise ImageError(
+            f"{name} of mode {image.mode} can't be made RGB ({_one_line(error)}): convert it first"
+        ) from None
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -262,7 +266,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         # Pillow would clip 16 bits at 255 and make nearly every image white
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"{name} has values outside 16 bits ({values.min()} to {values.max()}): convert it to 8 bits")
+            raise ImageError(
+                f"{name} has values outside 16 bits ({values.min()} to {values.max()}): convert it to 8 bits"
+            )
         return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ImageError(f"{name} holds floating-point grey of unknown range: convert it to 8 bits")
@@ -280,7 +286,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if np.issubdtype(array.dtype, np.floating):
         low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # NaN fails too
-            raise ImageError(f"floating-point image with values {low:g} to {high:g}: scale them to 0 to 1, or give uint8")
+            raise ImageError(
+                f"floating-point image with values {low:g} to {high:g}: scale them to 0 to 1, or give uint8"
+            )
         array = np.round(array.astype(np.float32) * 255).astype(np.uint8)
     if array.dtype != np.uint8:
         raise ImageError(f"image array of dtype {array.dtype}: give uint8, or floating point in 0 to 1")

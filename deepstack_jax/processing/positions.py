@@ -72,7 +72,9 @@ def _mask(input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarra
     if attention_mask is None:
         return np.ones(input_ids.shape, bool)
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask {list(attention_mask.shape)} must have the shape of input_ids {list(input_ids.shape)}")
+        raise ValueError(
+            f"attention_mask {list(attention_mask.shape)} must have the shape of input_ids {list(input_ids.shape)}"
+        )
     return np.asarray(attention_mask).astype(bool)
 
 
@@ -95,11 +97,15 @@ def _blocks(
         if grids.ndim != 2 or grids.shape[1] != 3:
             raise ValueError(f"{name}_grid_thw of shape {list(grids.shape)}: expected [number of {name}s, 3]")
         if len(grids) and not config.vision:
-            raise ValueError(f"{name}_grid_thw given to a {config.model_type} checkpoint, which has no vision: leave it out")
+            raise ValueError(
+                f"{name}_grid_thw given to a {config.model_type} checkpoint, which has no vision: leave it out"
+            )
         if config.vision and len(grids):
             merge = config.vision.spatial_merge_size
             if (grids < 1).any() or (grids[:, 1:] % merge).any():
-                raise ValueError(f"{name}_grid_thw {grids.tolist()}: height and width must be positive multiples of {merge}")
+                raise ValueError(
+                    f"{name}_grid_thw {grids.tolist()}: height and width must be positive multiples of {merge}"
+                )
             grids = grids // (1, merge, merge)
         if name == "video":
             grids = np.repeat(grids, grids[:, 0], axis=0)
@@ -123,13 +129,17 @@ def _row_positions(kinds: np.ndarray, blocks: tuple[np.ndarray, np.ndarray], tak
         ends = grids.prod(axis=1).cumsum()
         used = int(np.searchsorted(ends, len(tokens))) + 1
         if used > len(ends) or ends[used - 1] != len(tokens):
-            raise ValueError(f"row {row} of input_ids has {len(tokens)} {name} tokens, which cut {name} {taken[kind - 1] + used} short")
+            raise ValueError(
+                f"row {row} of input_ids has {len(tokens)} {name} tokens, which cut {name} {taken[kind - 1] + used} apart"
+            )
         grids, ends = grids[:used], ends[:used]
         taken[kind - 1] += used
         starts = np.concatenate(([0], ends[:-1]))
         broken = tokens[ends - 1] - tokens[starts] != ends - 1 - starts
         if broken.any():
-            raise ValueError(f"row {row} of input_ids has other tokens between those of one {name}: keep each {name}'s together")
+            raise ValueError(
+                f"row {row} of input_ids has other tokens between those of one {name}: keep each {name}'s together"
+            )
         _, height, width = (np.repeat(sizes, ends - starts) for sizes in grids.T)
         within = np.arange(len(tokens)) - np.repeat(starts, ends - starts)
         offsets[:, tokens] = within // (height * width), within // width % height, within % width

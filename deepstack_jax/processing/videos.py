@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
+import av.error
 import numpy as np
+from av.container import InputContainer
 from PIL import Image
 
 from deepstack_jax.config import VisionConfig
@@ -29,7 +31,6 @@ from deepstack_jax.processing.images import (
     patchify,
     read_processor_config,
     resize,
-    smart_resize,
 )
 from deepstack_jax.processing.sources import describe, open_source
 
@@ -100,7 +101,7 @@ def load_video(
     frames = _frames(source)
     fps = fps or DEFAULT_FPS
     indices = sample_frames(len(frames), fps, settings) if sample else range(len(frames))
-    height, width = _target_size(len(indices), *frames.shape[1:3], settings)
+    height, width = _target_size(len(indices), frames[0], settings)
     resized = [_resized(frames[i], height, width, settings) for i in indices]
     return Video(np.stack(resized), fps, tuple(map(int, indices)), len(frames))
 
@@ -121,7 +122,7 @@ def preprocess_videos(videos: Sequence[Video], settings: VideoSettings) -> tuple
 
 
 def sample_frames(total: int, video_fps: float, settings: VideoSettings, fps: float | None = None) -> np.ndarray:
-    """Numbers of the frames sampled from `total`: evenly, `fps` a second, `min_frames` to `max_frames`, no more than all."""
+    """Numbers of the frames sampled from `total`: evenly, `fps` a second, within the settings' bounds."""
     wanted = int(total / video_fps * (fps or settings.fps))
     count = min(max(wanted, settings.min_frames), settings.max_frames, total)
     return np.linspace(0, total - 1, count).round().astype(int)
@@ -164,59 +165,64 @@ def _load_file(source: str | Path, settings: VideoSettings, fps: float, sample: 
     name = describe(source)
     file = open_source(source, MAX_VIDEO_BYTES, VideoError)
     try:
-        with av.open(file if isinstance(file, io.BytesIO) else str(file)) as container:
-            if not container.streams.video:
-                raise VideoError(f"{name} has no video stream: give a video file")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            if stream.width * stream.height > MAX_IMAGE_PIXELS:
-                raise VideoError(f"{name} has frames of {stream.width}x{stream.height}, too large: scale it down")
-            video_fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
-            total = stream.frames or _count_packets(container)
-            while total:
-                indices = sample_frames(total, video_fps, settings, fps) if sample else np.arange(total)
-                container.seek(0)
-                decoded, frames = _decode(container, indices, settings)
-                if len(frames) == len(indices):
-                    return Video(np.stack(frames), video_fps, tuple(indices.tolist()), total)
-                total = decoded  # the header promised more than the file holds: sample what is there
-    except av.FFmpegError as error:
+        total, video_fps = _probe(file, name)
+        while total:
+            indices = sample_frames(total, video_fps, settings, fps) if sample else np.arange(total)
+            decoded, frames = _decode(file, indices, settings)
+            if len(frames) == len(indices):
+                return Video(np.stack(frames), video_fps, tuple(indices.tolist()), total)
+            total = decoded  # the header promised more than the file holds: sample what is there
+    except av.error.FFmpegError as error:
         raise VideoError(f"{name} is not a video that can be decoded ({error.strerror}): give an intact file") from None
-    raise VideoError(f"{name} has no frames: give a video with at least one")
+    raise VideoError(f"{name} is a video with no frames: give one with at least one frame")
 
 
-def _count_packets(container: av.container.InputContainer) -> int:
-    """Counts frames without decoding, for formats whose header does not say (Matroska, GIF, MPEG-TS)."""
-    count = sum(1 for packet in container.demux(video=0) if packet.size)
-    container.seek(0)
-    return count
+def _open(file: Path | io.BytesIO) -> InputContainer:
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+        # a playlist from elsewhere must not make the decoder open files or URLs of its choice
+        return av.open(file, mode="r", options={"protocol_whitelist": "data"})
+    return av.open(str(file), mode="r", options={"protocol_whitelist": "file"})
 
 
-def _decode(
-    container: av.container.InputContainer, indices: np.ndarray, settings: VideoSettings
-) -> tuple[int, list[np.ndarray]]:
+def _probe(file: Path | io.BytesIO, name: str) -> tuple[int, float]:
+    """The number of frames and frames a second, without decoding."""
+    with _open(file) as container:
+        if not container.streams.video:
+            raise VideoError(f"{name} has no video stream: give a video file")
+        stream = container.streams.video[0]
+        if stream.width * stream.height > MAX_IMAGE_PIXELS:
+            raise VideoError(f"{name} has frames of {stream.width}x{stream.height}, too large: scale it down")
+        # Matroska, GIF and MPEG-TS do not say how many frames there are
+        total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        return total, float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+
+
+def _decode(file: Path | io.BytesIO, indices: np.ndarray, settings: VideoSettings) -> tuple[int, list[np.ndarray]]:
     """Decodes up to the last index; gives how many frames that took and those asked for, resized."""
     wanted, last = set(indices.tolist()), int(indices[-1])
     frames: list[np.ndarray] = []
+    size: tuple[int, int] | None = None
     decoded = 0
-    for number, frame in enumerate(_frames_of(container)):
-        decoded = number + 1
-        if number in wanted:
-            # quarter turns that a phone notes beside the picture
-            image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-            if not frames:
-                height, width = _target_size(len(indices), *image.shape[:2], settings)
-            frames.append(_resized(image, height, width, settings))
-        if number == last:
-            break
+    with _open(file) as container:
+        container.streams.video[0].thread_type = "AUTO"
+        for number, frame in enumerate(_decodable(container)):
+            decoded = number + 1
+            if number in wanted:
+                # quarter turns that a phone notes beside the picture
+                image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                size = size or _target_size(len(indices), image, settings)
+                frames.append(_resized(image, *size, settings))
+            if number == last:
+                break
     return decoded, frames
 
 
-def _frames_of(container: av.container.InputContainer) -> Iterator[av.VideoFrame]:
+def _decodable(container: InputContainer) -> Iterator[av.VideoFrame]:
     """Decoded frames up to the first that is damaged: a recording cut short still has what came before."""
     try:
         yield from container.decode(video=0)
-    except av.InvalidDataError:
+    except av.error.InvalidDataError:
         return
 
 
@@ -232,15 +238,20 @@ def _frames(source: np.ndarray | Sequence[ImageSource]) -> np.ndarray:
             raise VideoError(f"video frames have unlike sizes {sorted(sizes)}: give frames of one size")
         frames = np.stack(images) if images else np.empty((0, 1, 1, 3), np.uint8)
     else:
-        raise VideoError(f"a video can't be read from {type(source).__name__}: give a path, URL, array or list of frames")
+        raise VideoError(
+            f"a video can't be read from {type(source).__name__}: give a path, URL, array or list of frames"
+        )
     if not frames.size:
         raise VideoError(f"video with no frames (shape {list(frames.shape)}): give at least one")
     return frames
 
 
-def _target_size(num_frames: int, height: int, width: int, settings: VideoSettings) -> tuple[int, int]:
+def _target_size(num_frames: int, frame: np.ndarray, settings: VideoSettings) -> tuple[int, int]:
+    height, width = frame.shape[:2]
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise VideoError(f"video frames of {width}x{height} have an aspect ratio above {MAX_ASPECT_RATIO}: crop or pad them")
+        raise VideoError(
+            f"video frames of {width}x{height} have an aspect ratio above {MAX_ASPECT_RATIO}: crop or pad them"
+        )
     # a single frame is repeated to fill its temporal patch, and counts as often
     num_frames = max(num_frames, settings.temporal_patch_size)
     max_pixels = settings.max_pixels

@@ -1,0 +1,324 @@
+"""The processor: from what a person has (messages, images, videos) to the model's input arrays, and back to text."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.processing.chat import (
+    IMAGE_TOKEN,
+    VIDEO_TOKEN,
+    VISION_END,
+    VISION_START,
+    Media,
+    Message,
+    PromptError,
+    is_raw_prompt,
+    parse_messages,
+    read_chat_template,
+    render,
+    user_message,
+)
+from deepstack_jax.processing.images import (
+    ImageSettings,
+    ImageSource,
+    load_image,
+    preprocess_images,
+    read_image_settings,
+)
+from deepstack_jax.processing.videos import (
+    Video,
+    VideoSettings,
+    VideoSource,
+    load_video,
+    preprocess_videos,
+    read_video_settings,
+)
+
+Prompt = str | Sequence[Message]
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
+
+
+class Processor:
+    """Makes the arrays that transformers' Qwen3VLProcessor makes, without torch.
+
+    Attributes:
+        config: the checkpoint's configuration.
+        tokenizer: transformers' tokenizer, loaded at the first use and from the directory alone.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig):
+        self.directory = directory
+        self.config = config
+
+    @classmethod
+    def from_directory(cls, path: str | Path, config: ModelConfig) -> "Processor":
+        """The processor of the checkpoint in `path`, an HF directory or a converted one."""
+        return cls(Path(path), config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        # imported here, so that reading a checkpoint's configuration does not cost a second
+        from transformers import AutoTokenizer
+
+        if not any((self.directory / name).is_file() for name in _TOKENIZER_FILES):
+            raise PromptError(
+                f"no tokenizer in {self.directory}: copy tokenizer.json and tokenizer_config.json into it"
+            )
+        try:
+            return AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise PromptError(
+                f"the tokenizer in {self.directory} can't be loaded ({reason}): copy its files again"
+            ) from None
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The checkpoint's template where it has a file of its own; None leaves it to the tokenizer's."""
+        return read_chat_template(self.directory)
+
+    @cached_property
+    def image_settings(self) -> ImageSettings:
+        return read_image_settings(self.directory, self._vision)
+
+    @cached_property
+    def video_settings(self) -> VideoSettings:
+        return read_video_settings(self.directory, self._vision)
+
+    def prepare(
+        self,
+        messages_or_prompt: Prompt | Sequence[Prompt],
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+    ) -> dict[str, np.ndarray]:
+        """Makes the model's inputs, named as transformers names them.
+
+        Args:
+            messages_or_prompt: a str (one message of the user: all images, all videos, then the text), a str that
+                holds `<|im_start|>` or a visual placeholder (a whole prompt, taken as it is), a list of messages (one
+                conversation), or a list of any of these (a batch, padded on the left).
+            images: what `load_image` takes; they go to the placeholders without a source, in order over the batch.
+            videos: the same, what `load_video` takes.
+
+        Returns:
+            input_ids, attention_mask and mm_token_type_ids (0 text, 1 image, 2 video), all int32 `[B, T]`; with images
+            pixel_values `[P, C*Tp*p*p]` float32 and image_grid_thw `[n, 3]` int64; with videos pixel_values_videos and
+            video_grid_thw.
+
+        Raises:
+            PromptError, ImageError, VideoError: one line that names what is wrong and the remedy.
+        """
+        images, videos = _listed(images, "images"), _listed(videos, "videos")
+        prompts = [self._parse(prompt, images, videos) for prompt in self._batch(messages_or_prompt, images, videos)]
+        loaded_images, loaded_videos = self._load([m for _, media in prompts for m in media], images, videos)
+
+        outputs: dict[str, np.ndarray] = {}
+        if loaded_images:
+            outputs["pixel_values"], outputs["image_grid_thw"] = preprocess_images(loaded_images, self.image_settings)
+        if loaded_videos:
+            outputs["pixel_values_videos"], outputs["video_grid_thw"] = preprocess_videos(
+                loaded_videos, self.video_settings
+            )
+        if outputs:
+            self._check_visual_tokens()
+        image_grids = iter(outputs.get("image_grid_thw", ()))
+        video_grids = iter(zip(loaded_videos, outputs.get("video_grid_thw", ()), strict=True))
+        rows = [self._tokenize(text, image_grids, video_grids) for text, _ in prompts]
+        return self._pad(rows) | outputs
+
+    def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+        """The text of generated tokens `[B, N]`, of which `lengths` `[B]` count; special tokens are left out."""
+        rows = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
+        return [self._decode(row[:length].tolist()) for row, length in rows]
+
+    def decode_stream(self) -> "DecodeStream":
+        """An incremental `decode` of one row, for text that is shown as it comes."""
+        return DecodeStream(self)
+
+    @property
+    def _vision(self) -> Any:
+        if self.config.vision is None:
+            raise PromptError(f"this {self.config.model_type} checkpoint reads text alone: leave images and videos out")
+        return self.config.vision
+
+    def _batch(self, prompt: Any, images: list, videos: list) -> list[Prompt]:
+        """The prompts of a batch, each a str or a list of messages."""
+        if isinstance(prompt, str):
+            return [prompt]
+        if not isinstance(prompt, list | tuple):
+            raise PromptError(f"a prompt is a str, a list of messages or a list of these, not {type(prompt).__name__}")
+        if not prompt:
+            raise PromptError("empty prompt: give a message with text, an image or a video")
+        if isinstance(prompt[0], dict):
+            return [prompt]
+        plain = sum(isinstance(one, str) and not is_raw_prompt(one) for one in prompt)
+        if plain and len(prompt) > 1 and (images or videos):
+            raise PromptError(
+                f"{len(images)} images and {len(videos)} videos can't be shared out to {plain} plain prompts of a batch: "
+                "give messages with image and video parts"
+            )
+        return list(prompt)
+
+    def _parse(self, prompt: Prompt, images: list, videos: list) -> tuple[str, list[Media]]:
+        """One prompt's text with a placeholder for each image and video, and what they stand for."""
+        if isinstance(prompt, str):
+            if is_raw_prompt(prompt):
+                return prompt, _placeholders(prompt)
+            # the images themselves come later: None takes the next one
+            prompt = [user_message(prompt, [None] * len(images), [None] * len(videos))]
+        elif not isinstance(prompt, list | tuple):
+            raise PromptError(f"a prompt of a batch is a str or a list of messages, not {type(prompt).__name__}")
+        messages, media = parse_messages(prompt)
+        if media:
+            self._vision  # noqa: B018  refuses before rendering
+        text = render(messages, self.tokenizer, self.chat_template, text_only=self.config.vision is None)
+        found = _placeholders(text)
+        for kind in ("image", "video"):
+            asked = sum(m.kind == kind for m in media)
+            count = sum(m.kind == kind for m in found)
+            if asked and count != asked:
+                raise PromptError(
+                    f"{count} {kind} placeholders in the rendered prompt, but the messages have {asked} {kind}s: "
+                    f"keep placeholders out of the text, and {kind}s in messages of the user"
+                )
+        kinds = {m.kind for m in media}
+        # placeholders written into the text of a message stand for the next of images= or videos=
+        return text, media + [m for m in found if m.kind not in kinds]
+
+    def _load(self, media: list[Media], images: list, videos: list) -> tuple[list, list[Video]]:
+        if media or images or videos:
+            self._vision  # noqa: B018  refuses before anything is fetched
+        for kind, given in (("image", images), ("video", videos)):
+            total = sum(m.kind == kind for m in media)
+            own = sum(m.kind == kind and m.source is not None for m in media)
+            if total != own + len(given):
+                raise PromptError(
+                    f"{total} {kind} placeholders in the prompt, but {own + len(given)} {kind}s given: "
+                    f"give one {kind} for each placeholder"
+                )
+        next_image, next_video = iter(images), iter(videos)
+        loaded_images, loaded_videos = [], []
+        for one in media:
+            if one.kind == "image":
+                loaded_images.append(load_image(next(next_image) if one.source is None else one.source))
+            else:
+                source = next(next_video) if one.source is None else one.source
+                loaded_videos.append(load_video(source, self.video_settings, **one.options))
+        return loaded_images, loaded_videos
+
+    def _tokenize(self, text: str, image_grids: Iterator[Any], video_grids: Iterator[Any]) -> np.ndarray:
+        """Token ids of one prompt. Each placeholder becomes as many tokens as its image or video has merged patches.
+
+        A video's placeholder becomes, for each temporal patch, its timestamp and a block of its own, all inside the
+        pair of vision tokens that the template wrote: so transformers does since 5.10.
+        """
+        merge_unit = self.config.vision.merge_unit if self.config.vision else 1
+        counts: list[int] = []
+        pieces: list[str] = []
+        for piece in _split_placeholders(text):
+            if piece == IMAGE_TOKEN and (grid := next(image_grids, None)) is not None:
+                counts.append(int(np.prod(grid)) // merge_unit)
+            elif piece == VIDEO_TOKEN and (entry := next(video_grids, None)) is not None:
+                video, (_, height, width) = entry
+                times = video.timestamps(self.video_settings.temporal_patch_size)
+                counts += [int(height * width) // merge_unit] * len(times)
+                piece = "".join(f"<{t:.1f} seconds>{VISION_START}{VIDEO_TOKEN}{VISION_END}" for t in times)
+            pieces.append(piece)
+        ids = np.array(self.tokenizer("".join(pieces))["input_ids"], np.int64)
+        if not len(ids):
+            raise PromptError("empty prompt: the tokenizer makes no token of it")
+        vocab_size = self.config.text.vocab_size
+        if ids.max() >= vocab_size:
+            raise PromptError(
+                f"token id {ids.max()} of the prompt is outside the vocabulary of {vocab_size}: "
+                "the tokenizer belongs to another checkpoint"
+            )
+        repeats = np.ones(len(ids), np.int64)
+        if counts:
+            repeats[np.isin(ids, (self.config.image_token_id, self.config.video_token_id))] = counts
+        return np.repeat(ids, repeats)
+
+    def _pad(self, rows: list[np.ndarray]) -> dict[str, np.ndarray]:
+        pad = next((i for i in (self.tokenizer.pad_token_id, self.config.pad_token_id) if i is not None), 0)
+        length = max(map(len, rows))
+        input_ids = np.full((len(rows), length), pad, np.int32)
+        attention_mask = np.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, length - len(row) :] = row
+            attention_mask[i, length - len(row) :] = 1
+        kinds = np.zeros_like(input_ids)
+        if self.config.vision:
+            kinds[input_ids == self.config.image_token_id] = 1
+            kinds[input_ids == self.config.video_token_id] = 2
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "mm_token_type_ids": kinds * attention_mask}
+
+    def _check_visual_tokens(self) -> None:
+        expected = {IMAGE_TOKEN: self.config.image_token_id, VIDEO_TOKEN: self.config.video_token_id}
+        for token, token_id in expected.items():
+            if (found := self.tokenizer.convert_tokens_to_ids(token)) != token_id:
+                raise PromptError(
+                    f"the tokenizer gives {token} the id {found}, but config.json says {token_id}: "
+                    "the tokenizer belongs to another checkpoint"
+                )
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class DecodeStream:
+    """Text of one row, token by token; the pieces together are what `decode` gives for the whole row."""
+
+    def __init__(self, processor: Processor):
+        self._processor = processor
+        self._ids: list[int] = []
+        self._start = 0  # decoding starts here: one piece back, for decoders that look at the token before
+        self._shown = 0  # tokens whose text has been given out
+
+    def feed(self, token_id: int) -> str:
+        """Takes one token and gives the text that is complete with it: "" while a character is still open."""
+        self._ids.append(int(token_id))
+        before, after = self._texts()
+        # an unfinished character decodes to U+FFFD until its last byte comes
+        if after.endswith("\ufffd"):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+    def finish(self) -> str:
+        """The rest, once the last token was fed: what never became a whole character comes as U+FFFD."""
+        before, after = self._texts()
+        self._start = self._shown = len(self._ids)
+        return after[len(before) :]
+
+    def _texts(self) -> tuple[str, str]:
+        decode = self._processor._decode
+        return decode(self._ids[self._start : self._shown]), decode(self._ids[self._start :])
+
+
+def _listed(values: Any, name: str) -> list:
+    """`values` as a list; a single path or image where a list is expected is the commonest slip."""
+    if not isinstance(values, list | tuple):
+        raise PromptError(f"{name} must be a list, not {type(values).__name__}: write {name}=[...]")
+    return list(values)
+
+
+def _split_placeholders(text: str) -> list[str]:
+    """`text` cut so that each placeholder is a piece of its own."""
+    pieces: list[str] = []
+    for i, outer in enumerate(text.split(IMAGE_TOKEN)):
+        if i:
+            pieces.append(IMAGE_TOKEN)
+        for j, inner in enumerate(outer.split(VIDEO_TOKEN)):
+            if j:
+                pieces.append(VIDEO_TOKEN)
+            pieces.append(inner)
+    return pieces
+
+
+def _placeholders(text: str) -> list[Media]:
+    kinds = {IMAGE_TOKEN: "image", VIDEO_TOKEN: "video"}
+    return [Media(kinds[piece]) for piece in _split_placeholders(text) if piece in kinds]
