@@ -1,25 +1,30 @@
 """Which Hugging Face tensors make which parameter, in one table that is read both ways.
 
-A parameter is known by its dotted path in the model (`language_model.model.layers.0.self_attn.q_proj.weight`). Apart
-from experts, it is a reshape of one tensor of the checkpoint. Experts come in three layouts:
+A parameter is known by its dotted path in the model (`language_model.model.layers.0.self_attn.q_proj.weight`), which
+is the same for the vision-language and the text families. Apart from experts, it is a reshape of one tensor of the
+checkpoint. Experts come in three layouts:
 
 | layout | tensors | who writes it |
 |---|---|---|
 | `hf4` | `gate_up_proj [E, D, 2F]`, `down_proj [E, F, D]` | transformers 4.57; the canonical order here |
 | `hf5` | `gate_up_proj [E, 2F, D]`, `down_proj [E, D, F]` | transformers 5 |
-| `per_expert` | `N.gate_proj.weight [F, D]`, `N.up_proj.weight [F, D]`, `N.down_proj.weight [D, F]` | text checkpoints |
+| `per_expert` | `N.gate_proj.weight`, `N.up_proj.weight [F, D]`, `N.down_proj.weight [D, F]` | text checkpoints |
 
 Names and shapes are those of transformers' Qwen3VLMoeForConditionalGeneration and Qwen3MoeForCausalLM.
 """
+
+from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deepstack_jax.config import ModelConfig, TextConfig, VisionConfig
+if TYPE_CHECKING:  # deepstack_jax imports the converters to load a checkpoint
+    from deepstack_jax.config import ModelConfig, TextConfig, VisionConfig
 
 EXPERT_LAYOUTS = ("hf4", "hf5", "per_expert")
 
@@ -70,13 +75,12 @@ def parameters(config: ModelConfig, expert_layout: str = "hf4") -> list[Paramete
     """Every parameter of `config`'s model in the model's order, with its tensors in `expert_layout`."""
     if expert_layout not in EXPERT_LAYOUTS:
         raise ValueError(f"expert layout {expert_layout!r} is unknown: expected one of {', '.join(EXPERT_LAYOUTS)}")
-    is_vl = "_vl" in config.model_type
+    hf_text = "model.language_model." if "_vl" in config.model_type else "model."
     found = list(_vision(config.vision)) if config.vision else []
-    text, hf_text = ("language_model.", "model.language_model.") if is_vl else ("", "model.")
-    found += _text(config.text, f"{text}model.", hf_text, expert_layout)
+    found += _text(config.text, "language_model.model.", hf_text, expert_layout)
     if not config.text.tie_word_embeddings:
         shape = (config.text.vocab_size, config.text.hidden_size)
-        found.append(_reshaped(f"{text}lm_head.weight", shape, "lm_head.weight", shape))
+        found.append(_reshaped("language_model.lm_head.weight", shape, "lm_head.weight", shape))
     return found
 
 

@@ -20,8 +20,14 @@ from converters.safetensors_file import FileWriter, plan_files
 from deepstack_jax.config import ModelConfig, parse_config
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 _BLOCK = 1 << 20  # values made at once
 _ARCHITECTURES = {
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
@@ -178,7 +184,7 @@ def _distribution(parameter: Parameter) -> tuple[float, float]:
         return 0.0, 1.0
     if ".experts." in path:
         fan_in = shape[1]  # [E, in, out]
-    elif path.endswith("o_proj.weight") or path.endswith("attn.proj.weight"):
+    elif path.endswith(("o_proj.weight", "attn.proj.weight")):
         fan_in = prod(shape[1:])  # [out, H, h]
     else:
         fan_in = shape[-1]

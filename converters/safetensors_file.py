@@ -17,7 +17,7 @@ import numpy as np
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_PIECE = 1 << 20  # bytes read at once; what follows a read then finds them in the processor's cache
+_PIECE = 1 << 18  # bytes looked at together, so that they stay in the processor's cache
 _LONGEST_HEADER = 100 << 20  # as the safetensors library has it
 
 
@@ -65,18 +65,17 @@ def read_entries(file: Path) -> dict[str, Entry]:
 def _entry(file: Path, name: str, value: Any, data: int, size: int) -> Entry:
     try:
         code, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+            raise ValueError
     except (TypeError, KeyError, ValueError):
-        whole = False
-    if not whole:
-        raise CheckpointError(f"{file} has a damaged header (tensor {name}: {value!r}): download it again")
+        raise CheckpointError(f"{file} has a damaged header (tensor {name}: {value!r}): download it again") from None
     if code not in DTYPES:
         remedy = "give a checkpoint in bfloat16" if code.startswith("F8") else f"expected one of {', '.join(DTYPES)}"
         raise CheckpointError(f"{file}: tensor {name} has dtype {code}, which is not supported: {remedy}")
     entry = Entry(name, file, DTYPES[code], shape, data + start)
-    if end - start != entry.nbytes:
+    if (given := end - start) != entry.nbytes:
         raise CheckpointError(
-            f"{file} has a damaged header (tensor {name}: {end - start} bytes for {code} {list(shape)}): download it again"
+            f"{file} has a damaged header (tensor {name}: {given} bytes for {code} {list(shape)}): download it again"
         )
     if data + end > size:
         raise CheckpointError(
@@ -90,21 +89,31 @@ def read_tensor(entry: Entry, first: int = 0, count: int | None = None, out: np.
 
     `out` is a contiguous array of as many bytes, whose shape is kept.
     """
-    shape = entry.shape
-    if count is not None:
-        shape = (count, *shape[1:])
     row = prod(entry.shape[1:]) * entry.dtype.itemsize
     if out is None:
-        out = np.empty(shape, entry.dtype)
+        out = np.empty(entry.shape if count is None else (count, *entry.shape[1:]), entry.dtype)
     buffer = memoryview(out.reshape(-1).view(np.uint8))
     position, done = entry.offset + first * row, 0
     with entry.file.open("rb", buffering=0) as stream:
         while done < len(buffer):
-            got = os.preadv(stream.fileno(), [buffer[done : done + _PIECE]], position + done)
+            got = os.preadv(stream.fileno(), [buffer[done:]], position + done)
             if not got:
                 raise CheckpointError(f"{entry.file} ended while tensor {entry.name} was read: it changed meanwhile")
             done += got
     return out
+
+
+def holds_non_finite(values: np.ndarray) -> bool:
+    """Whether a contiguous float32, float16 or bfloat16 array holds NaN or infinity: all bits of an exponent set."""
+    bits = np.dtype(f"u{values.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(bits) << bits.type(1)
+    flat = values.reshape(-1).view(bits)
+    shifted = np.empty(min(_PIECE // bits.itemsize, flat.size), bits)
+    for start in range(0, flat.size, shifted.size or 1):
+        piece = flat[start : start + shifted.size]
+        if np.left_shift(piece, 1, out=shifted[: piece.size]).max() >= infinity:
+            return True
+    return False
 
 
 class FileWriter:

@@ -12,7 +12,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from converters.hf_checkpoint import read_params
-from converters.orbax_checkpoint import is_orbax_checkpoint, restore_params
 from deepstack_jax.config import ModelConfig, read_config
 from deepstack_jax.models.qwen3_vl_moe import Params, abstract_params
 from deepstack_jax.processing.processor import Processor
@@ -81,7 +80,9 @@ def load(
     config = read_config(path)
     prefixes = None if parts is None else tuple(parts)
     shardings = param_shardings(config, mesh) if mesh else None
-    if is_orbax_checkpoint(path):
+    if (path / "deepstack_jax.json").exists():
+        from converters.orbax_checkpoint import restore_params  # Orbax takes a second to import
+
         params = restore_params(path, config, dtype=dtype, prefixes=prefixes, shardings=shardings, progress=progress)
     else:
         arrays = read_params(path, config, dtype=dtype, expert_layout=expert_layout, prefixes=prefixes)

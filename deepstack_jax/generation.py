@@ -11,8 +11,12 @@ from numpy.typing import ArrayLike
 
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.processing.batch import Batch, arrange, bucket
-from deepstack_jax.programs import DecodeState, Prompt, all_logits, decode, encode, prefill
+from deepstack_jax.programs import Prompt, all_logits, encode, prefill
+from deepstack_jax.programs import decode as decode_tokens
 from deepstack_jax.sampling import SamplingParams
+
+
+Sources = Sequence[object]  # paths, URLs, data URIs, PIL images or arrays
 
 
 @dataclass
@@ -22,6 +26,31 @@ class GenerateOutput:
     tokens: np.ndarray  # int32 [B, max_new_tokens], filled up with the pad token
     lengths: np.ndarray  # int32 [B]: tokens of each answer, its end token included
     timings: dict[str, float] = field(default_factory=dict)  # seconds of encode, prefill, decode
+
+
+def prepare(
+    model: Model,
+    messages_or_prompt: str | Sequence[object],
+    images: Sources = (),
+    videos: Sources = (),
+) -> dict[str, np.ndarray]:
+    """Arrays for `forward` and `generate`, with the names of a Hugging Face processor's output.
+
+    Args:
+        messages_or_prompt: a question; a conversation (messages with roles and content); or a list of either, which
+            makes a batch padded on the left. A text that already has chat or vision markers is taken as it is.
+        images: paths, URLs, data URIs, PIL images or arrays, in the order of the prompts' image placeholders.
+        videos: paths, or arrays and lists of frames.
+
+    Raises:
+        ValueError: what can't be read, and placeholders that don't match the images and videos given.
+    """
+    return model.processor.prepare(messages_or_prompt, images=images, videos=videos)
+
+
+def decode(model: Model, out: GenerateOutput) -> list[str]:
+    """The text of each answer, special tokens left out."""
+    return model.processor.decode(out.tokens, out.lengths)
 
 
 def forward(
@@ -122,7 +151,7 @@ def generate(
     lap("encode", prompt.rows)
     state = prefill(model.config, capacity, model.text_params, prompt, sampling)
     lap("prefill", state)
-    state = decode(model.config, model.text_params, state, sampling, np.int32(max_new_tokens))
+    state = decode_tokens(model.config, model.text_params, state, sampling, np.int32(max_new_tokens))
     lap("decode", state)
     return GenerateOutput(np.asarray(state.tokens)[:, :max_new_tokens], np.asarray(state.lengths), timings)
 
@@ -145,7 +174,7 @@ def stream(model: Model, inputs: dict[str, ArrayLike], *, max_new_tokens: int = 
         ended = done
         if ended.all() or made == max_new_tokens:
             return
-        state = decode(model.config, model.text_params, state, sampling, np.int32(made + 1))
+        state = decode_tokens(model.config, model.text_params, state, sampling, np.int32(made + 1))
 
 
 def encode_rows(model: Model, batch: Batch) -> jax.Array | None:

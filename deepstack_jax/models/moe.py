@@ -46,7 +46,9 @@ class SparseMoE(nnx.Module):
 
     def route(self, hidden: Float[Array, "T D"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"], Float[Array, "T E"]]:
         """(weights, experts, logits) of each token; weights and logits are float32."""
-        logits = self.gate(hidden)
+        # float32 in every dtype: rounding here turns the choice of experts, which no later accuracy can mend
+        weight = self.gate.weight[...].astype(jnp.float32)
+        logits = jnp.einsum("td,ed->te", hidden, weight, precision=jax.lax.Precision.HIGHEST)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
         if self.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -130,7 +130,8 @@ def _row_positions(kinds: np.ndarray, blocks: tuple[np.ndarray, np.ndarray], tak
         used = int(np.searchsorted(ends, len(tokens))) + 1
         if used > len(ends) or ends[used - 1] != len(tokens):
             raise ValueError(
-                f"row {row} of input_ids has {len(tokens)} {name} tokens, which cut {name} {taken[kind - 1] + used} apart"
+                f"row {row} of input_ids has {len(tokens)} {name} tokens, which do not end where an entry of "
+                f"{name}_grid_thw ends: a prompt holds whole {name}s"
             )
         grids, ends = grids[:used], ends[:used]
         taken[kind - 1] += used

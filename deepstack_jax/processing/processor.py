@@ -158,8 +158,8 @@ class Processor:
         plain = sum(isinstance(one, str) and not is_raw_prompt(one) for one in prompt)
         if plain and len(prompt) > 1 and (images or videos):
             raise PromptError(
-                f"{len(images)} images and {len(videos)} videos can't be shared out to {plain} plain prompts of a batch: "
-                "give messages with image and video parts"
+                f"{len(images)} images and {len(videos)} videos can't be shared out to {plain} plain prompts of "
+                "a batch: give messages with image and video parts"
             )
         return list(prompt)
 

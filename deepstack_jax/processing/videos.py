@@ -172,6 +172,8 @@ def _load_file(source: str | Path, settings: VideoSettings, fps: float, sample: 
             if len(frames) == len(indices):
                 return Video(np.stack(frames), video_fps, tuple(indices.tolist()), total)
             total = decoded  # the header promised more than the file holds: sample what is there
+    except av.error.EOFError:
+        pass  # the file ends after its header
     except av.error.FFmpegError as error:
         raise VideoError(f"{name} is not a video that can be decoded ({error.strerror}): give an intact file") from None
     raise VideoError(f"{name} is a video with no frames: give one with at least one frame")

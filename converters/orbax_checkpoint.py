@@ -1,0 +1,182 @@
+"""A converted checkpoint: the parameters as one Orbax tree in `params/`, beside the files of the tokenizer and so on.
+
+The tree's keys are the parameters' dotted paths, split at the dots. Arrays are stored in their canonical shape,
+without compression: random-looking weights compress by a few percent and at a third of a disk's speed.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from orbax.checkpoint import v1 as ocp
+
+from converters.mapping import canonical_shapes
+from converters.safetensors_file import CheckpointError
+from deepstack_jax.config import ModelConfig
+
+FORMAT_FILE = "deepstack_jax.json"
+PARAMS = "params"
+FORMAT_VERSION = 1
+GROUP_BYTES = 256 << 20  # small arrays go through Orbax together: a call costs a twentieth of a second
+_Keys = tuple[str, ...]
+
+
+def read_format(directory: str | Path) -> dict[str, Any]:
+    """The contents of a converted checkpoint's deepstack_jax.json; raises `CheckpointError` where it is none."""
+    file = Path(directory) / FORMAT_FILE
+    try:
+        found = json.loads(file.read_text())
+        version = found["format_version"]
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no {FORMAT_FILE}: give a directory made by deepstack-jax convert"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise CheckpointError(f"{file} is damaged: convert the checkpoint again") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format_version {version}, expected {FORMAT_VERSION}: convert again, or update deepstack-jax"
+        )
+    return found
+
+
+def save_params(directory: Path, groups: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Writes `directory/params` from groups of (dotted path -> array); one group is in memory at a time, uncopied."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    context.memory.deepcopy_host_arrays = False  # nobody writes to the arrays meanwhile
+    with context:
+        for group in groups:
+            ocp.partial.save(_params(directory), _nested(group))
+            del group
+        ocp.partial.finalize(_params(directory))
+
+
+def stored_params(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter that `directory/params` holds, by dotted path."""
+    read_format(directory)
+    tree = _guarded(directory, lambda: ocp.metadata(_params(directory)).metadata)
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree)}
+
+
+def restore_params(
+    directory: str | Path,
+    config: ModelConfig,
+    dtype: DTypeLike | None = None,
+    prefixes: Sequence[str] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, jax.Array]:
+    """Restores the parameters of a converted checkpoint by dotted path, each straight into its sharding.
+
+    Args:
+        directory: made by `convert`.
+        config: what the parameters must fit.
+        dtype: converts while reading; None keeps what is stored.
+        prefixes: limits to the paths that start with one of them, such as `("visual.",)`.
+        shardings: by dotted path; None places everything on the default device.
+        progress: called with (bytes restored, bytes in all).
+
+    Raises:
+        CheckpointError: no converted checkpoint, damaged, or of another model than `config`'s.
+    """
+    stored = stored_params(directory)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted: dict[str, jax.ShapeDtypeStruct] = {}
+    for path, shape in canonical_shapes(config).items():
+        if prefixes is not None and not path.startswith(tuple(prefixes)):
+            continue
+        if path not in stored or stored[path].shape != shape:
+            found = list(stored[path].shape) if path in stored else "nothing"
+            raise CheckpointError(
+                f"{_params(directory)} holds {found} for {path}, expected {list(shape)}: "
+                "the config.json is of another model"
+            )
+        kept = stored[path].dtype if dtype is None else np.dtype(dtype)
+        wanted[path] = jax.ShapeDtypeStruct(shape, kept, sharding=shardings[path] if shardings else device)
+    restored: dict[str, jax.Array] = {}
+    total, done = sum(_nbytes(leaf) for leaf in wanted.values()), 0
+    for group in group_by_bytes(wanted.items(), {path: _nbytes(leaf) for path, leaf in wanted.items()}):
+        restored |= _load(directory, group)
+        done += sum(_nbytes(leaf) for leaf in group.values())
+        if progress:
+            progress(done, total)
+    return restored
+
+
+def read_orbax_params(directory: str | Path, paths: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads a converted checkpoint as (dotted path, numpy array) in the order of `paths` (by default, as stored)."""
+    stored = stored_params(directory)
+    wanted = {path: stored[path] for path in (paths if paths is not None else stored)}
+    for group in group_by_bytes(wanted.items(), {path: _nbytes(leaf) for path, leaf in wanted.items()}):
+        # an empty array costs no memory before it is written to: Orbax only looks at its type, shape and dtype
+        loaded = _load(directory, {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in group.items()})
+        for path in list(loaded):
+            yield path, loaded.pop(path)
+
+
+def group_by_bytes[T](items: Iterable[tuple[str, T]], nbytes: Mapping[str, int]) -> Iterator[dict[str, T]]:
+    """Gathers items in order into groups of at most `GROUP_BYTES`; what is larger stands alone."""
+    group: dict[str, T] = {}
+    held = 0
+    for path, item in items:
+        if group and held + nbytes[path] > GROUP_BYTES:
+            yield group
+            group, held = {}, 0
+        group[path] = item
+        del item
+        held += nbytes[path]
+    if group:
+        yield group
+
+
+def _load(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        loaded = dict(_flat(_guarded(directory, lambda: ocp.load(_params(directory), _nested(abstract)))))
+    return {path: loaded[path] for path in abstract}
+
+
+def _guarded[T](directory: str | Path, read: Callable[[], T]) -> T:
+    """Orbax reports damage as many kinds of errors over many lines; here it is one."""
+    try:
+        return read()
+    except MemoryError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CheckpointError(
+            f"{_params(directory)} is incomplete or damaged ({type(error).__name__}: {reason}): convert again"
+        ) from error
+
+
+def _params(directory: str | Path) -> str:
+    return str(Path(directory).absolute() / PARAMS)
+
+
+def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return leaf.size * leaf.dtype.itemsize
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    root: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split(".")
+        node = root
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[last] = leaf
+    return root
+
+
+def _flat(tree: Any, prefix: _Keys = ()) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _flat(value, (*prefix, str(key)))
+    else:
+        yield ".".join(prefix), tree

@@ -1,0 +1,90 @@
+"""Giving a converted checkpoint back as the Hugging Face checkpoint that it was: names, layout, files and bits."""
+
+import json
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.hf_checkpoint import INDEX
+from converters.hf_to_orbax import Progress, copy_companions, new_directory, refuse_existing
+from converters.mapping import current_name, parameters, tied_head
+from converters.orbax_checkpoint import read_format, read_orbax_params, stored_params
+from converters.safetensors_file import CheckpointError, FileWriter
+from deepstack_jax.config import ModelConfig, read_config
+
+
+def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None = None) -> None:
+    """Writes the converted checkpoint `ckpt_dir` as a Hugging Face checkpoint into a new directory `hf_dir`.
+
+    Tensors have the names, the expert layout and the division into files that they were converted from, and the same
+    bits where the conversion kept the dtype. transformers' `from_pretrained` loads the result.
+
+    Raises:
+        CheckpointError: `ckpt_dir` is no converted checkpoint, or is damaged.
+        OSError: `hf_dir` exists or can't be written; nothing is left behind.
+    """
+    ckpt_dir, hf_dir = Path(ckpt_dir), Path(hf_dir).absolute()
+    refuse_existing(hf_dir)
+    config = read_config(ckpt_dir)
+    source = _source(ckpt_dir)
+    stored = stored_params(ckpt_dir)
+    listed = {parameter.path: parameter for parameter in parameters(config, source["expert_layout"])}
+    if missing := [path for path in listed if path not in stored]:
+        raise CheckpointError(f"{ckpt_dir} lacks the parameter {missing[0]}: the config.json is of another model")
+    shapes = {
+        tensor.name: (np.dtype(stored[path].dtype), tensor.shape)
+        for path, parameter in listed.items()
+        for tensor in parameter.tensors
+    }
+    places = _places(source["files"], config)
+    if tied := tied_head(config):  # a head that the source held beside the embedding it equals
+        shapes[tied[0]] = shapes[tied[1]]
+    if unknown := [name for name in shapes if name not in places and name != (tied or "  ")[0]]:
+        raise CheckpointError(f"{ckpt_dir} does not say which file holds {unknown[0]}: convert the checkpoint again")
+    total = sum(prod(shape) * dtype.itemsize for name, (dtype, shape) in shapes.items() if name in places)
+    done = 0
+    with new_directory(hf_dir, total) as directory:
+        with ExitStack() as stack:
+            writers = {
+                file: stack.enter_context(
+                    FileWriter(directory / file, {name: shapes[current_name(name, config)] for name in names})
+                )
+                for file, names in source["files"].items()
+            }
+            for path, values in read_orbax_params(ckpt_dir, list(listed)):
+                for tensor in listed[path].tensors:
+                    part = tensor.take(values)
+                    names = [tensor.name]
+                    if tied and tensor.name == tied[1] and tied[0] in places:
+                        names.append(tied[0])
+                    for name in names:
+                        file, called = places[name]
+                        writers[file].write(called, part)
+                        done += part.nbytes
+                del values
+                if progress:
+                    progress(done, total)
+        if len(source["files"]) > 1:
+            _write_index(directory / INDEX, source["files"], total)
+        copy_companions(ckpt_dir, directory)
+
+
+def _source(ckpt_dir: Path) -> dict[str, Any]:
+    source = read_format(ckpt_dir).get("source")
+    if not isinstance(source, dict) or not isinstance(source.get("files"), dict) or "expert_layout" not in source:
+        raise CheckpointError(f"{ckpt_dir} does not say what it was converted from: convert the checkpoint again")
+    return source
+
+
+def _places(files: dict[str, list[str]], config: ModelConfig) -> dict[str, tuple[str, str]]:
+    """Today's name of each tensor -> the file that holds it and the name it has there."""
+    return {current_name(name, config): (file, name) for file, names in files.items() for name in names}
+
+
+def _write_index(file: Path, files: dict[str, list[str]], total: int) -> None:
+    weight_map = {name: shard for shard, names in files.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    file.write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,3 @@
+from deepstack_jax.cli import main
+
+main()
