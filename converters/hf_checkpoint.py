@@ -46,19 +46,24 @@ class HfCheckpoint:
         """The dtype that the parameter's tensors have on disk."""
         return self.entries[parameter.tensors[0].name].dtype
 
-    def read(self, parameter: Parameter, dtype: DTypeLike | None = None) -> np.ndarray:
-        """Reads one parameter into a new array of its canonical shape, in `dtype` or as it is on disk."""
-        first = parameter.tensors[0]
-        entry = self.entries[first.name]
-        dtype = entry.dtype if dtype is None else np.dtype(dtype)
-        if len(parameter.tensors) == 1 and not first.transposed and dtype == entry.dtype:
-            return read_tensor(entry).reshape(parameter.shape)
-        out = np.empty(parameter.shape, dtype)
+    def read(
+        self, parameter: Parameter, dtype: DTypeLike | None = None, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Reads one parameter into an array of its canonical shape, in `dtype` or as it is on disk.
+
+        `out` is a contiguous array of that shape and dtype to read into; None makes a new one.
+        """
+        entry = self.entries[parameter.tensors[0].name]
+        if out is None:
+            out = np.empty(parameter.shape, entry.dtype if dtype is None else np.dtype(dtype))
         for tensor in parameter.tensors:
+            entry = self.entries[tensor.name]
             if tensor.transposed:
-                _read_transposed(self.entries[tensor.name], out[tensor.index])
+                _read_transposed(entry, out[tensor.index])
+            elif entry.dtype != out.dtype:
+                _read_converted(entry, out.reshape(tensor.shape))
             else:
-                _read_converted(self.entries[tensor.name], out.reshape(tensor.shape))
+                read_tensor(entry, out=out)
         return out
 
 

@@ -23,6 +23,7 @@ from converters.orbax_checkpoint import FORMAT_FILE, FORMAT_VERSION, group_by_by
 from converters.safetensors_file import CheckpointError, holds_non_finite
 
 Progress = Callable[[int, int], None]
+_ALIGNMENT = 64  # of arrays within a buffer, in bytes
 
 # What stands beside the weights: the tokenizer's, the processor's and the generation's files.
 COMPANIONS = (
@@ -146,23 +147,29 @@ def _read_ahead(
     nbytes: dict[str, int],
     progress: Progress | None,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Groups of parameters; the next one is read while the caller works on the last."""
+    """Groups of parameters; the next one is read while the caller works on the last, valid until it asks again."""
 
-    def read(group: dict[str, Parameter]) -> tuple[dict[str, np.ndarray], list[Parameter]]:
-        values = {path: checkpoint.read(parameter, dtype) for path, parameter in group.items()}
+    def read(group: dict[str, Parameter], memory: np.ndarray) -> tuple[dict[str, np.ndarray], list[Parameter]]:
+        values, start = {}, 0
+        for path, parameter in group.items():
+            out = memory[start : start + nbytes[path]].view(dtype or checkpoint.dtype_of(parameter))
+            values[path] = checkpoint.read(parameter, out=out.reshape(parameter.shape))
+            start += -(-nbytes[path] // _ALIGNMENT) * _ALIGNMENT
         return values, [parameter for path, parameter in group.items() if holds_non_finite(values[path])]
 
     total, done = sum(nbytes.values()), 0
     groups = list(group_by_bytes(((p.path, p) for p in checkpoint.parameters), nbytes))
-    reading = reader.submit(read, groups[0])
+    # Two buffers in turn: touching fresh memory for each group would cost as much as writing it.
+    size = max(sum(nbytes[path] + _ALIGNMENT for path in group) for group in groups)
+    buffers = [np.empty(size, np.uint8) for _ in groups[:2]]
+    reading = reader.submit(read, groups[0], buffers[0])
     for i, group in enumerate(groups):
         values, not_finite = reading.result()
         if i + 1 < len(groups):
-            reading = reader.submit(read, groups[i + 1])
+            reading = reader.submit(read, groups[i + 1], buffers[(i + 1) % 2])
         for parameter in not_finite:
             warn_non_finite(checkpoint, parameter)
         yield values
-        values.clear()  # the future still holds the dictionary
         done += sum(nbytes[path] for path in group)
         if progress:
             progress(done, total)

@@ -79,7 +79,7 @@ def forward(
     del mm_token_type_ids
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
     batch = arrange(model.config, input_ids, attention_mask, *visuals)
-    compact = np.asarray(all_logits(model.config, model.text_params, _prompt(model, batch)))
+    compact = np.asarray(all_logits(model.config, model.text_params, prompt_of(model, batch)))
     length = np.shape(input_ids)[-1]
     logits = np.zeros((len(batch.columns), length, compact.shape[-1]), np.float32)
     for row, where in enumerate(batch.columns):
@@ -147,7 +147,7 @@ def generate(
     )
     capacity = _capacity(model, batch, max_new_tokens)
     lap("arrange", None)
-    prompt = _prompt(model, batch)
+    prompt = prompt_of(model, batch)
     lap("encode", prompt.rows)
     state = prefill(model.config, capacity, model.text_params, prompt, sampling)
     lap("prefill", state)
@@ -165,7 +165,7 @@ def stream(model: Model, inputs: dict[str, ArrayLike], *, max_new_tokens: int = 
     batch = arrange(model.config, **arrays)
     sampling = _sampling(model, batch, options.pop("eos_token_id", None), **options)  # pyright: ignore
     capacity = _capacity(model, batch, max_new_tokens)
-    state = prefill(model.config, capacity, model.text_params, _prompt(model, batch), sampling)
+    state = prefill(model.config, capacity, model.text_params, prompt_of(model, batch), sampling)
     ended = np.zeros(len(batch.lengths), bool)
     for made in range(1, max_new_tokens + 1):
         # copies: the state is donated to the next step, and on CPU an array's view is its buffer
@@ -184,7 +184,8 @@ def encode_rows(model: Model, batch: Batch) -> jax.Array | None:
     return encode(model.config, model.vision_params, batch.pixel_values, batch.geometry)
 
 
-def _prompt(model: Model, batch: Batch) -> Prompt:
+def prompt_of(model: Model, batch: Batch) -> Prompt:
+    """What the prefill program takes, the visual rows encoded."""
     rows = encode_rows(model, batch)
     return Prompt(
         batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows

@@ -11,10 +11,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.param import Leaf
 from deepstack_jax.models.qwen3_moe import KVCache, Taps
 from deepstack_jax.models.qwen3_vl_moe import Params, build
 from deepstack_jax.models.vision import PatchGeometry, separate_deepstack_embeds
@@ -26,12 +26,12 @@ from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_se
 class Prompt:
     """Tokens of B rows, padded at the end to T, and what places the visual rows among them (None for text alone)."""
 
-    input_ids: jax.Array | np.ndarray  # int32 [B, T]
-    position_ids: jax.Array | np.ndarray  # int32 [3, B, T]
-    lengths: jax.Array | np.ndarray  # int32 [B]
-    rope_deltas: jax.Array | np.ndarray  # int32 [B]
-    visual_index: jax.Array | np.ndarray | None = None  # int32 [B, T]
-    rows: jax.Array | None = None  # [M, (1+N)*D], what `encode` returned
+    input_ids: Leaf  # int32 [B, T]
+    position_ids: Leaf  # int32 [3, B, T]
+    lengths: Leaf  # int32 [B]
+    rope_deltas: Leaf  # int32 [B]
+    visual_index: Leaf = None  # int32 [B, T]
+    rows: Leaf = None  # [M, (1+N)*D], what `encode` returned
 
 
 @jax.tree_util.register_dataclass
@@ -40,14 +40,14 @@ class DecodeState:
     """Everything that decoding carries from token to token; donated to `decode` and returned by it."""
 
     cache: KVCache
-    tokens: jax.Array  # int32 [B, S]: the answers, filled up with the pad token
-    lengths: jax.Array  # int32 [B]: tokens of each answer, its end token included
-    last: jax.Array  # int32 [B]: the newest token, not yet in the cache
-    slots: jax.Array  # int32 [B]: where `last` goes in the cache
-    rope_deltas: jax.Array  # int32 [B]
-    done: jax.Array  # bool [B]
-    seen: jax.Array  # uint8 [B, V]: bits of sampling.IN_PROMPT and sampling.GENERATED
-    step: jax.Array  # int32 []: tokens made so far
+    tokens: Leaf  # int32 [B, S]: the answers, filled up with the pad token
+    lengths: Leaf  # int32 [B]: tokens of each answer, its end token included
+    last: Leaf  # int32 [B]: the newest token, not yet in the cache
+    slots: Leaf  # int32 [B]: where `last` goes in the cache
+    rope_deltas: Leaf  # int32 [B]
+    done: Leaf  # bool [B]
+    seen: Leaf  # uint8 [B, V]: bits of sampling.IN_PROMPT and sampling.GENERATED
+    step: Leaf  # int32 []: tokens made so far
 
 
 @partial(jax.jit, static_argnums=0)

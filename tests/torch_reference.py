@@ -1,6 +1,5 @@
 """What PyTorch says: transformers' models on the checkpoint directory that the JAX side loads."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,10 @@ def reference_logits(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 
 @torch.no_grad()
-def reference_tokens(model: Any, inputs: dict[str, np.ndarray], max_new_tokens: int = 16) -> np.ndarray:
+def reference_tokens(model: Any, inputs: dict[str, np.ndarray], max_new_tokens: int = 16, **options: Any) -> np.ndarray:
     """Greedy tokens [B, max_new_tokens], no end token. Takes left-padded prompts."""
-    model = copy.copy(model)
-    out = model.generate(
-        **_tensors(model, inputs), max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
-    )
+    options |= {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = model.generate(**_tensors(model, inputs), **options)
     return out[:, inputs["input_ids"].shape[1] :].numpy()
 
 

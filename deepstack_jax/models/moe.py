@@ -46,9 +46,11 @@ class SparseMoE(nnx.Module):
 
     def route(self, hidden: Float[Array, "T D"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"], Float[Array, "T E"]]:
         """(weights, experts, logits) of each token; weights and logits are float32."""
-        # float32 in every dtype: rounding here turns the choice of experts, which no later accuracy can mend
-        weight = self.gate.weight[...].astype(jnp.float32)
-        logits = jnp.einsum("td,ed->te", hidden, weight, precision=jax.lax.Precision.HIGHEST)
+        # Rounding here would turn the choice of experts, which no later accuracy can mend. So a bfloat16 router reads
+        # the hidden states in two bfloat16 parts; a float32 copy of its weights would be kept for all layers at once.
+        coarse = jax.lax.reduce_precision(hidden, exponent_bits=8, mantissa_bits=7)
+        is_float32 = self.gate.weight[...].dtype == jnp.float32
+        logits = self.gate(hidden) if is_float32 else self.gate(coarse) + self.gate(hidden - coarse)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
         if self.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)

@@ -9,6 +9,7 @@ parameters' dtype and accumulates in float32.
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+# A field of a state that passes through programs: an array, or its shape and dtype where one is only compiled.
+Leaf = Any
 Axes = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 

@@ -16,7 +16,7 @@ from deepstack_jax.config import TextConfig
 from deepstack_jax.models.attention import ranged_attention
 from deepstack_jax.models.moe import DenseMLP, SparseMoE
 from deepstack_jax.models.norm import RMSNorm
-from deepstack_jax.models.param import Linear, param
+from deepstack_jax.models.param import Leaf, Linear, param
 from deepstack_jax.models.rope import Rotation, rotate, text_rotation
 from pallas_kernels.deepstack_add import deepstack_add
 
@@ -31,8 +31,8 @@ class KVCache:
     A row's tokens fill slots 0, 1, 2, ... with no gap, whatever padding its prompt came with.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Leaf, ...]
+    values: tuple[Leaf, ...]
 
     @staticmethod
     def empty(config: TextConfig, batch: int, capacity: int, dtype: DTypeLike) -> "KVCache":

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.models.attention import ranged_attention
 from deepstack_jax.models.norm import LayerNorm
-from deepstack_jax.models.param import Linear, param
+from deepstack_jax.models.param import Leaf, Linear, param
 from deepstack_jax.models.qwen3_moe import Taps, _tap
 from deepstack_jax.models.rope import Rotation, patch_rotation, rotate
 
@@ -27,11 +27,11 @@ from deepstack_jax.models.rope import Rotation, patch_rotation, rotate
 class PatchGeometry:
     """Where each of P packed patches stands. Patches of padding have the empty segment [0, 0)."""
 
-    coordinates: jax.Array | np.ndarray  # int32 [P, 2]: row and column in the image
-    position_index: jax.Array | np.ndarray  # int32 [P, 4]: neighbours in the grid of learned position embeddings
-    position_weight: jax.Array | np.ndarray  # float32 [P, 4]: their bilinear weights
-    segment_start: jax.Array | np.ndarray  # int32 [P]
-    segment_stop: jax.Array | np.ndarray  # int32 [P]
+    coordinates: Leaf  # int32 [P, 2]: row and column in the image
+    position_index: Leaf  # int32 [P, 4]: neighbours in the grid of learned position embeddings
+    position_weight: Leaf  # float32 [P, 4]: their bilinear weights
+    segment_start: Leaf  # int32 [P]
+    segment_stop: Leaf  # int32 [P]
 
 
 def patch_geometry(config: VisionConfig, grid_thw: np.ndarray, num_patches: int | None = None) -> PatchGeometry:

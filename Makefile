@@ -1,0 +1,39 @@
+# `make demo` and `make test` set up all they need in .venv; Python 3.12 or later is the only requirement.
+PYTHON ?= $(shell for p in python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+# GPU and TPU machines: make demo EXTRAS=cuda (or tpu)
+EXTRAS ?=
+comma := ,
+PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
+
+.PHONY: demo test test-slow lint types clean
+
+demo: .venv/demo-ready
+	@$(BIN)/deepstack-jax demo
+
+test: .venv/test-ready
+	$(PLATFORM_TESTS) $(BIN)/python -m pytest
+
+lint: .venv/test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/test-ready
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "deepstack-jax needs Python 3.12 or later: install it, or pass PYTHON=/path/to/python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+.venv/demo-ready: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".$(if $(EXTRAS),[$(EXTRAS)])"
+	@touch $@
+
+.venv/test-ready: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable ".[test$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	@touch $@ .venv/demo-ready

@@ -1,0 +1,183 @@
+"""`deepstack-jax verify`: JAX against PyTorch on one checkpoint and one prompt, stage by stage."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+DEFAULT_IMAGE = Path(__file__).parent.parent / "data" / "coffee.jpg"
+TOLERANCE = 2e-5  # of the largest value of a stage, in float32
+
+
+@dataclass
+class Stage:
+    """One row of the table. `error` is relative to the reference's largest value."""
+
+    name: str
+    largest_error: float
+    error: float
+    passed: bool
+
+
+def run(
+    checkpoint: Annotated[Path, typer.Argument(help="Hugging Face directory")],
+    image: Annotated[list[str] | None, typer.Option(help="file, URL or data URI; a photograph by default")] = None,
+    prompt: Annotated[str, typer.Option(help="the question")] = "Describe the picture.",
+    max_new_tokens: Annotated[int, typer.Option(help="greedy tokens to compare")] = 16,
+    expert_layout: Annotated[str | None, typer.Option(help="hf4 or hf5, where it can't be told from the shapes")] = None,
+) -> None:
+    """Compares every stage with transformers in float32: exit code 1 where one differs by more than 2e-5.
+
+    Needs PyTorch (pip install 'deepstack-jax[test]') and memory for the model twice over.
+
+    Example: deepstack-jax verify Qwen3-VL-30B-A3B-Instruct --image coffee.jpg
+    """
+    import jax.numpy as jnp
+    from rich.console import Console
+
+    import deepstack_jax as dsj
+    from deepstack_jax.cli.progress import loading
+
+    with loading(f"loading {checkpoint}") as progress:
+        model = dsj.load(checkpoint, jnp.float32, expert_layout=expert_layout, progress=progress)
+    if image is None:
+        image = [str(DEFAULT_IMAGE)] if model.config.vision else []
+    inputs = dsj.prepare(model, prompt, images=image)
+    stages = list(compare(model, checkpoint, inputs, max_new_tokens))
+    Console().print(_table(checkpoint, inputs, stages))
+    if not all(stage.passed for stage in stages):
+        raise typer.Exit(1)
+
+
+def compare(model: Any, checkpoint: Path, inputs: dict[str, np.ndarray], max_new_tokens: int) -> Iterator[Stage]:
+    """The stages in the order in which a prompt passes them."""
+    reference = _load_torch(checkpoint)
+    expected, expected_tokens = _torch_stages(reference, inputs, max_new_tokens)
+    found, tokens = _jax_stages(model, inputs, max_new_tokens)
+    for name, value in expected.items():
+        error = float(np.abs(found[name] - value).max())
+        relative = error / max(float(np.abs(value).max()), np.finfo(np.float32).tiny)
+        yield Stage(name, error, relative, bool(relative <= TOLERANCE))
+    different = int((tokens != expected_tokens).sum())
+    yield Stage("greedy tokens", different, different / expected_tokens.size, different == 0)
+
+
+def _jax_stages(model: Any, inputs: dict[str, np.ndarray], max_new_tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    import jax
+
+    import deepstack_jax as dsj
+    from deepstack_jax.generation import prompt_of
+    from deepstack_jax.models.qwen3_moe import Taps
+    from deepstack_jax.models.qwen3_vl_moe import build
+    from deepstack_jax.processing.batch import arrange
+    from deepstack_jax.programs import precision_of, run_prompt
+
+    arrays = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
+    batch = arrange(model.config, **arrays)
+    config = model.config
+
+    @jax.jit
+    def stages_of_vision(params: Any, pixel_values: Any, geometry: Any) -> Taps:
+        taps: Taps = {}
+        with precision_of(params):
+            build(config, params).visual(pixel_values, geometry, taps)
+        return taps
+
+    @jax.jit
+    def stages_of_text(params: Any, prompt: Any) -> Taps:
+        taps: Taps = {}
+        with precision_of(params):
+            hidden, _ = run_prompt(config, params, prompt, taps=taps)
+            taps["logits"] = build(config, params).language_model.logits(hidden)
+        return taps
+
+    found: dict[str, np.ndarray] = {}
+    if batch.pixel_values is not None:
+        patches = sum(len(inputs[name]) for name in ("pixel_values", "pixel_values_videos") if name in inputs)
+        unit = config.vision.merge_unit
+        for name, value in stages_of_vision(model.vision_params, batch.pixel_values, batch.geometry).items():
+            found[name] = np.asarray(value)[: patches if name.startswith("blocks") else patches // unit]
+    taps = stages_of_text(model.text_params, prompt_of(model, batch))
+    found |= {name: np.asarray(value)[:, : batch.lengths[0]] for name, value in taps.items()}
+    return found, dsj.generate(model, **inputs, max_new_tokens=max_new_tokens, eos_token_id=[]).tokens
+
+
+def _load_torch(checkpoint: Path) -> Any:
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    except ImportError:
+        raise ValueError("verify needs PyTorch: pip install 'deepstack-jax[test]'") from None
+    from deepstack_jax.config import read_config
+
+    auto = AutoModelForImageTextToText if read_config(checkpoint).vision else AutoModelForCausalLM
+    return auto.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def _torch_stages(
+    model: Any, inputs: dict[str, np.ndarray], max_new_tokens: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Hooks every stage of transformers' model; names are those of our taps."""
+    import torch
+
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            found[name] = (output[0] if isinstance(output, tuple) else output).detach().numpy().copy()
+
+        return hook
+
+    def keep_input(name: str) -> Any:
+        def hook(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            found[name] = (args[0] if args else kwargs["hidden_states"]).detach().numpy().copy()
+
+        return hook
+
+    text = getattr(model.model, "language_model", model.model)
+    # layer i's output with its deepstack level added is what layer i + 1, or the last norm, is given
+    names = ["embeddings", *(f"layers.{i}" for i in range(len(text.layers)))]
+    hooks = [
+        module.register_forward_pre_hook(keep_input(name), with_kwargs=True)
+        for name, module in zip(names, [*text.layers, text.norm], strict=True)
+    ]
+    if "pixel_values" in inputs:
+        visual = model.model.visual
+        hooks += [block.register_forward_hook(keep(f"blocks.{i}")) for i, block in enumerate(visual.blocks)]
+        hooks.append(visual.merger.register_forward_hook(keep("merger")))
+        levels = sorted(range(len(visual.deepstack_merger_list)), key=lambda i: visual.deepstack_visual_indexes[i])
+        for level, which in enumerate(levels):
+            merger = visual.deepstack_merger_list[which]
+            hooks.append(merger.register_forward_hook(keep(f"deepstack.{level}")))
+    tensors = {
+        name: torch.tensor(value, dtype=torch.long if value.dtype.kind == "i" else torch.float32)
+        for name, value in inputs.items()
+    }
+    with torch.no_grad():
+        logits = model(**tensors).logits.numpy()
+        for hook in hooks:
+            hook.remove()
+        tokens = model.generate(
+            **tensors, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    order = ["blocks", "merger", "deepstack", "embeddings", "layers"]
+    found = dict(sorted(found.items(), key=lambda item: order.index(item[0].split(".")[0])))
+    return found | {"logits": logits}, tokens[:, inputs["input_ids"].shape[1] :].numpy()
+
+
+def _table(checkpoint: Path, inputs: dict[str, np.ndarray], stages: list[Stage]) -> Any:
+    from rich.table import Table
+
+    tokens = int(inputs["attention_mask"].sum())
+    table = Table(title=f"{checkpoint.name}: JAX against PyTorch, float32, {tokens} prompt tokens")
+    table.add_column("stage")
+    table.add_column("largest error", justify="right")
+    table.add_column("relative", justify="right")
+    table.add_column("verdict")
+    for stage in stages:
+        verdict = "[green]ok[/green]" if stage.passed else "[red]FAILED[/red]"
+        table.add_row(stage.name, f"{stage.largest_error:.3g}", f"{stage.error:.2g}", verdict)
+    return table

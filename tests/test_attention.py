@@ -1,0 +1,126 @@
+"""ranged_attention against float64 softmax attention, and its memory on the largest images."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepstack_jax.models.attention import BLOCK, ranged_attention
+
+
+def reference(query, key, value, start, stop) -> np.ndarray:
+    """float64, every score at once."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = np.repeat(key, groups, axis=1), np.repeat(value, groups, axis=1)
+    scores = np.einsum("bhtd,bhsd->bhts", query, key) / np.sqrt(query.shape[-1])
+    slots = np.arange(key.shape[2])
+    readable = ((slots >= start[..., None]) & (slots < stop[..., None]))[:, None]
+    scores = np.where(readable, scores, -np.inf)
+    weights = np.exp(scores - np.max(scores, axis=-1, keepdims=True, initial=-1e9))
+    total = weights.sum(-1, keepdims=True)
+    out = np.einsum("bhts,bhsd->bhtd", weights / np.where(total == 0, 1, total), value)
+    return out.swapaxes(1, 2)
+
+
+def arrays(seed: int, batch: int, heads: int, kv_heads: int, length: int, capacity: int, head_dim: int):
+    rng = np.random.default_rng(seed)
+    shapes = (batch, heads, length, head_dim), (batch, kv_heads, capacity, head_dim), (batch, kv_heads, capacity, head_dim)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+
+
+def causal(batch: int, length: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    slots = np.arange(length) + (capacity - length) // 2
+    return np.zeros((batch, length), np.int32), np.broadcast_to(slots + 1, (batch, length)).astype(np.int32)
+
+
+def segments(batch: int, length: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Unequal segments and, at the end, queries that read nothing."""
+    cuts = np.asarray([0, capacity // 7, capacity // 3, capacity - 5])
+    which = np.clip(np.searchsorted(cuts, np.arange(length), side="right") - 1, 0, 3)
+    start = np.broadcast_to(cuts[which], (batch, length))
+    stop = np.broadcast_to(np.append(cuts[1:], cuts[3])[which], (batch, length))
+    return start.astype(np.int32), stop.astype(np.int32)
+
+
+@pytest.mark.parametrize("ranges", [causal, segments])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length", "capacity", "head_dim"),
+    [
+        (2, 6, 2, 9, 13, 20),
+        (1, 3, 3, 200, 200, 72),
+        (2, 4, 1, 33, BLOCK + 1, 8),
+        (1, 4, 2, BLOCK + 3, BLOCK + 3, 12),
+        (1, 2, 1, 2 * BLOCK + 17, 3 * BLOCK - 7, 16),
+        (3, 6, 3, 1, 40, 24),
+        (2, 4, 2, 1, 3 * BLOCK + 5, 16),
+    ],
+)
+def test_equals_float64_attention_within_each_querys_range(ranges, batch, heads, kv_heads, length, capacity, head_dim):
+    query, key, value = arrays(length, batch, heads, kv_heads, length, capacity, head_dim)
+    start, stop = ranges(batch, length, capacity)
+    out = jax.jit(ranged_attention)(query, key, value, start, stop)
+    assert out.dtype == jnp.float32
+    # float32 rounding of sums over up to 1500 keys
+    np.testing.assert_allclose(out, reference(query, key, value, start, stop), atol=3e-6)
+
+
+def test_the_gradient_through_blocks_is_that_of_plain_attention():
+    length = BLOCK + 40
+    query, key, value = arrays(0, 1, 2, 1, length, length, 8)
+    start, stop = segments(1, length, length)
+
+    def plain(query, key, value):
+        key, value = (jnp.repeat(x, 2, axis=1) for x in (key, value))
+        scores = jnp.einsum("bhtd,bhsd->bhts", query, key) / jnp.sqrt(8.0)
+        slots = jnp.arange(length)
+        readable = ((slots >= start[..., None]) & (slots < stop[..., None]))[:, None]
+        weights = jnp.where(readable, jax.nn.softmax(jnp.where(readable, scores, -1e30), axis=-1), 0)
+        return jnp.einsum("bhts,bhsd->bhtd", weights, value).swapaxes(1, 2)
+
+    def loss(attention):
+        return lambda *x: jnp.sum(jnp.sin(attention(*x)))
+
+    expected = jax.grad(loss(plain), argnums=(0, 1, 2))(query, key, value)
+    found = jax.grad(loss(lambda *x: ranged_attention(*x, jnp.asarray(start), jnp.asarray(stop))), argnums=(0, 1, 2))(query, key, value)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+LAYER = """
+import resource, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from deepstack_jax.config import VisionConfig
+from deepstack_jax.models.rope import patch_rotation
+from deepstack_jax.models.vision import VisionBlock, patch_geometry
+
+config = VisionConfig(depth=1, hidden_size=1152, intermediate_size=4304, num_heads=16, out_hidden_size=2048,
+                      num_position_embeddings=2304)
+graphdef, state = nnx.split(VisionBlock(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+geometry = patch_geometry(config, np.asarray([[1, 128, 128]]))
+
+@jax.jit
+def layer(state, hidden, geometry):
+    rotation = patch_rotation(config.rope_theta, config.head_dim, jnp.asarray(geometry.coordinates))
+    bounds = jnp.asarray(geometry.segment_start), jnp.asarray(geometry.segment_stop)
+    return nnx.merge(graphdef, state)(hidden, rotation, *bounds)
+
+hidden = jax.random.normal(jax.random.key(0), (16384, 1152))
+out = layer(state, hidden, geometry)
+assert bool(jnp.isfinite(out).all())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_vision_layer_over_2048_by_2048_pixels_runs_within_4_gib():
+    child = subprocess.run(
+        [sys.executable, "-c", LAYER], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) * 1024 <= 4 * 2**30  # the scores of 16 heads alone would take 16 GiB
