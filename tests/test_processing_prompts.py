@@ -305,7 +305,7 @@ def test_the_tokenizer_is_read_from_the_directory_alone(directory: Path):
     command = [sys.executable, "-c", code, str(directory)]
     root = Path(__file__).parents[1]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root)
-    assert run.stdout == "(1, 31)\n"
+    assert run.stdout == "(1, 21)\n"
 
 
 # ---- bad prompts

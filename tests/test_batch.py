@@ -1,0 +1,67 @@
+"""Arrays that don't fit are refused before any work, in one line that names them."""
+
+import numpy as np
+import pytest
+
+import deepstack_jax as dsj
+from converters.random_checkpoint import tiny_config
+from deepstack_jax.config import parse_config
+from deepstack_jax.models.qwen3_vl_moe import init_params
+from deepstack_jax.processing.batch import arrange, bucket
+from tests.cases import IMAGE, batch_of
+
+CONFIG = parse_config(tiny_config())
+GOOD = batch_of(tiny_config(), [[4, (IMAGE, (1, 4, 6)), 3]])
+GOOD.pop("mm_token_type_ids")
+
+
+def test_buckets_are_few_and_hold_their_length():
+    sizes = {bucket(length) for length in range(1, 5000)}
+    assert sorted(sizes)[:8] == [16, 24, 32, 48, 64, 96, 128, 192]
+    assert len(sizes) == 18
+    assert all(length <= bucket(length) < max(17, 1.5 * length) for length in range(1, 5000))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": np.zeros((1, 0), int), "attention_mask": None}, "empty prompt"),
+        ({"attention_mask": np.zeros_like(GOOD["input_ids"])}, "empty prompt: every row"),
+        ({"input_ids": GOOD["input_ids"].astype(float)}, "input_ids must be integers [B, T], found float64"),
+        ({"input_ids": np.full_like(GOOD["input_ids"], 300)}, "token id 300 is outside the vocabulary of 300"),
+        ({"input_ids": np.full_like(GOOD["input_ids"], -1)}, "token id -1 is outside the vocabulary"),
+        ({"attention_mask": np.ones((1, 3))}, "attention_mask [1, 3] must have the shape of input_ids"),
+        ({"image_grid_thw": None}, "pixel_values and image_grid_thw go together"),
+        ({"pixel_values": GOOD["pixel_values"][:-1]}, "pixel_values [23, 1536] should be [24, 1536]"),
+        ({"image_grid_thw": np.asarray([[1, 3, 8]])}, "height and width must be multiples of 2"),
+        ({"image_grid_thw": np.asarray([[1, 0, 8]])}, "must be positive integers [n, 3]"),
+        ({"input_ids": np.full_like(GOOD["input_ids"], 5)}, "image"),
+        ({"pixel_values": None, "image_grid_thw": None}, "image"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(change: dict, message: str):
+    with pytest.raises(ValueError) as error:
+        arrange(CONFIG, **(GOOD | change))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_model_refuses_pictures():
+    with pytest.raises(ValueError, match="qwen3_moe is a text model: leave images out"):
+        arrange(parse_config(tiny_config("qwen3_moe")), **GOOD)
+
+
+@pytest.mark.parametrize(
+    ("max_new_tokens", "message"),
+    [
+        (0, "max_new_tokens 0 is out of range: expected 1 or more"),
+        (-3, "max_new_tokens -3 is out of range"),
+        (4095, "2 prompt tokens and max_new_tokens 4095 exceed the model's 4096 positions: .* at most 4094"),
+    ],
+)
+def test_max_new_tokens_out_of_range_is_named(max_new_tokens: int, message: str):
+    model = dsj.Model(CONFIG, init_params(CONFIG))
+    with pytest.raises(ValueError, match=message):
+        dsj.generate(model, input_ids=[[1, 2]], max_new_tokens=max_new_tokens)
+    with pytest.raises(ValueError, match=message):
+        next(dsj.stream(model, {"input_ids": [[1, 2]]}, max_new_tokens=max_new_tokens))

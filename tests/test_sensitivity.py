@@ -1,0 +1,63 @@
+"""The parity tests can fail: each well-known mistake moves the logits of their prompts far beyond the tolerance."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import deepstack_jax as dsj
+from converters.random_checkpoint import write_random_checkpoint
+from deepstack_jax.generation import prompt_of
+from deepstack_jax.models.vision import patch_geometry
+from deepstack_jax.processing.batch import Batch, arrange
+from deepstack_jax.programs import Prompt, all_logits, encode
+from tests.cases import CASES
+
+CASE = CASES[0]
+
+
+def drop_deepstack(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
+    width = model.config.text.hidden_size
+    return replace(prompt, rows=prompt.rows.at[:, width:].set(0))
+
+
+def drop_one_level(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
+    width = model.config.text.hidden_size
+    return replace(prompt, rows=prompt.rows.at[:, 2 * width : 3 * width].set(0))
+
+
+def one_dimensional_rope(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
+    positions = np.broadcast_to(np.arange(batch.input_ids.shape[1]), batch.position_ids.shape)
+    return replace(prompt, position_ids=positions.astype(np.int32))
+
+
+def first_grid_for_every_image(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
+    assert model.config.vision is not None
+    grids = CASE.inputs["image_grid_thw"].copy()
+    patches, room = int(grids.prod(axis=1).sum()), len(batch.pixel_values)
+    repeated = np.repeat(grids[:1], -(-patches // int(grids[0].prod())), axis=0)
+    geometry = patch_geometry(model.config.vision, repeated)
+    cut = type(geometry)(*(np.pad(x[:patches], [(0, room - patches)] + [(0, 0)] * (x.ndim - 1)) for x in vars(geometry).values()))
+    return replace(prompt, rows=encode(model.config, model.vision_params, batch.pixel_values, cut))
+
+
+def images_in_the_wrong_order(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
+    count = batch.num_visual_tokens
+    return replace(prompt, visual_index=np.where(batch.visual_index >= 0, count - 1 - batch.visual_index, -1))
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [drop_deepstack, drop_one_level, one_dimensional_rope, first_grid_for_every_image, images_in_the_wrong_order],
+)
+def test_a_well_known_mistake_shows(mistake: Callable, tmp_path):
+    write_random_checkpoint(tmp_path, CASE.config, seed=CASE.seed, tokenizer=False)
+    model = dsj.load(tmp_path, jnp.float32)
+    arrays = {name: value for name, value in CASE.inputs.items() if name != "mm_token_type_ids"}
+    batch = arrange(model.config, **arrays)
+    prompt = prompt_of(model, batch)
+    right = all_logits(model.config, model.text_params, prompt)
+    wrong = all_logits(model.config, model.text_params, mistake(model, batch, prompt))
+    assert jnp.abs(wrong - right)[:2].max() > 1e-2 * jnp.abs(right).max()  # 500 times what parity allows

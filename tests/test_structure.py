@@ -1,0 +1,63 @@
+"""How the packages hang together: dependencies point one way, and nothing at run time needs PyTorch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# What each part may import of this project. Parts that are not named here may import anything.
+ALLOWED = {
+    "pallas_kernels": ("pallas_kernels",),
+    "deepstack_jax/config.py": (),
+    "deepstack_jax/models": ("deepstack_jax.models", "deepstack_jax.config", "pallas_kernels"),
+    "deepstack_jax/processing": ("deepstack_jax.processing", "deepstack_jax.config", "deepstack_jax.models"),
+    "converters": ("converters", "deepstack_jax.config", "deepstack_jax.models"),
+}
+PROJECT = ("deepstack_jax", "pallas_kernels", "converters")
+
+
+def imports_of(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are absolute"
+            found.add(node.module or "")
+    return found
+
+
+def files_of(part: str) -> list[Path]:
+    path = ROOT / part
+    return [path] if path.is_file() else sorted(path.rglob("*.py"))
+
+
+def test_dependencies_point_one_way():
+    for part, allowed in ALLOWED.items():
+        for file in files_of(part):
+            for name in imports_of(file):
+                if name.split(".")[0] in PROJECT:
+                    assert name.startswith(allowed) and allowed, f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_kernels_import_jax_alone():
+    for file in files_of("pallas_kernels"):
+        for name in imports_of(file):
+            root = name.split(".")[0]
+            assert root in ("jax", "pallas_kernels") or root in sys.stdlib_module_names, f"{file.name} imports {name}"
+
+
+def test_nothing_at_run_time_imports_pytorch():
+    for package in PROJECT:
+        for file in files_of(package):
+            if file.name != "verify.py":  # compares with PyTorch: its purpose
+                assert not {"torch", "torchvision"} & {name.split(".")[0] for name in imports_of(file)}, file
+
+
+def test_the_demo_runs_where_pytorch_cannot_be_imported():
+    code = "import sys; sys.modules['torch'] = None; from deepstack_jax.cli import main; main(['demo', '--json'])"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert '"visual_tokens"' in child.stdout
