@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,13 +20,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from converters.mapping import EXPERT_LAYOUTS, Parameter, current_name, hf_tensors, parameters, tied_head
-from converters.safetensors_file import CheckpointError, Entry, holds_non_finite, read_entries, read_tensor
+from converters.safetensors_file import CheckpointError, Entry, FiniteCheck, read_entries, read_tensor
 
 if TYPE_CHECKING:  # deepstack_jax imports this module to load a checkpoint
     from deepstack_jax.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+Inspect = Callable[[np.ndarray], None]
 _AT_ONCE = 1 << 20  # values compared or converted together
 
 
@@ -47,11 +48,16 @@ class HfCheckpoint:
         return self.entries[parameter.tensors[0].name].dtype
 
     def read(
-        self, parameter: Parameter, dtype: DTypeLike | None = None, out: np.ndarray | None = None
+        self,
+        parameter: Parameter,
+        dtype: DTypeLike | None = None,
+        out: np.ndarray | None = None,
+        inspect: Inspect | None = None,
     ) -> np.ndarray:
         """Reads one parameter into an array of its canonical shape, in `dtype` or as it is on disk.
 
-        `out` is a contiguous array of that shape and dtype to read into; None makes a new one.
+        `out` is a contiguous array of that shape and dtype to read into; None makes a new one. `inspect` is called
+        with pieces of the values as they are on disk, in any order.
         """
         entry = self.entries[parameter.tensors[0].name]
         if out is None:
@@ -59,11 +65,11 @@ class HfCheckpoint:
         for tensor in parameter.tensors:
             entry = self.entries[tensor.name]
             if tensor.transposed:
-                _read_transposed(entry, out[tensor.index])
+                _read_transposed(entry, out[tensor.index], inspect)
             elif entry.dtype != out.dtype:
-                _read_converted(entry, out.reshape(tensor.shape))
+                _read_converted(entry, out.reshape(tensor.shape), inspect)
             else:
-                read_tensor(entry, out=out)
+                read_tensor(entry, out=out, inspect=inspect)
         return out
 
 
@@ -117,8 +123,9 @@ def read_params(
     checkpoint = open_checkpoint(hf_dir, config, expert_layout)
     for parameter in checkpoint.parameters:
         if prefixes is None or parameter.path.startswith(tuple(prefixes)):
-            values = checkpoint.read(parameter, dtype)
-            if holds_non_finite(values):
+            check = FiniteCheck()
+            values = checkpoint.read(parameter, dtype, inspect=check)
+            if check.failed:
                 warn_non_finite(checkpoint, parameter)
             yield parameter.path, values
 
@@ -247,22 +254,22 @@ def _check_one_dtype(listed: list[Parameter], entries: dict[str, Entry]) -> None
             )
 
 
-def _read_converted(entry: Entry, out: np.ndarray) -> None:
+def _read_converted(entry: Entry, out: np.ndarray, inspect: Inspect | None) -> None:
     """Reads a tensor into `out` of its shape and another dtype, a few rows at a time."""
     rows = max(1, _AT_ONCE * entry.shape[0] // max(1, out.size))
     for first in range(0, entry.shape[0], rows):
         piece = out[first : first + rows]
-        piece[...] = read_tensor(entry, first, len(piece))
+        piece[...] = read_tensor(entry, first, len(piece), inspect=inspect)
 
 
-def _read_transposed(entry: Entry, out: np.ndarray) -> None:
+def _read_transposed(entry: Entry, out: np.ndarray, inspect: Inspect | None) -> None:
     """Reads a tensor into `out`, whose last two axes are exchanged against it, a matrix at a time."""
     if out.ndim == 2:
-        _transpose(read_tensor(entry), out)
+        _transpose(read_tensor(entry, inspect=inspect), out)
         return
     matrix = np.empty(entry.shape[1:], entry.dtype)
     for i in range(entry.shape[0]):
-        _transpose(read_tensor(entry, i, 1, out=matrix), out[i])
+        _transpose(read_tensor(entry, i, 1, out=matrix, inspect=inspect), out[i])
 
 
 def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:

@@ -19,8 +19,8 @@ from numpy.typing import DTypeLike
 
 from converters.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite
 from converters.mapping import Parameter
-from converters.orbax_checkpoint import FORMAT_FILE, FORMAT_VERSION, group_by_bytes, save_params
-from converters.safetensors_file import CheckpointError, holds_non_finite
+from converters.orbax_checkpoint import FORMAT_FILE, FORMAT_VERSION, GROUP_BYTES, group_by_bytes, save_params
+from converters.safetensors_file import CheckpointError, FiniteCheck
 
 Progress = Callable[[int, int], None]
 _ALIGNMENT = 64  # of arrays within a buffer, in bytes
@@ -150,15 +150,20 @@ def _read_ahead(
     """Groups of parameters; the next one is read while the caller works on the last, valid until it asks again."""
 
     def read(group: dict[str, Parameter], memory: np.ndarray) -> tuple[dict[str, np.ndarray], list[Parameter]]:
-        values, start = {}, 0
+        values, not_finite, start = {}, [], 0
         for path, parameter in group.items():
+            check = FiniteCheck()
             out = memory[start : start + nbytes[path]].view(dtype or checkpoint.dtype_of(parameter))
-            values[path] = checkpoint.read(parameter, out=out.reshape(parameter.shape))
+            values[path] = checkpoint.read(parameter, out=out.reshape(parameter.shape), inspect=check)
+            if check.failed:
+                not_finite.append(parameter)
             start += -(-nbytes[path] // _ALIGNMENT) * _ALIGNMENT
-        return values, [parameter for path, parameter in group.items() if holds_non_finite(values[path])]
+        return values, not_finite
 
     total, done = sum(nbytes.values()), 0
-    groups = list(group_by_bytes(((p.path, p) for p in checkpoint.parameters), nbytes))
+    # groups as large as the largest parameter need no more memory than it does
+    limit = max(GROUP_BYTES, *nbytes.values())
+    groups = list(group_by_bytes(((p.path, p) for p in checkpoint.parameters), nbytes, limit))
     # Two buffers in turn: touching fresh memory for each group would cost as much as writing it.
     size = max(sum(nbytes[path] + _ALIGNMENT for path in group) for group in groups)
     buffers = [np.empty(size, np.uint8) for _ in groups[:2]]

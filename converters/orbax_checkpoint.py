@@ -119,12 +119,14 @@ def read_orbax_params(directory: str | Path, paths: Sequence[str] | None = None)
             yield path, loaded.pop(path)
 
 
-def group_by_bytes[T](items: Iterable[tuple[str, T]], nbytes: Mapping[str, int]) -> Iterator[dict[str, T]]:
-    """Gathers items in order into groups of at most `GROUP_BYTES`; what is larger stands alone."""
+def group_by_bytes[T](
+    items: Iterable[tuple[str, T]], nbytes: Mapping[str, int], limit: int = GROUP_BYTES
+) -> Iterator[dict[str, T]]:
+    """Gathers items in order into groups of at most `limit` bytes; what is larger stands alone."""
     group: dict[str, T] = {}
     held = 0
     for path, item in items:
-        if group and held + nbytes[path] > GROUP_BYTES:
+        if group and held + nbytes[path] > limit:
             yield group
             group, held = {}, 0
         group[path] = item

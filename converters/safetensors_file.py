@@ -6,7 +6,7 @@ Plain reads are used in place of a memory map, whose pages would count as this p
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_PIECE = 1 << 18  # bytes looked at together, so that they stay in the processor's cache
+_PIECE = 1 << 18  # bytes read and looked at together, so that they stay in the processor's cache
 _LONGEST_HEADER = 100 << 20  # as the safetensors library has it
 
 
@@ -84,36 +84,55 @@ def _entry(file: Path, name: str, value: Any, data: int, size: int) -> Entry:
     return entry
 
 
-def read_tensor(entry: Entry, first: int = 0, count: int | None = None, out: np.ndarray | None = None) -> np.ndarray:
+def read_tensor(
+    entry: Entry,
+    first: int = 0,
+    count: int | None = None,
+    out: np.ndarray | None = None,
+    inspect: Callable[[np.ndarray], None] | None = None,
+) -> np.ndarray:
     """Reads a tensor, or `count` rows of its first axis from row `first`, into a new array or into `out`.
 
-    `out` is a contiguous array of as many bytes, whose shape is kept.
+    `out` is a contiguous array of as many bytes, whose shape is kept. `inspect` is called with each piece of values as
+    it arrives, while the processor's cache holds it.
     """
     row = prod(entry.shape[1:]) * entry.dtype.itemsize
     if out is None:
         out = np.empty(entry.shape if count is None else (count, *entry.shape[1:]), entry.dtype)
-    buffer = memoryview(out.reshape(-1).view(np.uint8))
-    position, done = entry.offset + first * row, 0
+    values = out.reshape(-1)
+    buffer = memoryview(values.view(np.uint8))
+    position = entry.offset + first * row
     with entry.file.open("rb", buffering=0) as stream:
-        while done < len(buffer):
-            got = os.preadv(stream.fileno(), [buffer[done:]], position + done)
-            if not got:
-                raise CheckpointError(f"{entry.file} ended while tensor {entry.name} was read: it changed meanwhile")
-            done += got
+        for start in range(0, len(buffer), _PIECE):
+            done, end = start, min(start + _PIECE, len(buffer))
+            while done < end:
+                got = os.preadv(stream.fileno(), [buffer[done:end]], position + done)
+                if not got:
+                    raise CheckpointError(
+                        f"{entry.file} ended while tensor {entry.name} was read: it changed meanwhile"
+                    )
+                done += got
+            if inspect:
+                inspect(values[start // entry.dtype.itemsize : end // entry.dtype.itemsize])
     return out
 
 
-def holds_non_finite(values: np.ndarray) -> bool:
-    """Whether a contiguous float32, float16 or bfloat16 array holds NaN or infinity: all bits of an exponent set."""
-    bits = np.dtype(f"u{values.itemsize}")
-    infinity = np.array(np.inf, values.dtype).view(bits) << bits.type(1)
-    flat = values.reshape(-1).view(bits)
-    shifted = np.empty(min(_PIECE // bits.itemsize, flat.size), bits)
-    for start in range(0, flat.size, shifted.size or 1):
-        piece = flat[start : start + shifted.size]
-        if np.left_shift(piece, 1, out=shifted[: piece.size]).max() >= infinity:
-            return True
-    return False
+class FiniteCheck:
+    """Watches float32, float16 and bfloat16 values for NaN and infinity: all bits of the exponent set."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._shifted = np.empty(_PIECE, np.uint8)
+
+    def __call__(self, values: np.ndarray) -> None:
+        """Looks at a contiguous array of any length; `failed` stays true once set."""
+        bits = np.dtype(f"u{values.itemsize}")
+        infinity = np.array(np.inf, values.dtype).view(bits) << bits.type(1)
+        flat, room = values.reshape(-1).view(bits), self._shifted.view(bits)
+        for start in range(0, flat.size, room.size):
+            piece = flat[start : start + room.size]
+            shifted = np.left_shift(piece, 1, out=room[: piece.size])
+            self.failed = self.failed or bool(shifted.max() >= infinity)
 
 
 class FileWriter:

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import typer
 
-COMMANDS = ("verify", "generate")
+COMMANDS = ("verify", "generate", "demo")
 
 app = typer.Typer(
     name="deepstack-jax",

@@ -78,24 +78,25 @@ def is_raw_prompt(text: str) -> bool:
     return any(token in text for token in ("<|im_start|>", IMAGE_TOKEN, VIDEO_TOKEN))
 
 
-def render(messages: Sequence[Message], tokenizer: Any, template: str | None, text_only: bool) -> str:
+def render(messages: Sequence[Message], tokenizer: Any, template: str | None) -> str:
     """The prompt's text, up to where the assistant's answer starts.
 
     Args:
         messages: from `parse_messages`.
         tokenizer: renders `template`, or its own template when that is None.
         template: the checkpoint's chat template; with none at all, Qwen3-VL's conversation format is written.
-        text_only: templates of text models read str contents alone.
     """
-    if text_only:
-        messages = [{**message, "content": _text_of(message["content"])} for message in messages]
     if template is None and not tokenizer.chat_template:
         return _render_qwen(messages)
+    source: str = template or tokenizer.get_chat_template()
+    if "image" not in source:
+        # templates of text models read contents that are one str, and drop lists without a word
+        messages = [{**message, "content": _render_content(message["content"])} for message in messages]
     try:
         return tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=True
+            list(messages), chat_template=source, tokenize=False, add_generation_prompt=True
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise PromptError(f"the checkpoint's chat template refuses the messages: {error}") from None
 
 

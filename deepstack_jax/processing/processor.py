@@ -175,7 +175,7 @@ class Processor:
         messages, media = parse_messages(prompt)
         if media:
             self._vision  # noqa: B018  refuses before rendering
-        text = render(messages, self.tokenizer, self.chat_template, text_only=self.config.vision is None)
+        text = render(messages, self.tokenizer, self.chat_template)
         found = _placeholders(text)
         for kind in ("image", "video"):
             asked = sum(m.kind == kind for m in media)
@@ -254,7 +254,7 @@ class Processor:
         if self.config.vision:
             kinds[input_ids == self.config.image_token_id] = 1
             kinds[input_ids == self.config.video_token_id] = 2
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "mm_token_type_ids": kinds * attention_mask}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "mm_token_type_ids": kinds}
 
     def _check_visual_tokens(self) -> None:
         expected = {IMAGE_TOKEN: self.config.image_token_id, VIDEO_TOKEN: self.config.video_token_id}

@@ -1,0 +1,91 @@
+"""`deepstack-jax inspect`: what a checkpoint holds."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import typer
+
+from deepstack_jax.config import ModelConfig
+
+
+class _Leaf(NamedTuple):
+    path: str
+    size: int
+    dtype: str
+    nbytes: int
+
+
+def run(
+    checkpoint: Annotated[Path, typer.Argument(help="directory made by convert, or a Hugging Face directory")],
+    expert_layout: Annotated[
+        Literal["hf4", "hf5"] | None,
+        typer.Option(help="order of a Hugging Face checkpoint's expert weights where shapes can't tell"),
+    ] = None,
+) -> None:
+    """Prints a checkpoint's configuration, parameters and bytes, reading no weights.
+
+    Example: deepstack-jax inspect ckpt
+    """
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    from converters.mapping import group_of
+    from deepstack_jax.config import read_config
+
+    jax.config.update("jax_platforms", "cpu")  # looking needs no accelerator
+    config = read_config(checkpoint)
+    kind, leaves = _leaves(checkpoint, config, expert_layout)
+    table = Table("group", "tensors", "parameters", "dtype", "bytes", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    groups: dict[str, list[_Leaf]] = {}
+    for leaf in leaves:
+        groups.setdefault(group_of(leaf.path), []).append(leaf)
+    for name, members in [*groups.items(), ("all", leaves)]:
+        dtypes = "/".join(sorted({leaf.dtype for leaf in members}))
+        size, nbytes = sum(leaf.size for leaf in members), sum(leaf.nbytes for leaf in members)
+        table.add_row(name, str(len(members)), f"{size:,}", dtypes, f"{nbytes:,}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"{checkpoint}: {kind}")
+    for line in _summary(config):
+        console.print(line)
+    console.print(table)
+
+
+def _leaves(checkpoint: Path, config: ModelConfig, expert_layout: str | None) -> tuple[str, list[_Leaf]]:
+    from converters.hf_checkpoint import open_checkpoint
+    from converters.orbax_checkpoint import FORMAT_FILE, read_format, stored_params
+
+    if (checkpoint / FORMAT_FILE).exists():
+        stored = stored_params(checkpoint)
+        source = read_format(checkpoint).get("source", {})
+        kind = f"converted, from expert layout {source.get('expert_layout')} in {len(source.get('files', ()))} files"
+        leaves = [_Leaf(p, leaf.size, leaf.dtype.name, leaf.size * leaf.dtype.itemsize) for p, leaf in stored.items()]
+        return kind, leaves
+    found = open_checkpoint(checkpoint, config, expert_layout)
+    kind = f"Hugging Face, expert layout {found.expert_layout} in {len(found.files)} files"
+    dtypes = {parameter.path: found.dtype_of(parameter) for parameter in found.parameters}
+    leaves = [_Leaf(p.path, p.size, dtypes[p.path].name, p.size * dtypes[p.path].itemsize) for p in found.parameters]
+    return kind, leaves
+
+
+def _summary(config: ModelConfig) -> Iterator[str]:
+    text, vision = config.text, config.vision
+    yield (
+        f"{config.model_type}: {text.num_hidden_layers} layers of {text.hidden_size}, {text.num_attention_heads} heads "
+        f"of {text.head_dim} over {text.num_key_value_heads}, vocabulary {text.vocab_size}"
+        f"{', embeddings tied' if text.tie_word_embeddings else ''}"
+    )
+    if sparse := sum(text.sparse_layers):
+        yield (
+            f"experts: {text.num_experts} of width {text.moe_intermediate_size}, {text.num_experts_per_tok} a token, "
+            f"in {sparse} layers"
+        )
+    if vision:
+        taps = ", ".join(str(i) for i in vision.deepstack_visual_indexes) or "none"
+        yield (
+            f"vision: {vision.depth} blocks of {vision.hidden_size}, {vision.num_heads} heads of {vision.head_dim}, "
+            f"patches of {vision.patch_size}, deepstack taps {taps}"
+        )
