@@ -105,7 +105,7 @@ def main() -> None:
             shutil.rmtree(folder, ignore_errors=True)
     copy, convert, ratio = (statistics.median(r[key] for r in rounds) for key in ("copy", "convert", "ratio"))
     peak = max(r["peak"] for r in rounds)
-    print(f"\n| | copy with fsync | convert | ratio (bound {RATIO_BOUND}) | peak memory (bound {bound / 2**30:.2f} GiB) |")
+    print(f"\n| | copy with fsync | convert | ratio (bound {RATIO_BOUND}) | peak (bound {bound / 2**30:.2f} GiB) |")
     print("|---|---|---|---|---|")
     print(f"| {options.expert_layout} | {copy:.2f} s | {convert:.2f} s | {ratio:.2f} | {peak / 2**30:.2f} GiB |")
     print(f"| GB/s | {nbytes / copy / 1e9:.2f} | {nbytes / convert / 1e9:.2f} | | |")

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,14 @@ from numpy.typing import DTypeLike
 
 from converters.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite
 from converters.mapping import Parameter
-from converters.orbax_checkpoint import FORMAT_FILE, FORMAT_VERSION, GROUP_BYTES, group_by_bytes, save_params
+from converters.orbax_checkpoint import (
+    FORMAT_FILE,
+    FORMAT_VERSION,
+    GROUP_BYTES,
+    file_sizes,
+    group_by_bytes,
+    save_params,
+)
 from converters.safetensors_file import CheckpointError, FiniteCheck
 
 Progress = Callable[[int, int], None]
@@ -76,7 +83,8 @@ def convert(
         copy_companions(hf_dir, directory)
         if kept is not None:
             set_config_dtype(directory / "config.json", kept.name)
-        (directory / FORMAT_FILE).write_text(json.dumps(_description(checkpoint, kept), indent=1) + "\n")
+        description = {**_description(checkpoint, kept), "params": file_sizes(directory)}
+        (directory / FORMAT_FILE).write_text(json.dumps(description, indent=1) + "\n")
 
 
 def refuse_existing(directory: Path) -> None:
@@ -109,9 +117,7 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
             try:
                 yield directory
                 _sync(directory)
-            except CheckpointError:
-                raise
-            except Exception as error:
+            except (OSError, OrbaxError) as error:
                 raise _as_disk_error(error, target, nbytes) from error
             os.rename(directory, target)
             _sync_one(target.parent)
@@ -190,18 +196,13 @@ def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, 
     return {"format_version": FORMAT_VERSION, "dtype": dtype.name if dtype else kinds[-1], "source": source}
 
 
-def _as_disk_error(error: Exception, target: Path, nbytes: int) -> Exception:
-    """Orbax wraps what the system said: find a full disk behind it."""
-    text = f"{error} {error.__cause__ or ''} {error.__context__ or ''}"
-    if any(sign in text for sign in ("No space left", "ENOSPC", "Disk quota", "File too large")):
-        free = 0
-        with suppress(OSError):
-            free = shutil.disk_usage(target.parent).free
-        return _no_room(target, nbytes, free)
+def _as_disk_error(error: OSError | OrbaxError, target: Path, nbytes: int) -> OSError:
+    """Finds a full disk behind what the system or Orbax said."""
+    if any(sign in str(error) for sign in ("No space left", "Disk quota exceeded", "File too large")):
+        return _no_room(target, nbytes, shutil.disk_usage(target.parent).free)
     if isinstance(error, OSError):
         return error
-    reason = (str(error).strip().splitlines() or [""])[0][:200]
-    return OSError(f"{target} could not be written ({type(error).__name__}: {reason})")
+    return OSError(f"{target} could not be written ({error.first_line})")
 
 
 def _no_room(target: Path, nbytes: int, free: int) -> OSError:

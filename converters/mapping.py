@@ -116,7 +116,7 @@ def group_of(path: str) -> str:
     groups = (
         ("visual.deepstack_merger_list.", "deepstack mergers"),
         ("visual.merger.", "vision merger"),
-        ("visual.", "vision blocks"),
+        ("visual.", "vision encoder"),
         ("embed_tokens.", "embeddings"),
         ("lm_head.", "language head"),
         (".self_attn.", "attention"),

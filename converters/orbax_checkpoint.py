@@ -4,8 +4,12 @@ The tree's keys are the parameters' dotted paths, split at the dots. Arrays are 
 without compression: random-looking weights compress by a few percent and at a third of a disk's speed.
 """
 
+import gc
 import json
+import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,14 @@ PARAMS = "params"
 FORMAT_VERSION = 1
 GROUP_BYTES = 256 << 20  # small arrays go through Orbax together: a call costs a twentieth of a second
 _Keys = tuple[str, ...]
+
+
+class OrbaxError(RuntimeError):
+    """What Orbax said, in as many lines as it liked."""
+
+    @property
+    def first_line(self) -> str:
+        return str(self).strip().splitlines()[0][:200]
 
 
 def read_format(directory: str | Path) -> dict[str, Any]:
@@ -44,23 +56,48 @@ def read_format(directory: str | Path) -> dict[str, Any]:
     return found
 
 
+def check_files(directory: str | Path) -> None:
+    """Checks that every file of `directory/params` has the length it was written with; raises `CheckpointError`."""
+    root = Path(directory) / PARAMS
+    for name, expected in read_format(directory).get("params", {}).items():
+        file = root / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size} bytes, expected {expected}"
+            raise CheckpointError(f"{file} {found}: the checkpoint is incomplete or damaged, convert again")
+
+
+def file_sizes(directory: Path) -> dict[str, int]:
+    """Length of every file of `directory/params`, by its path below there: what `check_files` looks for."""
+    root = directory / PARAMS
+    return {str(file.relative_to(root)): file.stat().st_size for file in sorted(root.rglob("*")) if file.is_file()}
+
+
 def save_params(directory: Path, groups: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Writes `directory/params` from groups of (dotted path -> array); one group is in memory at a time, uncopied."""
+    """Writes `directory/params` from groups of (dotted path -> array), without copying them.
+
+    Orbax is done with a group when the next one is asked for. Raises `OrbaxError` where writing fails.
+    """
     context = ocp.Context()
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False  # nobody writes to the arrays meanwhile
     with context:
         for group in groups:
-            ocp.partial.save(_params(directory), _nested(group))
-            del group
-        ocp.partial.finalize(_params(directory))
+            tree = _nested(group)
+            _call(lambda: ocp.partial.save(_params(directory), tree))  # noqa: B023 (called at once)
+            del group, tree
+        _call(lambda: ocp.partial.finalize(_params(directory)))
 
 
 def stored_params(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter that `directory/params` holds, by dotted path."""
-    read_format(directory)
-    tree = _guarded(directory, lambda: ocp.metadata(_params(directory)).metadata)
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree)}
+    check_files(directory)
+
+    def read() -> dict[str, jax.ShapeDtypeStruct]:
+        tree = ocp.metadata(_params(directory)).metadata
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree)}
+
+    return _guarded(directory, read)
 
 
 def restore_params(
@@ -145,16 +182,47 @@ def _load(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _guarded[T](directory: str | Path, read: Callable[[], T]) -> T:
-    """Orbax reports damage as many kinds of errors over many lines; here it is one."""
+    """What `read` returns; its errors tell which checkpoint to convert again."""
     try:
-        return read()
-    except MemoryError:
-        raise
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise CheckpointError(
-            f"{_params(directory)} is incomplete or damaged ({type(error).__name__}: {reason}): convert again"
-        ) from error
+        return _call(read)
+    except OrbaxError as error:
+        message = f"{_params(directory)} is incomplete or damaged ({error.first_line}): convert again"
+        raise CheckpointError(message) from None
+
+
+def _call[T](function: Callable[[], T]) -> T:
+    """What `function` returns; turns Orbax's many kinds of errors into one and says nothing on stderr."""
+    with _quiet():
+        try:
+            return function()
+        except MemoryError:
+            raise
+        except Exception as error:
+            failure = OrbaxError(f"{type(error).__name__}: {error}")
+        gc.collect()  # arrays that failed beside it complain when they are collected: here, where nobody hears it
+    raise failure
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what fails inside Orbax from being told twice: as an error here, and with tracebacks on stderr."""
+    loggers, before = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
+    disabled = [logger.disabled for logger in loggers]
+
+    def ignore_late(late: Any) -> None:
+        # told by arrays written beside a failed one, whenever they are done
+        if str(late.exc_value) != "Event loop is closed":
+            before(late)
+
+    for logger in loggers:
+        logger.disabled = True
+    if before.__name__ != ignore_late.__name__:
+        sys.unraisablehook = ignore_late
+    try:
+        yield
+    finally:
+        for logger, value in zip(loggers, disabled, strict=True):
+            logger.disabled = value
 
 
 def _params(directory: str | Path) -> str:

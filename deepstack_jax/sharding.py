@@ -5,6 +5,7 @@ replicated; a dimension that it doesn't divide is replicated too. XLA adds the c
 """
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepstack_jax.config import ModelConfig
@@ -27,7 +28,7 @@ RULES: dict[str, str | None] = {
 def make_mesh(num_devices: int | None = None) -> Mesh:
     """A mesh over the first `num_devices` devices (all by default) with the one axis "tensor"."""
     devices = jax.devices()[:num_devices]
-    return jax.make_mesh((len(devices),), ("tensor",), devices=devices)
+    return Mesh(np.asarray(devices), ("tensor",))
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -37,6 +38,8 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]
         ValueError: a logical axis without a rule, or two dimensions of one parameter on the same mesh axis.
     """
     shapes = abstract_params(config)
+    # XLA places what lies between the parameters: axes of type Auto, whatever the caller's mesh says
+    mesh = Mesh(mesh.devices, mesh.axis_names)
     return {
         path: NamedSharding(mesh, _partition(path, axes, shapes[path].shape, mesh))
         for path, axes in logical_axes(config).items()

@@ -95,6 +95,7 @@ def _walk(folder: Path, image: str, prompt: str, max_new_tokens: int, seed: int)
 
 def _print(shown: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -107,7 +108,7 @@ def _print(shown: dict[str, Any]) -> None:
         table.add_row(stage["stage"], f"{stage['seconds'] * 1e3:,.0f} ms", stage["result"])
     console.print(table)
     console.print("\n[bold]tokens[/bold]", *shown["tokens"])
-    console.print("[bold]text[/bold]  ", repr(shown["text"]), markup=False)
+    console.print("[bold]text[/bold]  ", escape(repr(shown["text"])))
     console.print("\nThe weights are random, so is the answer. With a real checkpoint:", style="dim")
     console.print("  deepstack-jax convert HF_DIR CKPT_DIR", style="dim")
     console.print("  deepstack-jax generate CKPT_DIR --image photo.jpg --prompt 'What is this?'", style="dim")

@@ -56,14 +56,16 @@ def run(
 
 def _leaves(checkpoint: Path, config: ModelConfig, expert_layout: str | None) -> tuple[str, list[_Leaf]]:
     from converters.hf_checkpoint import open_checkpoint
+    from converters.mapping import canonical_shapes
     from converters.orbax_checkpoint import FORMAT_FILE, read_format, stored_params
 
     if (checkpoint / FORMAT_FILE).exists():
         stored = stored_params(checkpoint)
         source = read_format(checkpoint).get("source", {})
         kind = f"converted, from expert layout {source.get('expert_layout')} in {len(source.get('files', ()))} files"
+        order = {path: i for i, path in enumerate(canonical_shapes(config))}
         leaves = [_Leaf(p, leaf.size, leaf.dtype.name, leaf.size * leaf.dtype.itemsize) for p, leaf in stored.items()]
-        return kind, leaves
+        return kind, sorted(leaves, key=lambda leaf: order.get(leaf.path, len(order)))
     found = open_checkpoint(checkpoint, config, expert_layout)
     kind = f"Hugging Face, expert layout {found.expert_layout} in {len(found.files)} files"
     dtypes = {parameter.path: found.dtype_of(parameter) for parameter in found.parameters}

@@ -111,8 +111,11 @@ def _load_torch(checkpoint: Path) -> Any:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     except ImportError:
         raise ValueError("verify needs PyTorch: pip install 'deepstack-jax[test]'") from None
+    from transformers.utils import logging
+
     from deepstack_jax.config import read_config
 
+    logging.disable_progress_bar()
     auto = AutoModelForImageTextToText if read_config(checkpoint).vision else AutoModelForCausalLM
     return auto.from_pretrained(checkpoint, dtype=torch.float32).eval()
 

@@ -1,0 +1,134 @@
+"""The command line as a person uses it: a child process, its output and its exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import deepstack_jax as dsj
+from converters.random_checkpoint import tiny_config, write_random_checkpoint
+
+PHOTO = Path(__file__).parent / "data" / "chelsea.jpg"
+COMMANDS = ("convert", "export", "verify", "inspect", "generate", "demo")
+
+
+def deepstack(*args: object) -> subprocess.CompletedProcess[str]:
+    """Runs `deepstack-jax` with these arguments."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "deepstack_jax", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hf/ and ckpt/, what convert made of it."""
+    path = tmp_path_factory.mktemp("cli")
+    write_random_checkpoint(path / "hf", tiny_config(), seed=2)
+    done = deepstack("convert", path / "hf", path / "ckpt")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(command: str):
+    done = deepstack(command, "--help")
+    assert done.returncode == 0
+    assert f"Example: deepstack-jax {command}" in done.stdout
+
+
+def test_generate_prints_what_the_library_answers(folder: Path):
+    options = ["--prompt", "Who is this?", "--image", PHOTO, "--max-new-tokens", 12]
+    done = deepstack("generate", folder / "ckpt", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert set(answer) == {"text", "token_ids", "prompt_tokens", "timings"}
+
+    model = dsj.load(folder / "ckpt")
+    inputs = dsj.prepare(model, "Who is this?", images=[PHOTO])
+    out = dsj.generate(model, **inputs, max_new_tokens=12)
+    assert answer["token_ids"] == out.tokens[0, : out.lengths[0]].tolist()
+    assert answer["text"] == dsj.decode(model, out)[0]
+    assert answer["prompt_tokens"] == np.count_nonzero(inputs["attention_mask"])
+    assert {"load", "prepare", "encode", "prefill", "decode"} <= set(answer["timings"])
+
+    streamed = deepstack("generate", folder / "ckpt", *options)
+    assert streamed.stdout == answer["text"] + "\n"
+
+
+def test_export_gives_back_the_files_that_were_converted(folder: Path):
+    done = deepstack("export", folder / "ckpt", folder / "back")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "back" / "model.safetensors").read_bytes()[-4096:] == (folder / "hf" / "model.safetensors").read_bytes()[-4096:]
+
+
+def test_inspect_counts_every_parameter(folder: Path):
+    done = deepstack("inspect", folder / "ckpt")
+    assert done.returncode == 0, done.stderr
+    values = sum(array.size for array in dsj.load(folder / "ckpt").params.values())
+    assert f"{values:,}" in done.stdout or str(values) in done.stdout
+
+
+def test_verify_passes_a_sound_checkpoint_and_fails_one_that_is_read_differently(folder: Path):
+    done = deepstack("verify", folder / "hf", "--image", PHOTO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in ("blocks.4", "merger", "deepstack.2", "embeddings", "layers.3", "logits", "greedy tokens"):
+        assert stage in done.stdout
+
+    # Where 2F == D transformers 5 takes gate_up to be in its own order, which in this checkpoint is wrong. Both sides
+    # load without an error: only the numbers tell.
+    square = tiny_config(text_config={"moe_intermediate_size": 32})
+    write_random_checkpoint(folder / "square", square, expert_layout="hf4")
+    wrong = deepstack("verify", folder / "square", "--image", PHOTO, "--expert-layout", "hf4")
+    assert wrong.returncode == 1
+    verdicts = {line.split("│")[1].strip(): "FAILED" in line for line in wrong.stdout.splitlines() if "│" in line}
+    assert not verdicts["blocks.0"]
+    assert not verdicts["embeddings"]
+    assert verdicts["layers.0"]
+    assert verdicts["logits"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["generate"], 2, "Missing argument"),
+        (["generate", "CKPT", "--prompt", "x", "--top-p", "much"], 2, "Invalid value for '--top-p'"),
+        (["sing"], 2, "No such command"),
+        (["generate", "nowhere", "--prompt", "x"], 1, "error: no config.json in nowhere"),
+        (["generate", "CKPT", "--prompt", ""], 1, "error: empty prompt"),
+        (["generate", "CKPT", "--prompt", "x", "--image", "none.jpg"], 1, "error: no file none.jpg"),
+        (["generate", "CKPT", "--prompt", "x", "--image", __file__], 1, "error: "),
+        (["generate", "CKPT", "--prompt", "x", "--max-new-tokens", "0"], 1, "error: max_new_tokens 0 is out of range"),
+        (["generate", "CKPT", "--prompt", "x", "--top-p", "1.5"], 1, "error: top_p 1.5 is out of range"),
+        (["generate", "CKPT", "--prompt", "x", "--dtype", "int8"], 1, "error: dtype 'int8' is not supported"),
+        (["convert", "HF", "CKPT"], 1, "error: "),
+        (["export", "HF", "nowhere"], 1, "error: "),
+        (["inspect", "nowhere"], 1, "error: "),
+    ],
+)
+def test_failures_end_with_one_clear_line(folder: Path, args: list[str], code: int, message: str):
+    places = {"CKPT": str(folder / "ckpt"), "HF": str(folder / "hf")}
+    done = deepstack(*(places.get(arg, arg) for arg in args))
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if code == 1:
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback():
+    done = deepstack("generate", "nowhere", "--prompt", "x", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "no config.json in nowhere" in done.stderr
+
+
+def test_demo_prints_one_json_object():
+    done = deepstack("demo", "--json", "--image", PHOTO, "--max-new-tokens", 5)
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert len(shown["tokens"]) == 5
+    assert {"make", "convert", "load", "prepare", "encode", "prefill", "decode"} <= {s["stage"] for s in shown["stages"]}
