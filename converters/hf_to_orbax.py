@@ -23,6 +23,7 @@ from converters.orbax_checkpoint import (
     FORMAT_FILE,
     FORMAT_VERSION,
     GROUP_BYTES,
+    OrbaxError,
     file_sizes,
     group_by_bytes,
     save_params,

@@ -200,7 +200,7 @@ def _call[T](function: Callable[[], T]) -> T:
         except Exception as error:
             failure = OrbaxError(f"{type(error).__name__}: {error}")
         gc.collect()  # arrays that failed beside it complain when they are collected: here, where nobody hears it
-    raise failure
+        raise failure
 
 
 @contextmanager
@@ -210,16 +210,16 @@ def _quiet() -> Iterator[None]:
     disabled = [logger.disabled for logger in loggers]
 
     def ignore_late(late: Any) -> None:
-        # told by arrays written beside a failed one, whenever they are done
         if str(late.exc_value) != "Event loop is closed":
             before(late)
 
     for logger in loggers:
         logger.disabled = True
-    if before.__name__ != ignore_late.__name__:
-        sys.unraisablehook = ignore_late
+    sys.unraisablehook = ignore_late
     try:
         yield
+        # left in place after a failure: arrays written beside the failed one report to a loop that is gone by then
+        sys.unraisablehook = before
     finally:
         for logger, value in zip(loggers, disabled, strict=True):
             logger.disabled = value

@@ -74,7 +74,7 @@ def load(
         progress: called with (bytes read, bytes in all).
 
     Raises:
-        ValueError: a directory that isn't a checkpoint of the four families, or is damaged; one line says what and where.
+        ValueError: a directory that is no checkpoint of the four families, or is damaged; one line says what and where.
     """
     path = Path(path)
     config = read_config(path)

@@ -125,7 +125,9 @@ def read_config(path: str | Path) -> ModelConfig:
     try:
         raw = json.loads(file.read_text())
     except FileNotFoundError:
-        raise ConfigError(f"no config.json in {path}: give the directory of a Hugging Face or converted checkpoint") from None
+        raise ConfigError(
+            f"no config.json in {path}: give the directory of a Hugging Face or converted checkpoint"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not valid JSON ({error}): download it again") from None
     if not isinstance(raw, dict):
@@ -152,8 +154,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
             f"vision_config.out_hidden_size {vision.out_hidden_size} differs from text_config.hidden_size "
             f"{text.hidden_size}: visual rows would not fit the text model"
         )
-    tokens = {name: raw[name] for name in ModelConfig.__dataclass_fields__ if name in raw and name.endswith("_token_id")}
-    tokens.pop("pad_token_id", None)
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return ModelConfig(
         model_type=model_type,
         text=text,
@@ -162,7 +163,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         pad_token_id=_first(raw.get("pad_token_id"), text_raw.get("pad_token_id")),
         dtype=_first(raw.get("dtype"), raw.get("torch_dtype"), text_raw.get("dtype"), text_raw.get("torch_dtype")),
         raw=raw,
-        **tokens,
+        **{name: raw[name] for name in names if name in raw},
     )
 
 
@@ -229,9 +230,10 @@ def _rope_config(model_type: str, raw: dict[str, Any], where: str, head_dim: int
         section = tuple(merged.get("mrope_section", (24, 20, 20)))
         if len(section) != 3 or sum(section) != head_dim // 2:
             raise ConfigError(
-                f"{where}: mrope_section {list(section)} must be three counts that add up to head_dim / 2 = {head_dim // 2}"
+                f"{where}: mrope_section {list(section)} must be three counts that sum to head_dim / 2 = {head_dim // 2}"
             )
-    yarn = {key: merged[key] for key in ("attention_factor", "beta_fast", "beta_slow", "truncate") if merged.get(key) is not None}
+    yarn_keys = ("attention_factor", "beta_fast", "beta_slow", "truncate")
+    yarn = {key: merged[key] for key in yarn_keys if merged.get(key) is not None}
     return RopeConfig(
         theta=float(theta),
         rope_type=rope_type,
@@ -262,10 +264,14 @@ def _vision_config(raw: dict[str, Any]) -> VisionConfig:
     depth = require("depth")
     indexes = tuple(raw.get("deepstack_visual_indexes", (8, 16, 24)))
     if len(set(indexes)) != len(indexes) or not all(0 <= i < depth for i in indexes):
-        raise ConfigError(f"vision_config.deepstack_visual_indexes {list(indexes)} must be distinct blocks of 0 to {depth - 1}")
+        raise ConfigError(
+            f"vision_config.deepstack_visual_indexes {list(indexes)} must be distinct blocks of 0 to {depth - 1}"
+        )
     positions = raw.get("num_position_embeddings", 2304)
     if round(positions**0.5) ** 2 != positions:
-        raise ConfigError(f"vision_config.num_position_embeddings {positions} is not a square: the grid has equal sides")
+        raise ConfigError(
+            f"vision_config.num_position_embeddings {positions} must be a square: the grid's sides are equal"
+        )
     hidden, heads = require("hidden_size"), require("num_heads")
     if hidden % heads or (hidden // heads) % 4:
         raise ConfigError(f"vision_config.hidden_size {hidden} over {heads} heads must give a head dim divisible by 4")

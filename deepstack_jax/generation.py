@@ -1,8 +1,9 @@
 """Answers from prompts: `forward`, `generate` and its streaming form."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,12 @@ from numpy.typing import ArrayLike
 
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.processing.batch import Batch, arrange, bucket
+from deepstack_jax.processing.images import ImageSource
+from deepstack_jax.processing.processor import Prompt as UserPrompt
+from deepstack_jax.processing.videos import VideoSource
 from deepstack_jax.programs import Prompt, all_logits, encode, prefill
 from deepstack_jax.programs import decode as decode_tokens
 from deepstack_jax.sampling import SamplingParams
-
-
-Sources = Sequence[object]  # paths, URLs, data URIs, PIL images or arrays
 
 
 @dataclass
@@ -30,10 +31,10 @@ class GenerateOutput:
 
 def prepare(
     model: Model,
-    messages_or_prompt: str | Sequence[object],
-    images: Sources = (),
-    videos: Sources = (),
-) -> dict[str, np.ndarray]:
+    messages_or_prompt: UserPrompt | Sequence[UserPrompt],
+    images: Sequence[ImageSource] = (),
+    videos: Sequence[VideoSource] = (),
+) -> dict[str, Any]:
     """Arrays for `forward` and `generate`, with the names of a Hugging Face processor's output.
 
     Args:
@@ -156,14 +157,21 @@ def generate(
     return GenerateOutput(np.asarray(state.tokens)[:, :max_new_tokens], np.asarray(state.lengths), timings)
 
 
-def stream(model: Model, inputs: dict[str, ArrayLike], *, max_new_tokens: int = 64, **options: object) -> Iterator[np.ndarray]:
-    """`generate` token by token: yields int32 [B], -1 for rows that have ended. Takes its options, by the same names.
+def stream(
+    model: Model,
+    inputs: Mapping[str, ArrayLike],
+    *,
+    max_new_tokens: int = 64,
+    eos_token_id: int | Sequence[int] | None = None,
+    **options: Any,
+) -> Iterator[np.ndarray]:
+    """`generate` token by token: yields int32 [B], -1 for rows that have ended.
 
-    It runs the programs of `generate` and yields the tokens that it returns.
+    `inputs` are the arrays of `forward`, `options` the sampling options of `generate`. It runs the programs of
+    `generate` and yields the tokens that it returns.
     """
-    arrays = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
-    batch = arrange(model.config, **arrays)
-    sampling = _sampling(model, batch, options.pop("eos_token_id", None), **options)  # pyright: ignore
+    batch = arrange(model.config, **{name: value for name, value in inputs.items() if name != "mm_token_type_ids"})
+    sampling = _sampling(model, batch, eos_token_id, **options)
     capacity = _capacity(model, batch, max_new_tokens)
     state = prefill(model.config, capacity, model.text_params, prompt_of(model, batch), sampling)
     ended = np.zeros(len(batch.lengths), bool)
@@ -187,9 +195,7 @@ def encode_rows(model: Model, batch: Batch) -> jax.Array | None:
 def prompt_of(model: Model, batch: Batch) -> Prompt:
     """What the prefill program takes, the visual rows encoded."""
     rows = encode_rows(model, batch)
-    return Prompt(
-        batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows
-    )
+    return Prompt(batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows)
 
 
 def _capacity(model: Model, batch: Batch, max_new_tokens: int) -> int:
@@ -205,13 +211,6 @@ def _capacity(model: Model, batch: Batch, max_new_tokens: int) -> int:
     return bucket(batch.input_ids.shape[1] + max_new_tokens)
 
 
-def _sampling(
-    model: Model, batch: Batch, eos_token_id: int | Sequence[int] | None, **options: object
-) -> SamplingParams:
+def _sampling(model: Model, batch: Batch, eos_token_id: int | Sequence[int] | None, **options: Any) -> SamplingParams:
     ends = model.eos_token_ids if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
-    return SamplingParams.of(
-        len(batch.lengths),
-        end_token_ids=ends,
-        pad_token_id=model.pad_token_id,
-        **options,  # pyright: ignore
-    )
+    return SamplingParams.of(len(batch.lengths), end_token_ids=ends, pad_token_id=model.pad_token_id, **options)

@@ -175,7 +175,9 @@ CASES = [
     ),
     Case(
         "longer than one block of attention",
-        tiny_config(text_config={"num_hidden_layers": 3}, vision_config={"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}),
+        tiny_config(
+            text_config={"num_hidden_layers": 3}, vision_config={"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}
+        ),
         [[30, (IMAGE, (1, 40, 30)), 200, (IMAGE, (1, 12, 20)), 25], [300]],
     ),
 ]  # fmt: skip

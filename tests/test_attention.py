@@ -29,8 +29,8 @@ def reference(query, key, value, start, stop) -> np.ndarray:
 
 def arrays(seed: int, batch: int, heads: int, kv_heads: int, length: int, capacity: int, head_dim: int):
     rng = np.random.default_rng(seed)
-    shapes = (batch, heads, length, head_dim), (batch, kv_heads, capacity, head_dim), (batch, kv_heads, capacity, head_dim)
-    return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    query, key = (batch, heads, length, head_dim), (batch, kv_heads, capacity, head_dim)
+    return [rng.standard_normal(shape).astype(np.float32) for shape in (query, key, key)]
 
 
 def causal(batch: int, length: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,7 +86,8 @@ def test_the_gradient_through_blocks_is_that_of_plain_attention():
         return lambda *x: jnp.sum(jnp.sin(attention(*x)))
 
     expected = jax.grad(loss(plain), argnums=(0, 1, 2))(query, key, value)
-    found = jax.grad(loss(lambda *x: ranged_attention(*x, jnp.asarray(start), jnp.asarray(stop))), argnums=(0, 1, 2))(query, key, value)
+    bounds = jnp.asarray(start), jnp.asarray(stop)
+    found = jax.grad(loss(lambda *x: ranged_attention(*x, *bounds)), argnums=(0, 1, 2))(query, key, value)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 

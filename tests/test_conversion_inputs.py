@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import converters.hf_to_orbax
 from converters.hf_checkpoint import NonFiniteWarning, open_checkpoint, read_params
 from converters.hf_to_orbax import convert
 from converters.orbax_checkpoint import read_format, restore_params
@@ -305,25 +304,23 @@ def test_a_write_that_fails_is_one_line_and_leaves_nothing(kind, source, convert
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MB, where this process may mount one."""
+    """A file system of 4 MiB, where this process may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True, check=False
-    ).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a file system needs root")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_is_told_before_and_while_writing(source, small_disk, monkeypatch):
+def test_a_full_disk_is_told_before_and_while_writing(source, small_disk):
+    (small_disk / "other").write_bytes(bytes(2 << 20))
     with pytest.raises(OSError, match=r"^disk full: .*out needs 0\.00301 GB, 0\.0021 GB are free: make room"):
         convert(source, small_disk / "out")
-    assert list(small_disk.iterdir()) == []
-    # others may fill the disk after the look at it
-    usage = shutil.disk_usage(small_disk)
-    monkeypatch.setattr(converters.hf_to_orbax.shutil, "disk_usage", lambda path: usage._replace(free=10**9))
-    with pytest.raises(OSError, match=r"^disk full: .*out needs 0\.00301 GB"):
+    (small_disk / "other").unlink()
+    (source / "tokenizer.model").write_bytes(bytes(2 << 20))  # room for the weights, but not for this
+    with pytest.raises(OSError, match=r"^disk full: .*out needs 0\.00301 GB, \S+ GB are free: make room"):
         convert(source, small_disk / "out")
     assert list(small_disk.iterdir()) == []
 

@@ -93,7 +93,8 @@ def test_deepstack_add_adds_its_level_to_visual_tokens_alone(level: int, backend
     for token, row in enumerate(index):
         if row >= 0:
             expected[token] += rows[row, 6 * level : 6 * level + 6]
-    out = jax.jit(deepstack_add, static_argnums=3, static_argnames="backend")(hidden, rows, index, level, backend=backend)
+    add = jax.jit(deepstack_add, static_argnums=3, static_argnames="backend")
+    out = add(hidden, rows, index, level, backend=backend)
     np.testing.assert_allclose(out, expected, atol=1e-6)
     np.testing.assert_array_equal(out[index < 0], hidden[index < 0])
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def first_grid_for_every_image(model: dsj.Model, batch: Batch, prompt: Prompt) -
     patches, room = int(grids.prod(axis=1).sum()), len(batch.pixel_values)
     repeated = np.repeat(grids[:1], -(-patches // int(grids[0].prod())), axis=0)
     geometry = patch_geometry(model.config.vision, repeated)
-    cut = type(geometry)(*(np.pad(x[:patches], [(0, room - patches)] + [(0, 0)] * (x.ndim - 1)) for x in vars(geometry).values()))
+    cut = jax.tree.map(lambda x: np.pad(x[:patches], [(0, room - patches)] + [(0, 0)] * (x.ndim - 1)), geometry)
     return replace(prompt, rows=encode(model.config, model.vision_params, batch.pixel_values, cut))
 
 

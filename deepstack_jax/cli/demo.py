@@ -76,7 +76,8 @@ def _walk(folder: Path, image: str, prompt: str, max_new_tokens: int, seed: int)
     levels, width = model.config.num_deepstack_levels, model.config.text.hidden_size
     lap("encode (compiling)", f"rows [{visual}, {rows.shape[1]}] = embedding of {width} + {levels} deepstack levels")
     dsj.generate(model, **inputs, max_new_tokens=max_new_tokens, eos_token_id=[])
-    lap("generate (compiling)", f"one program a bucket: patches {batch.pixel_values.shape[0]}, prompt {batch.input_ids.shape[1]}")  # pyright: ignore
+    buckets = f"{rows.shape[0]} visual tokens, prompt of {batch.input_ids.shape[1]}"
+    lap("generate (compiling)", f"one program a bucket: {buckets}")
     out = dsj.generate(model, **inputs, max_new_tokens=max_new_tokens, eos_token_id=[])
     lap("encode", f"{grid[1] * grid[2]} patches", out.timings["encode"])
     lap("prefill", f"{tokens} tokens; level i added after layer i for i < {levels}", out.timings["prefill"])

@@ -23,7 +23,7 @@ def run(
     presence_penalty: Annotated[float, typer.Option(help="above 0 repeats less")] = 0.0,
     seed: Annotated[int, typer.Option(help="the same seed draws the same answer")] = 0,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's by default")] = None,
-    expert_layout: Annotated[str | None, typer.Option(help="hf4 or hf5, where it can't be told from the shapes")] = None,
+    expert_layout: Annotated[str | None, typer.Option(help="hf4 or hf5, where shapes can't tell")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming")] = False,
 ) -> None:
     """Answers a prompt and streams the text as it comes.

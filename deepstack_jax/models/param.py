@@ -36,7 +36,10 @@ def scaled_normal(fan_in: int) -> Initializer:
 
 
 class Linear(nnx.Module):
-    """`y = x @ weight.T + bias` over the trailing `in_shape` of x; weight is [*out_shape, *in_shape], as PyTorch has it."""
+    """`y = x @ weight.T + bias` over the trailing `in_shape` of x.
+
+    weight is [*out_shape, *in_shape]: PyTorch's order, with heads apart.
+    """
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ visual rows are given. Reference: transformers' qwen3_moe and qwen3_vl_moe; Deep
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -177,14 +178,16 @@ class Qwen3MoeForCausalLM(nnx.Module):
         if not self.tied:
             return self.lm_head(hidden)
         embedding = self.model.embed_tokens.weight[...]
-        return jnp.einsum("...d,vd->...v", hidden.astype(embedding.dtype), embedding, preferred_element_type=jnp.float32)
+        hidden = hidden.astype(embedding.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
 
 def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
     """`new` [B, K, T, h] at slots first[b], first[b] + 1, ... of `cached` [B, K, S, h]."""
     if new.shape == cached.shape:
         return new  # a prompt that fills the cache can only start at slot 0
-    return jax.vmap(lambda row, part, at: jax.lax.dynamic_update_slice_in_dim(row, part, at, axis=1))(cached, new, first)
+    write_row = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    return jax.vmap(write_row)(cached, new, first)
 
 
 def _tap(taps: Taps | None, name: str, value: jax.Array) -> None:

@@ -1,11 +1,13 @@
 """The whole model of each family, and its parameters as one flat dictionary.
 
-Parameters live outside the modules as `{dotted path: array}`, e.g. `language_model.model.layers.0.self_attn.q_proj.weight`.
+Parameters live outside the modules as `{dotted path: array}`, such as
+`language_model.model.layers.0.self_attn.q_proj.weight`.
 A pure function rebuilds the modules around them while it is traced, so everything jitted depends on `(config, params)`
 alone, and a part of a model is a part of the dictionary.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +38,9 @@ def build(config: ModelConfig, params: Params) -> Qwen3VLMoeForConditionalGenera
 
 
 def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter, by dotted path, in the order of the model."""
-    return {_dotted(path): jax.ShapeDtypeStruct(variable.get_value().shape, dtype) for path, variable in _declared(config)[1]}
+    """Shape and dtype of every parameter, by dotted path."""
+    shapes = ((path, variable.get_value().shape) for path, variable in _declared(config)[1])
+    return {_dotted(path): jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes}
 
 
 def logical_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
@@ -57,13 +60,12 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float
 
 
 @lru_cache(maxsize=32)
-def _declared(config: ModelConfig) -> tuple[nnx.GraphDef, list[tuple[tuple[str | int, ...], nnx.Variable]]]:
-    model = nnx.eval_shape(
-        lambda: Qwen3VLMoeForConditionalGeneration(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    )
+def _declared(config: ModelConfig) -> tuple[nnx.GraphDef[Any], list[tuple[Any, Any]]]:
+    """The modules without their parameters, and each parameter's path and declaration."""
+    model = nnx.eval_shape(lambda: Qwen3VLMoeForConditionalGeneration(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     return graphdef, list(nnx.to_flat_state(state))
 
 
-def _dotted(path: tuple[str | int, ...]) -> str:
+def _dotted(path: Any) -> str:
     return ".".join(str(key) for key in path)

@@ -24,7 +24,7 @@ def text_rotation(rope: RopeConfig, head_dim: int, position_ids: Int[Array, "3 B
 
 
 def patch_rotation(theta: float, head_dim: int, coordinates: Int[Array, "P 2"]) -> Rotation:
-    """(cos, sin), each float32 [P, head_dim/2]: the first quarter of a head turns with the row, the second the column."""
+    """(cos, sin), each float32 [P, head_dim/2]: the first half of the angles follows the row, the second the column."""
     quarter = np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2)
     angles = coordinates.astype(jnp.float32)[..., None] * (1.0 / np.float32(theta) ** quarter)
     angles = angles.reshape(len(coordinates), -1)

@@ -170,7 +170,8 @@ class PatchMerger(nnx.Module):
         self.norm_after_merge = norm_after_merge
         self.norm = LayerNorm(merged if norm_after_merge else config.hidden_size, dtype=dtype, rngs=rngs)
         self.linear_fc1 = Linear((merged,), (merged,), ("mlp", None), bias=True, dtype=dtype, rngs=rngs)
-        self.linear_fc2 = Linear((config.out_hidden_size,), (merged,), ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        out = (config.out_hidden_size,)
+        self.linear_fc2 = Linear(out, (merged,), ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "P D"]) -> Float[Array, "M O"]:
         merged_shape = len(hidden) // self.merge_unit, -1

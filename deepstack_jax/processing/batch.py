@@ -108,7 +108,8 @@ def _checked_tokens(
     if ((outside := (ids < 0) | (ids >= config.text.vocab_size)) & mask).any():
         first = ids[outside & mask][0]
         raise ValueError(
-            f"token id {first} is outside the vocabulary of {config.text.vocab_size}: was this tokenizer made for this model?"
+            f"token id {first} is outside the vocabulary of {config.text.vocab_size}: "
+            "was this tokenizer made for this model?"
         )
     return ids, mask
 
@@ -127,7 +128,8 @@ def _checked_visuals(
     rows = np.asarray(pixels, np.float32)
     if grids.ndim != 2 or grids.shape[1] != 3 or not np.issubdtype(grids.dtype, np.integer) or (grids < 1).any():
         raise ValueError(
-            f"{names[1]} must be positive integers [n, 3] (time, height, width), found {grids.dtype} {list(grids.shape)}"
+            f"{names[1]} must be positive integers [n, 3] (time, height, width), "
+            f"found {grids.dtype} {list(grids.shape)}"
         )
     if (grids[:, 1:] % config.vision.spatial_merge_size).any():
         raise ValueError(

@@ -32,6 +32,7 @@ def deepstack_add(
             f"deepstack_add: hidden {hidden.shape}, rows {rows.shape} and visual_index {visual_index.shape} must be "
             "[T, D], [M, N*D] and [T]"
         )
-    if not 0 <= level < rows.shape[1] // width:
-        raise ValueError(f"deepstack_add: level {level} is not among the {rows.shape[1] // width} levels of rows {rows.shape}")
+    levels = rows.shape[1] // width
+    if not 0 <= level < levels:
+        raise ValueError(f"deepstack_add: level {level} is not among the {levels} levels of rows {rows.shape}")
     return choose("deepstack_add", BACKENDS, backend)(hidden, rows, visual_index, level)

@@ -42,6 +42,7 @@ def fused_moe(
         )
     if top_k_index.shape != top_k_weights.shape or top_k_index.shape[0] != tokens or top_k_index.ndim != 2:
         raise ValueError(
-            f"fused_moe: top_k_index {top_k_index.shape} and top_k_weights {top_k_weights.shape} must both be [{tokens}, k]"
+            f"fused_moe: top_k_index {top_k_index.shape} and top_k_weights {top_k_weights.shape} "
+            f"must both be [{tokens}, k]"
         )
     return choose("fused_moe", BACKENDS, backend)(hidden, gate_up, down, top_k_index, top_k_weights)
