@@ -3,8 +3,11 @@
     python benchmarks/convert.py --folder /some/disk [--rounds 5] [--expert-layout hf5]
 
 The checkpoint has the widths of Qwen3-VL-30B-A3B in bfloat16 and fewer layers. Each round copies its files with fsync
-and converts it in a fresh process, one after the other, in alternating order; both sides start with the source in the
-page cache and delete what they wrote outside of the clock. The first round is a warm-up and not counted.
+and converts it in a fresh process, one after the other, in alternating order. Both start from the same state: the
+source in the page cache, the rest of the memory filled with pages of another file, all written data on disk. (On a
+virtual machine that gives free memory back to its host, a page's first use costs several times as much as writing it;
+with memory left free, whichever comes soon after a large deletion would win.) What they wrote is deleted outside of
+the clock. The first round is a warm-up and not counted.
 """
 
 import argparse
@@ -61,6 +64,7 @@ CONFIG = {
 }
 RATIO_BOUND = 1.5
 COPY_PIECE = 4 << 20
+KEPT_FREE = 2 << 30
 
 
 def main() -> None:
@@ -71,7 +75,7 @@ def main() -> None:
     arguments.add_argument("--keep", action="store_true", help="keep the made-up checkpoint for the next run")
     options = arguments.parse_args()
     source = options.folder / f"checkpoint-{options.expert_layout}"
-    copied, converted = options.folder / "copied", options.folder / "converted"
+    copied, converted, filler = (options.folder / name for name in ("copied", "converted", "filler"))
     if not source.exists():
         print(f"making {source} ...", flush=True)
         write_random_checkpoint(
@@ -85,9 +89,11 @@ def main() -> None:
     rounds = []
     try:
         for i in range(options.rounds + 1):
-            _read(files)
             measured = {}
             for kind in ("copy", "convert") if i % 2 else ("convert", "copy"):
+                _fill_memory(filler)
+                _read(files)
+                os.sync()
                 if kind == "copy":
                     measured["copy"] = _copy(files, copied)
                 else:
@@ -101,6 +107,7 @@ def main() -> None:
             if i:
                 rounds.append({**measured, "ratio": ratio})
     finally:
+        filler.unlink(missing_ok=True)
         for folder in (copied, converted) if options.keep else (copied, converted, source):
             shutil.rmtree(folder, ignore_errors=True)
     copy, convert, ratio = (statistics.median(r[key] for r in rounds) for key in ("copy", "convert", "ratio"))
@@ -130,9 +137,21 @@ def _read(files: list[Path]) -> None:
                 pass
 
 
+def _fill_memory(filler: Path) -> None:
+    """Leaves little memory free, by reading a file of holes into the page cache."""
+    while (free := _free_memory()) > KEPT_FREE:
+        size = filler.stat().st_size if filler.exists() else 0
+        with filler.open("ab") as stream:
+            stream.truncate(size + free - KEPT_FREE // 2)
+        _read([filler])
+
+
+def _free_memory() -> int:
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemFree"))
+    return int(line.split()[1]) * 1024
+
+
 def _copy(files: list[Path], target: Path) -> float:
-    shutil.rmtree(target, ignore_errors=True)
-    os.sync()
     start = time.perf_counter()
     target.mkdir()
     buffer = bytearray(COPY_PIECE)

@@ -228,9 +228,10 @@ def _rope_config(model_type: str, raw: dict[str, Any], where: str, head_dim: int
     section = None
     if "_vl" in model_type:
         section = tuple(merged.get("mrope_section", (24, 20, 20)))
-        if len(section) != 3 or sum(section) != head_dim // 2:
+        half = head_dim // 2
+        if len(section) != 3 or sum(section) != half:
             raise ConfigError(
-                f"{where}: mrope_section {list(section)} must be three counts that sum to head_dim / 2 = {head_dim // 2}"
+                f"{where}: mrope_section {list(section)} must be three counts that sum to head_dim / 2 = {half}"
             )
     yarn_keys = ("attention_factor", "beta_fast", "beta_slow", "truncate")
     yarn = {key: merged[key] for key in yarn_keys if merged.get(key) is not None}
