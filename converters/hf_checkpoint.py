@@ -13,13 +13,14 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from converters.mapping import EXPERT_LAYOUTS, Parameter, current_name, hf_tensors, parameters, tied_head
+from converters.mapping import EXPERT_LAYOUTS, HfTensor, Parameter, current_name, hf_tensors, parameters, tied_head
 from converters.safetensors_file import CheckpointError, Entry, FiniteCheck, read_entries, read_tensor
 
 if TYPE_CHECKING:  # deepstack_jax imports this module to load a checkpoint
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # deepstack_jax imports this module to load a checkpoint
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 Inspect = Callable[[np.ndarray], None]
-_AT_ONCE = 1 << 20  # values compared or converted together
+_AT_ONCE = 1 << 18  # values read together: they stay in the processor's cache for what follows
 
 
 @dataclass(frozen=True)
@@ -47,30 +48,56 @@ class HfCheckpoint:
         """The dtype that the parameter's tensors have on disk."""
         return self.entries[parameter.tensors[0].name].dtype
 
-    def read(
+    def read(self, parameter: Parameter, dtype: DTypeLike | None = None, inspect: Inspect | None = None) -> np.ndarray:
+        """Reads one parameter into a new array of its canonical shape, in `dtype` or as it is on disk."""
+        out = np.empty(parameter.shape, self.dtype_of(parameter) if dtype is None else np.dtype(dtype))
+        flat, done = out.reshape(-1), 0
+        for values in self.stream(parameter, dtype=dtype, inspect=inspect):
+            flat[done : done + values.size] = values.reshape(-1)
+            done += values.size
+        return out
+
+    def stream(
         self,
         parameter: Parameter,
+        first: int = 0,
+        count: int | None = None,
         dtype: DTypeLike | None = None,
-        out: np.ndarray | None = None,
         inspect: Inspect | None = None,
-    ) -> np.ndarray:
-        """Reads one parameter into an array of its canonical shape, in `dtype` or as it is on disk.
+    ) -> Iterator[np.ndarray]:
+        """Reads `count` rows of a parameter's first axis, from row `first`, as small contiguous arrays in order.
 
-        `out` is a contiguous array of that shape and dtype to read into; None makes a new one. `inspect` is called
-        with pieces of the values as they are on disk, in any order.
+        Each is valid until the next one is asked for. `inspect` is called with the values as they are on disk.
         """
+        given = self.dtype_of(parameter)
+        wanted = given if dtype is None else np.dtype(dtype)
+        count = parameter.shape[0] - first if count is None else count
+        if parameter.tensors[0].transposed:
+            yield from self._stream_experts(parameter, range(first, first + count), wanted, inspect)
+            return
         entry = self.entries[parameter.tensors[0].name]
-        if out is None:
-            out = np.empty(parameter.shape, entry.dtype if dtype is None else np.dtype(dtype))
+        row = prod(parameter.shape[1:])
+        buffer = np.empty(min(_AT_ONCE, count * row), given)
+        for start in range(first * row, (first + count) * row, buffer.size or 1):
+            out = buffer[: (first + count) * row - start]
+            yield read_tensor(entry, start, out, inspect).astype(wanted, copy=False)
+
+    def _stream_experts(
+        self, parameter: Parameter, experts: range, dtype: np.dtype, inspect: Inspect | None
+    ) -> Iterator[np.ndarray]:
+        """Experts one by one, each a matrix whose axes are exchanged on disk, or two such matrices side by side."""
+        out = np.empty(parameter.shape[1:], dtype)
+        by_expert: dict[int, list[HfTensor]] = {}
         for tensor in parameter.tensors:
-            entry = self.entries[tensor.name]
-            if tensor.transposed:
-                _read_transposed(entry, out[tensor.index], inspect)
-            elif entry.dtype != out.dtype:
-                _read_converted(entry, out.reshape(tensor.shape), inspect)
-            else:
-                read_tensor(entry, out=out, inspect=inspect)
-        return out
+            if tensor.index:
+                by_expert.setdefault(cast(int, tensor.index[0]), []).append(tensor)
+        for i in experts:
+            for tensor in by_expert.get(i, parameter.tensors):
+                entry = self.entries[tensor.name]
+                matrix = np.empty(entry.shape[-2:], entry.dtype)
+                start = 0 if tensor.index else i * matrix.size
+                _transpose(read_tensor(entry, start, matrix, inspect), out[tensor.index[1:]])
+            yield out
 
 
 def open_checkpoint(
@@ -207,11 +234,11 @@ def _take_tied_head(entries: dict[str, Entry], config: ModelConfig) -> Entry | N
         return None
     ours, theirs = entries.pop(head), entries[embedding]
     same = ours.shape == theirs.shape and ours.dtype == theirs.dtype and len(ours.shape) == 2
-    rows = max(1, _AT_ONCE // max(1, ours.shape[-1])) if same else 1
-    for first in range(0, ours.shape[0] if same else 0, rows):
-        count = min(rows, ours.shape[0] - first)
-        one, other = (read_tensor(entry, first, count).view(np.uint8) for entry in (ours, theirs))
-        same = same and bool(np.array_equal(one, other))
+    size = prod(ours.shape) if same else 0
+    for start in range(0, size, _AT_ONCE):
+        room = [np.empty(min(_AT_ONCE, size - start), ours.dtype) for _ in range(2)]
+        one, other = (read_tensor(entry, start, out) for entry, out in zip((ours, theirs), room, strict=True))
+        same = same and one.tobytes() == other.tobytes()
     if not same:
         raise CheckpointError(
             f"{ours.file}: tensor {ours.name} differs from {theirs.name} although tie_word_embeddings is true: "
@@ -252,24 +279,6 @@ def _check_one_dtype(listed: list[Parameter], entries: dict[str, Entry]) -> None
             raise CheckpointError(
                 f"experts of one layer have different dtypes ({first} {one}, {second} {other}): give one dtype to all"
             )
-
-
-def _read_converted(entry: Entry, out: np.ndarray, inspect: Inspect | None) -> None:
-    """Reads a tensor into `out` of its shape and another dtype, a few rows at a time."""
-    rows = max(1, _AT_ONCE * entry.shape[0] // max(1, out.size))
-    for first in range(0, entry.shape[0], rows):
-        piece = out[first : first + rows]
-        piece[...] = read_tensor(entry, first, len(piece), inspect=inspect)
-
-
-def _read_transposed(entry: Entry, out: np.ndarray, inspect: Inspect | None) -> None:
-    """Reads a tensor into `out`, whose last two axes are exchanged against it, a matrix at a time."""
-    if out.ndim == 2:
-        _transpose(read_tensor(entry, inspect=inspect), out)
-        return
-    matrix = np.empty(entry.shape[1:], entry.dtype)
-    for i in range(entry.shape[0]):
-        _transpose(read_tensor(entry, i, 1, out=matrix, inspect=inspect), out[i])
 
 
 def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """Converting a Hugging Face checkpoint to a directory that loads fast and sharded.
 
-The next group of parameters is read while the last one is written, so two groups are in memory: at most twice the
-largest parameter. Everything is written into a hidden directory beside the target, which is renamed as the last step.
+A few threads each read some rows, write them to a file and force it to disk, so that reading, writing and waiting for
+the disk overlap, and the memory needed depends neither on the model nor on its largest tensor (an expert apart).
+Everything goes into a hidden directory beside the target, which is renamed as the last step.
 """
 
 import fcntl
@@ -22,16 +23,18 @@ from converters.mapping import Parameter
 from converters.orbax_checkpoint import (
     FORMAT_FILE,
     FORMAT_VERSION,
-    GROUP_BYTES,
+    Leaf,
     OrbaxError,
+    Piece,
+    create_arrays,
     file_sizes,
-    group_by_bytes,
-    save_params,
+    place_arrays,
+    save_tree,
 )
 from converters.safetensors_file import CheckpointError, FiniteCheck
 
 Progress = Callable[[int, int], None]
-_ALIGNMENT = 64  # of arrays within a buffer, in bytes
+THREADS = 4
 
 # What stands beside the weights: the tokenizer's, the processor's and the generation's files.
 COMPANIONS = (
@@ -77,10 +80,13 @@ def convert(
         raise CheckpointError(f"dtype {kept.name!r} is not supported: expected float32 or bfloat16")
     refuse_existing(out_dir)
     checkpoint = open_checkpoint(hf_dir, expert_layout=expert_layout)
-    nbytes = {p.path: p.size * (kept or checkpoint.dtype_of(p)).itemsize for p in checkpoint.parameters}
-    with new_directory(out_dir, sum(nbytes.values())) as directory:
-        with ThreadPoolExecutor(1, "read") as reader:
-            save_params(directory, _read_ahead(reader, checkpoint, kept, nbytes, progress))
+    leaves = {
+        parameter.path: Leaf(parameter.shape, kept or checkpoint.dtype_of(parameter))
+        for parameter in checkpoint.parameters
+    }
+    total = sum(leaf.nbytes for leaf in leaves.values())
+    with new_directory(out_dir, total) as directory:
+        _write_arrays(directory, checkpoint, leaves, lambda done: progress and progress(done, total))
         copy_companions(hf_dir, directory)
         if kept is not None:
             set_config_dtype(directory / "config.json", kept.name)
@@ -147,44 +153,43 @@ def set_config_dtype(file: Path, dtype: str) -> None:
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _read_ahead(
-    reader: ThreadPoolExecutor,
+def _write_arrays(
+    directory: Path,
     checkpoint: HfCheckpoint,
-    dtype: np.dtype | None,
-    nbytes: dict[str, int],
-    progress: Progress | None,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Groups of parameters; the next one is read while the caller works on the last, valid until it asks again."""
+    leaves: dict[str, Leaf],
+    progress: Callable[[int], object],
+) -> None:
+    """Writes `directory/params`; calls `progress` with the bytes that are on disk."""
+    parameters = {parameter.path: parameter for parameter in checkpoint.parameters}
+    pieces = create_arrays(directory, leaves)
+    done, warned = 0, set()
+    with ThreadPoolExecutor(THREADS, "convert") as pool:
+        writing = [pool.submit(_write_piece, checkpoint, parameters[p.path], p, leaves[p.path].dtype) for p in pieces]
+        try:
+            save_tree(directory, leaves)
+            for piece, written in zip(pieces, writing, strict=True):
+                nbytes, finite = written.result()
+                if not finite and piece.path not in warned:
+                    warned.add(piece.path)
+                    warn_non_finite(checkpoint, parameters[piece.path])
+                done += nbytes
+                progress(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    place_arrays(directory, leaves)
 
-    def read(group: dict[str, Parameter], memory: np.ndarray) -> tuple[dict[str, np.ndarray], list[Parameter]]:
-        values, not_finite, start = {}, [], 0
-        for path, parameter in group.items():
-            check = FiniteCheck()
-            out = memory[start : start + nbytes[path]].view(dtype or checkpoint.dtype_of(parameter))
-            values[path] = checkpoint.read(parameter, out=out.reshape(parameter.shape), inspect=check)
-            if check.failed:
-                not_finite.append(parameter)
-            start += -(-nbytes[path] // _ALIGNMENT) * _ALIGNMENT
-        return values, not_finite
 
-    total, done = sum(nbytes.values()), 0
-    # groups as large as the largest parameter need no more memory than it does
-    limit = max(GROUP_BYTES, *nbytes.values())
-    groups = list(group_by_bytes(((p.path, p) for p in checkpoint.parameters), nbytes, limit))
-    # Two buffers in turn: touching fresh memory for each group would cost as much as writing it.
-    size = max(sum(nbytes[path] + _ALIGNMENT for path in group) for group in groups)
-    buffers = [np.empty(size, np.uint8) for _ in groups[:2]]
-    reading = reader.submit(read, groups[0], buffers[0])
-    for i, group in enumerate(groups):
-        values, not_finite = reading.result()
-        if i + 1 < len(groups):
-            reading = reader.submit(read, groups[i + 1], buffers[(i + 1) % 2])
-        for parameter in not_finite:
-            warn_non_finite(checkpoint, parameter)
-        yield values
-        done += sum(nbytes[path] for path in group)
-        if progress:
-            progress(done, total)
+def _write_piece(checkpoint: HfCheckpoint, parameter: Parameter, piece: Piece, dtype: np.dtype) -> tuple[int, bool]:
+    """Writes one piece to disk; returns its bytes and whether all values are finite."""
+    check = FiniteCheck()
+    with piece.file.open("xb", buffering=0) as file:
+        for values in checkpoint.stream(parameter, piece.first, piece.count, dtype, check):
+            left = memoryview(values.reshape(-1).view(np.uint8))
+            while left:
+                left = left[file.write(left) :]
+        os.fsync(file.fileno())
+        return file.tell(), not check.failed
 
 
 def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, Any]:
@@ -212,10 +217,11 @@ def _no_room(target: Path, nbytes: int, free: int) -> OSError:
 
 
 def _sync(directory: Path) -> None:
-    """Forces every file and directory below `directory` to disk."""
+    """Forces to disk what is below `directory`, but for weights, which are there already."""
     for parent, _, files in os.walk(directory):
         for name in files:
-            _sync_one(Path(parent) / name)
+            if not name.startswith("c.") and not name.endswith(".safetensors"):
+                _sync_one(Path(parent) / name)
         _sync_one(Path(parent))
 
 

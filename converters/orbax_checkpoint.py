@@ -1,31 +1,44 @@
 """A converted checkpoint: the parameters as one Orbax tree in `params/`, beside the files of the tokenizer and so on.
 
-The tree's keys are the parameters' dotted paths, split at the dots. Arrays are stored in their canonical shape,
-without compression: random-looking weights compress by a few percent and at a third of a disk's speed.
+The tree's keys are the parameters' dotted paths, split at the dots. Orbax writes the tree; its arrays, which are Zarr
+(version 3) without compression, are filled here piece by piece: Orbax takes whole arrays only, and an array of experts
+has gigabytes. A piece is a file of some rows: an expert, or a part of a large matrix. So a device reads what it holds,
+pieces are written and forced to disk side by side, and converting needs the memory of a few of them.
 """
+
+from __future__ import annotations
 
 import gc
 import json
 import logging
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.typing import DTypeLike
-from orbax.checkpoint import v1 as ocp
+from numpy.typing import DTypeLike
 
 from converters.mapping import canonical_shapes
 from converters.safetensors_file import CheckpointError
-from deepstack_jax.config import ModelConfig
+
+if TYPE_CHECKING:  # jax and Orbax take a second to import, in which a conversion already writes
+    import jax
+
+    from deepstack_jax.config import ModelConfig
 
 FORMAT_FILE = "deepstack_jax.json"
 PARAMS = "params"
 FORMAT_VERSION = 1
-GROUP_BYTES = 256 << 20  # small arrays go through Orbax together: a call costs a twentieth of a second
+GROUP_BYTES = 256 << 20  # arrays are read through Orbax together: a call costs a twentieth of a second
+PIECE_BYTES = 32 << 20
+SMALLEST_EXPERT = 1 << 20  # bytes; smaller ones share pieces
+_STAGE, _ZARR = "arrays", "zarr.json"
 _Keys = tuple[str, ...]
 
 
@@ -73,29 +86,89 @@ def file_sizes(directory: Path) -> dict[str, int]:
     return {str(file.relative_to(root)): file.stat().st_size for file in sorted(root.rglob("*")) if file.is_file()}
 
 
-def save_params(directory: Path, groups: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Writes `directory/params` from groups of (dotted path -> array), without copying them.
+class Leaf(NamedTuple):
+    """Shape and dtype of a stored array."""
 
-    Orbax is done with a group when the next one is asked for. Raises `OrbaxError` where writing fails.
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` rows of the first axis of parameter `path`, from row `first`, and the file that holds nothing else."""
+
+    path: str
+    first: int
+    count: int
+    file: Path
+
+
+def create_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> list[Piece]:
+    """Makes empty arrays (dotted path -> shape and dtype) and says which pieces to fill them with.
+
+    A piece's file is to be created with the rows' values, little-endian, in C order.
     """
+    pieces = []
+    for path, leaf in leaves.items():
+        array = directory / _STAGE / path
+        array.mkdir(parents=True)
+        rows = _rows_of_a_piece(path, leaf)
+        chunk = {"name": "regular", "configuration": {"chunk_shape": [rows, *leaf.shape[1:]]}}
+        description = {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": list(leaf.shape),
+            "data_type": leaf.dtype.name,
+            "chunk_grid": chunk,
+            # flat names: no directory for every piece
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+            "fill_value": 0.0,
+            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        }
+        (array / _ZARR).write_text(json.dumps(description))
+        for first in range(0, leaf.shape[0], rows):
+            name = ".".join(["c", str(first // rows), *["0"] * (len(leaf.shape) - 1)])
+            pieces.append(Piece(path, first, rows, array / name))
+    return pieces
+
+
+def save_tree(directory: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Has Orbax write `directory/params`, a tree with one value in the place of each array."""
+    from orbax.checkpoint import v1 as ocp
+
     context = ocp.Context()
     context.array.saving.use_compression = False
-    context.memory.deepcopy_host_arrays = False  # nobody writes to the arrays meanwhile
+    context.array.saving.use_ocdbt = False
     with context:
-        for group in groups:
-            tree = _nested(group)
-            _call(lambda: ocp.partial.save(_params(directory), tree))  # noqa: B023 (called at once)
-            del group, tree
-        _call(lambda: ocp.partial.finalize(_params(directory)))
+        _call(lambda: ocp.save(_params(directory), _nested({p: np.zeros(1, leaf.dtype) for p, leaf in leaves.items()})))
 
 
-def stored_params(directory: str | Path) -> dict[str, jax.ShapeDtypeStruct]:
+def place_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Puts the filled arrays into the tree that `save_tree` made."""
+    state = directory / PARAMS / "state"
+    for path in leaves:
+        shutil.rmtree(state / path)
+        os.rename(directory / _STAGE / path, state / path)
+    (directory / _STAGE).rmdir()
+
+
+def stored_params(directory: str | Path) -> dict[str, Leaf]:
     """Shape and dtype of every parameter that `directory/params` holds, by dotted path."""
     check_files(directory)
 
-    def read() -> dict[str, jax.ShapeDtypeStruct]:
+    def read() -> dict[str, Leaf]:
+        from orbax.checkpoint import v1 as ocp
+
         tree = ocp.metadata(_params(directory)).metadata
-        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in _flat(tree)}
+        return {path: Leaf(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flat(tree)}
 
     return _guarded(directory, read)
 
@@ -121,6 +194,8 @@ def restore_params(
     Raises:
         CheckpointError: no converted checkpoint, damaged, or of another model than `config`'s.
     """
+    import jax
+
     stored = stored_params(directory)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     wanted: dict[str, jax.ShapeDtypeStruct] = {}
@@ -135,13 +210,14 @@ def restore_params(
             )
         kept = stored[path].dtype if dtype is None else np.dtype(dtype)
         wanted[path] = jax.ShapeDtypeStruct(shape, kept, sharding=shardings[path] if shardings else device)
+    nbytes = {path: Leaf(leaf.shape, leaf.dtype).nbytes for path, leaf in wanted.items()}
     restored: dict[str, jax.Array] = {}
-    total, done = sum(_nbytes(leaf) for leaf in wanted.values()), 0
-    for group in group_by_bytes(wanted.items(), {path: _nbytes(leaf) for path, leaf in wanted.items()}):
-        restored |= _load(directory, group)
-        done += sum(_nbytes(leaf) for leaf in group.values())
+    done = 0
+    for group in _groups(nbytes):
+        restored |= _load(directory, {path: wanted[path] for path in group})
+        done += sum(nbytes[path] for path in group)
         if progress:
-            progress(done, total)
+            progress(done, sum(nbytes.values()))
     return restored
 
 
@@ -149,31 +225,39 @@ def read_orbax_params(directory: str | Path, paths: Sequence[str] | None = None)
     """Reads a converted checkpoint as (dotted path, numpy array) in the order of `paths` (by default, as stored)."""
     stored = stored_params(directory)
     wanted = {path: stored[path] for path in (paths if paths is not None else stored)}
-    for group in group_by_bytes(wanted.items(), {path: _nbytes(leaf) for path, leaf in wanted.items()}):
+    for group in _groups({path: leaf.nbytes for path, leaf in wanted.items()}):
         # an empty array costs no memory before it is written to: Orbax only looks at its type, shape and dtype
-        loaded = _load(directory, {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in group.items()})
-        for path in list(loaded):
+        loaded = _load(directory, {path: np.empty(wanted[path].shape, wanted[path].dtype) for path in group})
+        for path in group:
             yield path, loaded.pop(path)
 
 
-def group_by_bytes[T](
-    items: Iterable[tuple[str, T]], nbytes: Mapping[str, int], limit: int = GROUP_BYTES
-) -> Iterator[dict[str, T]]:
-    """Gathers items in order into groups of at most `limit` bytes; what is larger stands alone."""
-    group: dict[str, T] = {}
+def _groups(nbytes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Gathers paths in order into groups of at most `GROUP_BYTES`; what is larger stands alone."""
+    group: list[str] = []
     held = 0
-    for path, item in items:
-        if group and held + nbytes[path] > limit:
+    for path, size in nbytes.items():
+        if group and held + size > GROUP_BYTES:
             yield group
-            group, held = {}, 0
-        group[path] = item
-        del item
-        held += nbytes[path]
+            group, held = [], 0
+        group.append(path)
+        held += size
     if group:
         yield group
 
 
+def _rows_of_a_piece(path: str, leaf: Leaf) -> int:
+    """Rows of the first axis that one file holds: a divisor of their number."""
+    rows = leaf.shape[0]
+    if ".experts." in path and leaf.nbytes // rows >= SMALLEST_EXPERT:
+        return 1
+    most = max(1, PIECE_BYTES * rows // max(1, leaf.nbytes))
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
+
+
 def _load(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    from orbax.checkpoint import v1 as ocp
+
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
@@ -227,10 +311,6 @@ def _quiet() -> Iterator[None]:
 
 def _params(directory: str | Path) -> str:
     return str(Path(directory).absolute() / PARAMS)
-
-
-def _nbytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return leaf.size * leaf.dtype.itemsize
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

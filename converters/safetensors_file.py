@@ -17,7 +17,6 @@ import numpy as np
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_PIECE = 1 << 18  # bytes read and looked at together, so that they stay in the processor's cache
 _LONGEST_HEADER = 100 << 20  # as the safetensors library has it
 
 
@@ -86,34 +85,26 @@ def _entry(file: Path, name: str, value: Any, data: int, size: int) -> Entry:
 
 def read_tensor(
     entry: Entry,
-    first: int = 0,
-    count: int | None = None,
+    start: int = 0,
     out: np.ndarray | None = None,
     inspect: Callable[[np.ndarray], None] | None = None,
 ) -> np.ndarray:
-    """Reads a tensor, or `count` rows of its first axis from row `first`, into a new array or into `out`.
+    """Reads a whole tensor into a new array, or into `out` as many values as it holds, from value `start` on.
 
-    `out` is a contiguous array of as many bytes, whose shape is kept. `inspect` is called with each piece of values as
-    it arrives, while the processor's cache holds it.
+    `out` is contiguous, of the tensor's dtype and of any shape. `inspect` is called with what was read.
     """
-    row = prod(entry.shape[1:]) * entry.dtype.itemsize
     if out is None:
-        out = np.empty(entry.shape if count is None else (count, *entry.shape[1:]), entry.dtype)
-    values = out.reshape(-1)
-    buffer = memoryview(values.view(np.uint8))
-    position = entry.offset + first * row
+        out = np.empty(entry.shape, entry.dtype)
+    buffer = memoryview(out.reshape(-1).view(np.uint8))
+    position, done = entry.offset + start * entry.dtype.itemsize, 0
     with entry.file.open("rb", buffering=0) as stream:
-        for start in range(0, len(buffer), _PIECE):
-            done, end = start, min(start + _PIECE, len(buffer))
-            while done < end:
-                got = os.preadv(stream.fileno(), [buffer[done:end]], position + done)
-                if not got:
-                    raise CheckpointError(
-                        f"{entry.file} ended while tensor {entry.name} was read: it changed meanwhile"
-                    )
-                done += got
-            if inspect:
-                inspect(values[start // entry.dtype.itemsize : end // entry.dtype.itemsize])
+        while done < len(buffer):
+            got = os.preadv(stream.fileno(), [buffer[done:]], position + done)
+            if not got:
+                raise CheckpointError(f"{entry.file} ended while tensor {entry.name} was read: it changed meanwhile")
+            done += got
+    if inspect:
+        inspect(out)
     return out
 
 
@@ -122,7 +113,7 @@ class FiniteCheck:
 
     def __init__(self) -> None:
         self.failed = False
-        self._shifted = np.empty(_PIECE, np.uint8)
+        self._shifted = np.empty(1 << 18, np.uint8)  # small enough for the processor's cache
 
     def __call__(self, values: np.ndarray) -> None:
         """Looks at a contiguous array of any length; `failed` stays true once set."""

@@ -46,7 +46,8 @@ def assert_equal(ours, theirs) -> None:
         assert not any(ours.text.sparse_layers)
         assert ours.text.intermediate_size == text.intermediate_size
     if "_vl" in theirs.model_type:
-        assert list(ours.text.rope.mrope_section) == list(text.rope_parameters["mrope_section"])
+        # the default is in the model: its rotary embedding falls back to these sections
+        assert list(ours.text.rope.mrope_section) == text.rope_parameters.get("mrope_section", [24, 20, 20])
         for name in VISION_FIELDS:
             assert getattr(ours.vision, name) == getattr(theirs.vision_config, name), name
         assert list(ours.vision.deepstack_visual_indexes) == list(theirs.vision_config.deepstack_visual_indexes)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -193,6 +194,37 @@ assert {shard.data.shape for shard in experts.addressable_shards} == {(1, 64, 96
     command = [sys.executable, "-c", program, str(tmp_path / "a"), str(tmp_path / "b")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_large_experts_are_stored_one_by_one_and_large_matrices_in_pieces(tmp_path):
+    """So that a device reads what it holds. Here each has [512, 1024] and [512, 512] of float32, 2 and 1 MiB."""
+    text = {"hidden_size": 512, "moe_intermediate_size": 512, "num_hidden_layers": 1, "num_experts": 3}
+    config = tiny_config("qwen3_moe", **text, vocab_size=3 * 2**14)
+    write_random_checkpoint(tmp_path / "a", config, expert_layout="hf5", repeat_values=True)
+    convert(tmp_path / "a", tmp_path / "b")
+    state = tmp_path / "b" / "params" / "state"
+
+    def pieces(path: str) -> list[int]:
+        return [file.stat().st_size for file in sorted((state / path).glob("c.*"))]
+
+    assert pieces("language_model.model.layers.0.mlp.experts.gate_up_proj") == [2 << 20] * 3
+    assert pieces("language_model.model.layers.0.mlp.experts.down_proj") == [1 << 20] * 3
+    assert pieces("language_model.model.embed_tokens.weight") == [32 << 20] * 3
+    assert pieces("language_model.model.layers.0.self_attn.q_proj.weight") == [64 * 512 * 4]
+    export(tmp_path / "b", tmp_path / "c")
+    assert bits(tmp_path / "c") == bits(tmp_path / "a")
+
+
+def test_orbax_itself_reads_the_tree(tmp_path):
+    """Without this project's code: a nested tree of arrays in the canonical shapes."""
+    write_random_checkpoint(tmp_path / "a", tiny_config(), dtype="bfloat16")
+    convert(tmp_path / "a", tmp_path / "b")
+    tree = ocp.load(tmp_path / "b" / "params")
+    found = {".".join(key.key for key in keys): leaf for keys, leaf in jax.tree.leaves_with_path(tree)}
+    expected = dict(read_params(tmp_path / "a"))
+    assert found.keys() == expected.keys()
+    assert all(np.asarray(found[path]).tobytes() == values.tobytes() for path, values in expected.items())
+    assert all(found[path].dtype == values.dtype for path, values in expected.items())
 
 
 def test_mixed_dtypes_are_kept(tmp_path):

@@ -325,16 +325,20 @@ def test_a_full_disk_is_told_before_and_while_writing(source, small_disk):
     assert list(small_disk.iterdir()) == []
 
 
-def data_files(converted: Path) -> list[Path]:
-    files = [file for file in (converted / "params").rglob("*") if file.is_file() and file.parent.name == "d"]
-    return sorted(files, key=lambda file: file.stat().st_size)
+def data_file(converted: Path) -> Path:
+    """The file of the largest array."""
+    return max((converted / "params" / "state").rglob("c.*"), key=lambda file: file.stat().st_size)
+
+
+def metadata_file(converted: Path) -> Path:
+    return converted / "params" / "state" / "_METADATA"
 
 
 DAMAGED = {
-    "truncated": (lambda d: os.truncate(data_files(d)[-1], 1000), r"has 1000 bytes, expected \d+"),
-    "data missing": (lambda d: data_files(d)[-1].unlink(), "is missing"),
-    "manifest missing": (lambda d: next((d / "params").rglob("manifest.ocdbt")).unlink(), "is missing"),
-    "metadata damaged": (lambda d: next((d / "params").rglob("_METADATA")).write_text("{"), "has 1 bytes, expected"),
+    "truncated": (lambda d: os.truncate(data_file(d), 1000), r"has 1000 bytes, expected \d+"),
+    "data missing": (lambda d: data_file(d).unlink(), "is missing"),
+    "array missing": (lambda d: shutil.rmtree(next((d / "params").rglob("*gate_up_proj"))), "is missing"),
+    "metadata damaged": (lambda d: metadata_file(d).write_text("{"), r"has 1 bytes, expected \d+"),
     "no parameters": (lambda d: shutil.rmtree(d / "params"), "is missing"),
 }
 
@@ -354,7 +358,7 @@ def test_a_damaged_directory_is_told_in_one_line(case, converted, tmp_path):
 
 def test_what_orbax_can_not_read_is_told_in_one_line(converted):
     """Damage that keeps the lengths."""
-    metadata = next((converted / "params").rglob("_METADATA"))
+    metadata = metadata_file(converted)
     metadata.write_text("x" * metadata.stat().st_size)
     with pytest.raises(CheckpointError, match=r"params is incomplete or damaged \(\w+: .*\): convert again$") as caught:
         restore_params(converted, read_config(converted))
@@ -384,4 +388,4 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(source):
     checkpoint = open_checkpoint(source)
     os.truncate(weights(source), 100_000)
     with pytest.raises(CheckpointError, match=r"ended while tensor .* was read: it changed meanwhile"):
-        checkpoint.read(checkpoint.parameters[-1])
+        checkpoint.read(checkpoint.parameters[0])
