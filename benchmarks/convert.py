@@ -2,7 +2,7 @@
 
     python benchmarks/convert.py --folder /some/disk [--rounds 5] [--expert-layout hf5]
 
-The checkpoint has the widths of Qwen3-VL-30B-A3B in bfloat16 and fewer layers. Each round copies its files with fsync
+The checkpoint has the widths of Qwen3-VL-30B-A3B in bfloat16 and 8 layers. Each round copies its files with fsync
 and converts it in a fresh process, one after the other, in alternating order. Both start from the same state: the
 source in the page cache, the rest of the memory filled with pages of another file, all written data on disk. (On a
 virtual machine that gives free memory back to its host, a page's first use costs several times as much as writing it;
@@ -39,7 +39,7 @@ CONFIG = {
         "vocab_size": 151936,
         "hidden_size": 2048,
         "intermediate_size": 6144,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 8,
         "num_attention_heads": 32,
         "num_key_value_heads": 4,
         "head_dim": 128,
@@ -69,7 +69,7 @@ KEPT_FREE = 2 << 30
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--folder", type=Path, required=True, help="a folder on the disk to measure; 25 GB of room")
+    arguments.add_argument("--folder", type=Path, required=True, help="a folder on the disk to measure; 40 GB of room")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--expert-layout", choices=("hf4", "hf5", "per_expert"), default="hf4")
     arguments.add_argument("--keep", action="store_true", help="keep the made-up checkpoint for the next run")
@@ -170,8 +170,10 @@ def _convert(source: Path, target: Path) -> tuple[float, int]:
     shutil.rmtree(target, ignore_errors=True)
     os.sync()
     program = (
-        "import json, resource, sys; from converters.hf_to_orbax import convert; convert(*sys.argv[1:3]); "
-        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))"
+        "import json, sys; from converters.hf_to_orbax import convert; convert(*sys.argv[1:3]); "
+        # not getrusage: its maximum includes the parent's memory from before exec
+        "lines = open('/proc/self/status').read().splitlines(); "
+        "print(json.dumps(next(int(line.split()[1]) * 1024 for line in lines if line.startswith('VmHWM'))))"
     )
     start = time.perf_counter()
     command = [sys.executable, "-c", program, str(source), str(target)]

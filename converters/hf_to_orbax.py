@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from converters.direct_file import DirectFile
 from converters.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite
 from converters.mapping import Parameter
 from converters.orbax_checkpoint import (
@@ -182,14 +183,12 @@ def _write_arrays(
 
 def _write_piece(checkpoint: HfCheckpoint, parameter: Parameter, piece: Piece, dtype: np.dtype) -> tuple[int, bool]:
     """Writes one piece to disk; returns its bytes and whether all values are finite."""
-    check = FiniteCheck()
-    with piece.file.open("xb", buffering=0) as file:
+    check, nbytes = FiniteCheck(), 0
+    with DirectFile(piece.file) as file:
         for values in checkpoint.stream(parameter, piece.first, piece.count, dtype, check):
-            left = memoryview(values.reshape(-1).view(np.uint8))
-            while left:
-                left = left[file.write(left) :]
-        os.fsync(file.fileno())
-        return file.tell(), not check.failed
+            file.write(memoryview(values.reshape(-1).view(np.uint8)))
+            nbytes += values.nbytes
+    return nbytes, not check.failed
 
 
 def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, Any]:

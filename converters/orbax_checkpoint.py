@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -55,16 +56,16 @@ def read_format(directory: str | Path) -> dict[str, Any]:
     file = Path(directory) / FORMAT_FILE
     try:
         found = json.loads(file.read_text())
-        version = found["format_version"]
+        number = found["format_version"]
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} has no {FORMAT_FILE}: give a directory made by deepstack-jax convert"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise CheckpointError(f"{file} is damaged: convert the checkpoint again") from None
-    if version != FORMAT_VERSION:
+    if number != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file} has format_version {version}, expected {FORMAT_VERSION}: convert again, or update deepstack-jax"
+            f"{file} has format_version {number}, expected {FORMAT_VERSION}: convert again, or update deepstack-jax"
         )
     return found
 
@@ -155,6 +156,10 @@ def place_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> None:
     """Puts the filled arrays into the tree that `save_tree` made."""
     state = directory / PARAMS / "state"
     for path in leaves:
+        if not (state / path / _ZARR).exists():
+            raise OrbaxError(
+                f"Orbax {version('orbax-checkpoint')} keeps arrays elsewhere than 0.12.8: install that one"
+            )
         shutil.rmtree(state / path)
         os.rename(directory / _STAGE / path, state / path)
     (directory / _STAGE).rmdir()

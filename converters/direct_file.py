@@ -1,0 +1,82 @@
+"""Writing large files past the page cache.
+
+Weights that were just written are not read again soon, and keeping them would push out what is; where memory is nearly
+full, finding pages for them costs more than the writing itself. Needs Linux and a file system that takes O_DIRECT;
+elsewhere the file is written as any other.
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+from pathlib import Path
+from types import TracebackType
+
+_BUFFER = 1 << 20
+_BLOCK = 4096  # a multiple of every disk's block: length and place of a direct write are multiples of it
+
+
+class DirectFile:
+    """A new file, written in order and forced to disk when it is closed.
+
+    Raises `FileExistsError` where there is one, and `OSError` where writing fails. Left on an error, it is only closed.
+    """
+
+    def __init__(self, file: Path):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            self._descriptor = os.open(file, flags | getattr(os, "O_DIRECT", 0), 0o644)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            file.unlink(missing_ok=True)  # some file systems refuse only after they made it
+            self._descriptor = os.open(file, flags, 0o644)
+        self._buffer = mmap.mmap(-1, _BUFFER)  # aligned to a page, as a direct write needs it
+        self._filled = self._length = 0
+
+    def write(self, data: memoryview) -> None:
+        """Appends bytes."""
+        while data:
+            count = min(len(data), _BUFFER - self._filled)
+            self._buffer[self._filled : self._filled + count] = data[:count]
+            self._filled += count
+            data = data[count:]
+            if self._filled == _BUFFER:
+                self._flush()
+
+    def __enter__(self) -> "DirectFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                os.ftruncate(self._descriptor, self._length)
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+            self._buffer.close()
+
+    def _flush(self) -> None:
+        """Writes what is buffered, filled up to whole blocks; closing cuts the filling off."""
+        self._length += self._filled
+        with memoryview(self._buffer) as buffer:
+            end = -(-self._filled // _BLOCK) * _BLOCK
+            start = 0
+            while start < end:
+                start += self._write_once(buffer[start:end])
+        self._filled = 0
+
+    def _write_once(self, data: memoryview) -> int:
+        with data:
+            try:
+                return os.write(self._descriptor, data)
+            except OSError as error:
+                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+                direct = flags & getattr(os, "O_DIRECT", 0)
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~direct)
+                return os.write(self._descriptor, data)
