@@ -77,6 +77,8 @@ def load(
         ValueError: a directory that is no checkpoint of the four families, or is damaged; one line says what and where.
     """
     path = Path(path)
+    if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"dtype {jnp.dtype(dtype).name} is not supported: expected float32 or bfloat16")
     config = read_config(path)
     prefixes = None if parts is None else tuple(parts)
     shardings = param_shardings(config, mesh) if mesh else None
@@ -107,10 +109,3 @@ def _special_tokens(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], i
     if pad is None:
         pad = ends[0] if ends else 0
     return ends, int(pad)
-
-
-def dtype_named(name: str) -> DTypeLike:
-    """float32 or bfloat16 by name."""
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype {name!r} is not supported: expected float32 or bfloat16")
-    return jnp.dtype(name)

@@ -200,8 +200,8 @@ def _text_config(model_type: str, raw: dict[str, Any], tie_word_embeddings: bool
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=(head_dim := _first(raw.get("head_dim"), default_head_dim)),
-        rope=_rope_config(model_type, raw, where, head_dim),
+        head_dim=_first(raw.get("head_dim"), default_head_dim),
+        rope=_rope_config(model_type, raw, where),
         max_position_embeddings=raw.get("max_position_embeddings", 128000 if "_vl" in model_type else 32768),
         rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
         attention_bias=bool(raw.get("attention_bias", False)),
@@ -216,7 +216,7 @@ def _text_config(model_type: str, raw: dict[str, Any], tie_word_embeddings: bool
     )
 
 
-def _rope_config(model_type: str, raw: dict[str, Any], where: str, head_dim: int) -> RopeConfig:
+def _rope_config(model_type: str, raw: dict[str, Any], where: str) -> RopeConfig:
     new = raw.get("rope_parameters") or {}
     old = raw.get("rope_scaling") or {}
     merged = {**old, **new}
@@ -228,11 +228,9 @@ def _rope_config(model_type: str, raw: dict[str, Any], where: str, head_dim: int
     section = None
     if "_vl" in model_type:
         section = tuple(merged.get("mrope_section", (24, 20, 20)))
-        half = head_dim // 2
-        if len(section) != 3 or sum(section) != half:
-            raise ConfigError(
-                f"{where}: mrope_section {list(section)} must be three counts that sum to head_dim / 2 = {half}"
-            )
+        # They need not add up to head_dim / 2: height and width take what they reach, time the rest, as in transformers
+        if len(section) != 3 or not all(isinstance(count, int) and count >= 0 for count in section):
+            raise ConfigError(f"{where}: mrope_section {list(section)} must be three counts (time, height, width)")
     yarn_keys = ("attention_factor", "beta_fast", "beta_slow", "truncate")
     yarn = {key: merged[key] for key in yarn_keys if merged.get(key) is not None}
     return RopeConfig(

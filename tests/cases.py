@@ -127,7 +127,7 @@ CASES = [
             text_config={
                 "hidden_size": 56, "intermediate_size": 88, "num_hidden_layers": 4, "num_attention_heads": 5,
                 "num_key_value_heads": 1, "head_dim": 12, "num_experts": 7, "moe_intermediate_size": 44,
-                "decoder_sparse_step": 2, "rope_scaling": {"mrope_section": [2, 2, 2]},
+                "decoder_sparse_step": 2, "rope_scaling": {"mrope_section": [16, 1, 8]},  # more than head_dim / 2
             },
             vision_config={"depth": 2, "out_hidden_size": 56, "deepstack_visual_indexes": []},
         ),

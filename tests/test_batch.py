@@ -46,6 +46,11 @@ def test_arrays_that_do_not_fit_are_named(change: dict, message: str):
     assert "\n" not in str(error.value)
 
 
+def test_a_dtype_that_the_models_do_not_compute_in_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="dtype int8 is not supported: expected float32 or bfloat16"):
+        dsj.load(tmp_path, np.int8)
+
+
 def test_a_text_model_refuses_pictures():
     with pytest.raises(ValueError, match="qwen3_moe is a text model: leave images out"):
         arrange(parse_config(tiny_config("qwen3_moe")), **GOOD)

@@ -108,7 +108,7 @@ def test_verify_passes_a_sound_checkpoint_and_fails_one_that_is_read_differently
         (["generate", "CKPT", "--prompt", "x", "--image", __file__], 1, "error: "),
         (["generate", "CKPT", "--prompt", "x", "--max-new-tokens", "0"], 1, "error: max_new_tokens 0 is out of range"),
         (["generate", "CKPT", "--prompt", "x", "--top-p", "1.5"], 1, "error: top_p 1.5 is out of range"),
-        (["generate", "CKPT", "--prompt", "x", "--dtype", "int8"], 1, "error: dtype 'int8' is not supported"),
+        (["generate", "CKPT", "--prompt", "x", "--dtype", "int8"], 2, "Invalid value for '--dtype'"),
         (["convert", "HF", "CKPT"], 1, "error: "),
         (["export", "HF", "nowhere"], 1, "error: "),
         (["inspect", "nowhere"], 1, "error: "),

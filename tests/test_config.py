@@ -151,8 +151,8 @@ REFUSED = {
         r"asks for rope type 'longrope': expected one of default, linear, yarn",
     ),
     "sections": (
-        tiny_config(text_config={"rope_scaling": {"mrope_section": [4, 4, 4]}}),
-        r"mrope_section \[4, 4, 4\] must be three counts that (add up|sum) to head_dim / 2 = 8",
+        tiny_config(text_config={"rope_scaling": {"mrope_section": [4, 4]}}),
+        r"mrope_section \[4, 4\] must be three counts \(time, height, width\)",
     ),
     "widths": (
         tiny_config(vision_config={"out_hidden_size": 65}),

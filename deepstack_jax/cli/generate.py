@@ -4,7 +4,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,8 +22,8 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="above 1 repeats less")] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="above 0 repeats less")] = 0.0,
     seed: Annotated[int, typer.Option(help="the same seed draws the same answer")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; the checkpoint's by default")] = None,
-    expert_layout: Annotated[str | None, typer.Option(help="hf4 or hf5, where shapes can't tell")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
+    expert_layout: Annotated[Literal["hf4", "hf5"] | None, typer.Option(help="where shapes can't tell")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming")] = False,
 ) -> None:
     """Answers a prompt and streams the text as it comes.
@@ -31,14 +31,11 @@ def run(
     Example: deepstack-jax generate ckpt --prompt "What is on the table?" --image coffee.jpg
     """
     import deepstack_jax as dsj
-    from deepstack_jax.checkpoint import dtype_named
     from deepstack_jax.cli.progress import loading
 
     started = time.perf_counter()
     with loading(f"loading {checkpoint}") as progress:
-        model = dsj.load(
-            checkpoint, dtype_named(dtype) if dtype else None, expert_layout=expert_layout, progress=progress
-        )
+        model = dsj.load(checkpoint, dtype, expert_layout=expert_layout, progress=progress)
     loaded = time.perf_counter()
     inputs = dsj.prepare(model, prompt, images=image or (), videos=video or ())
     prepared = time.perf_counter()

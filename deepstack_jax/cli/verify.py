@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -27,7 +27,7 @@ def run(
     image: Annotated[list[str] | None, typer.Option(help="file, URL or data URI; a photograph by default")] = None,
     prompt: Annotated[str, typer.Option(help="the question")] = "Describe the picture.",
     max_new_tokens: Annotated[int, typer.Option(help="greedy tokens to compare")] = 16,
-    expert_layout: Annotated[str | None, typer.Option(help="hf4 or hf5, where shapes can't tell")] = None,
+    expert_layout: Annotated[Literal["hf4", "hf5"] | None, typer.Option(help="where shapes can't tell")] = None,
 ) -> None:
     """Compares every stage with transformers in float32: exit code 1 where one differs by more than 2e-5.
 
