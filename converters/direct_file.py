@@ -7,13 +7,24 @@ elsewhere the file is written as any other.
 
 import errno
 import fcntl
+import math
 import mmap
 import os
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
+from numpy.typing import DTypeLike
+
 _BUFFER = 1 << 20
 _BLOCK = 4096  # a multiple of every disk's block: length and place of a direct write are multiples of it
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An array whose memory starts at a page, so that `DirectFile` writes it as it lies there."""
+    count = math.prod(shape)
+    room = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
+    return np.frombuffer(room, dtype, count).reshape(shape)
 
 
 class DirectFile:
@@ -34,8 +45,13 @@ class DirectFile:
         self._buffer = mmap.mmap(-1, _BUFFER)  # aligned to a page, as a direct write needs it
         self._filled = self._length = 0
 
-    def write(self, data: memoryview) -> None:
-        """Appends bytes."""
+    def write(self, values: np.ndarray) -> None:
+        """Appends the bytes of a contiguous array; from `aligned_empty` and of whole blocks they aren't copied."""
+        if not self._filled and values.ctypes.data % _BLOCK == 0 and values.nbytes % _BLOCK == 0:
+            self._write_all(memoryview(values.reshape(-1).view(np.uint8)))
+            self._length += values.nbytes
+            return
+        data = memoryview(values.reshape(-1).view(np.uint8))
         while data:
             count = min(len(data), _BUFFER - self._filled)
             self._buffer[self._filled : self._filled + count] = data[:count]
@@ -63,20 +79,23 @@ class DirectFile:
         """Writes what is buffered, filled up to whole blocks; closing cuts the filling off."""
         self._length += self._filled
         with memoryview(self._buffer) as buffer:
-            end = -(-self._filled // _BLOCK) * _BLOCK
-            start = 0
-            while start < end:
-                start += self._write_once(buffer[start:end])
+            self._write_all(buffer[: -(-self._filled // _BLOCK) * _BLOCK])
         self._filled = 0
 
-    def _write_once(self, data: memoryview) -> int:
+    def _write_all(self, data: memoryview) -> None:
         with data:
-            try:
-                return os.write(self._descriptor, data)
-            except OSError as error:
-                flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-                direct = flags & getattr(os, "O_DIRECT", 0)
-                if error.errno != errno.EINVAL or not direct:
-                    raise
-                fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~direct)
-                return os.write(self._descriptor, data)
+            start = 0
+            while start < len(data):
+                with data[start:] as rest:
+                    start += self._write_once(rest)
+
+    def _write_once(self, data: memoryview) -> int:
+        try:
+            return os.write(self._descriptor, data)
+        except OSError as error:
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            direct = flags & getattr(os, "O_DIRECT", 0)
+            if error.errno != errno.EINVAL or not direct:
+                raise
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~direct)
+            return os.write(self._descriptor, data)

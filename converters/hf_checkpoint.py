@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
+from converters.direct_file import aligned_empty
 from converters.mapping import EXPERT_LAYOUTS, HfTensor, Parameter, current_name, hf_tensors, parameters, tied_head
 from converters.safetensors_file import CheckpointError, Entry, FiniteCheck, read_entries, read_tensor
 
@@ -77,7 +78,7 @@ class HfCheckpoint:
             return
         entry = self.entries[parameter.tensors[0].name]
         row = prod(parameter.shape[1:])
-        buffer = np.empty(min(_AT_ONCE, count * row), given)
+        buffer = aligned_empty((min(_AT_ONCE, count * row),), given)
         for start in range(first * row, (first + count) * row, buffer.size or 1):
             out = buffer[: (first + count) * row - start]
             yield read_tensor(entry, start, out, inspect).astype(wanted, copy=False)
@@ -86,7 +87,7 @@ class HfCheckpoint:
         self, parameter: Parameter, experts: range, dtype: np.dtype, inspect: Inspect | None
     ) -> Iterator[np.ndarray]:
         """Experts one by one, each a matrix whose axes are exchanged on disk, or two such matrices side by side."""
-        out = np.empty(parameter.shape[1:], dtype)
+        out = aligned_empty(parameter.shape[1:], dtype)
         by_expert: dict[int, list[HfTensor]] = {}
         for tensor in parameter.tensors:
             if tensor.index:

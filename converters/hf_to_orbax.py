@@ -186,7 +186,7 @@ def _write_piece(checkpoint: HfCheckpoint, parameter: Parameter, piece: Piece, d
     check, nbytes = FiniteCheck(), 0
     with DirectFile(piece.file) as file:
         for values in checkpoint.stream(parameter, piece.first, piece.count, dtype, check):
-            file.write(memoryview(values.reshape(-1).view(np.uint8)))
+            file.write(values)
             nbytes += values.nbytes
     return nbytes, not check.failed
 

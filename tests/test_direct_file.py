@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.direct_file import DirectFile
+from converters.direct_file import DirectFile, aligned_empty
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -23,11 +23,21 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("length", [0, 1, 4095, 4096, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, (5 << 20) + 777])
 def test_the_file_holds_what_was_written_in_pieces_of_any_length(folder: Path, length: int):
-    data = np.random.default_rng(length).integers(0, 256, length, np.uint8).tobytes()
+    data = np.random.default_rng(length).integers(0, 256, length, np.uint8)
     with DirectFile(folder / "file") as file:
         for start in range(0, length, 300_007):
-            file.write(memoryview(data)[start : start + 300_007])
-    assert (folder / "file").read_bytes() == data
+            file.write(data[start : start + 300_007])
+    assert (folder / "file").read_bytes() == data.tobytes()
+
+
+def test_aligned_and_other_arrays_follow_one_another(folder: Path):
+    parts = [aligned_empty((n,), np.uint16) for n in (4096, 2048, 5, 4096)] + [np.empty(77, np.uint16)]
+    for part in parts:
+        part[:] = np.random.default_rng(len(part)).integers(0, 1 << 16, len(part))
+    with DirectFile(folder / "file") as file:
+        for part in parts:
+            file.write(part)
+    assert (folder / "file").read_bytes() == b"".join(part.tobytes() for part in parts)
 
 
 def test_an_existing_file_is_left_alone(folder: Path):
@@ -40,7 +50,7 @@ def test_an_existing_file_is_left_alone(folder: Path):
 def test_an_error_inside_is_not_hidden_by_closing(folder: Path):
     def interrupted() -> None:
         with DirectFile(folder / "file") as file:
-            file.write(memoryview(b"x" * 10))
+            file.write(np.zeros(10, np.uint8))
             raise OSError(errno.EIO, "stop")
 
     with pytest.raises(OSError, match="stop"):

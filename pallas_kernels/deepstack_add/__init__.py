@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.deepstack_add import xla
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import named
 
 BACKENDS = {"xla": xla.deepstack_add}
 
@@ -35,4 +35,4 @@ def deepstack_add(
     levels = rows.shape[1] // width
     if not 0 <= level < levels:
         raise ValueError(f"deepstack_add: level {level} is not among the {levels} levels of rows {rows.shape}")
-    return choose("deepstack_add", BACKENDS, backend)(hidden, rows, visual_index, level)
+    return named("deepstack_add", BACKENDS, backend or "xla")(hidden, rows, visual_index, level)

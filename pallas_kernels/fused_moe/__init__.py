@@ -2,10 +2,10 @@
 
 import jax
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.fused_moe import xla
+from pallas_kernels.dispatch import named
+from pallas_kernels.fused_moe import cpu, xla
 
-BACKENDS = {"xla": xla.fused_moe}
+BACKENDS = {"xla": xla.fused_moe, "cpu": cpu.fused_moe}
 
 
 def fused_moe(
@@ -25,7 +25,7 @@ def fused_moe(
         down: [E, F, D].
         top_k_index: int32 [T, k], e = top_k_index[t, j] in 0..E-1.
         top_k_weights: [T, k], any float dtype; applied in float32.
-        backend: a name from `BACKENDS`, or None for the automatic choice.
+        backend: a name from `BACKENDS`, or None: `cpu` where the program is compiled for the CPU, else `xla`.
 
     Returns:
         [T, D] in hidden's dtype, accumulated in float32. Every token reaches its k experts: there is no capacity.
@@ -45,4 +45,7 @@ def fused_moe(
             f"fused_moe: top_k_index {top_k_index.shape} and top_k_weights {top_k_weights.shape} "
             f"must both be [{tokens}, k]"
         )
-    return choose("fused_moe", BACKENDS, backend)(hidden, gate_up, down, top_k_index, top_k_weights)
+    args = hidden, gate_up, down, top_k_index, top_k_weights
+    if backend is None:
+        return jax.lax.platform_dependent(*args, cpu=cpu.fused_moe, default=xla.fused_moe)
+    return named("fused_moe", BACKENDS, backend)(*args)
