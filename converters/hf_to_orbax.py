@@ -35,7 +35,7 @@ from converters.orbax_checkpoint import (
 from converters.safetensors_file import CheckpointError, FiniteCheck
 
 Progress = Callable[[int, int], None]
-THREADS = 4
+THREADS = 6  # more than cores: most of their time is waiting for the disk
 
 # What stands beside the weights: the tokenizer's, the processor's and the generation's files.
 COMPANIONS = (
