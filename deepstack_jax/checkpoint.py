@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,14 +29,13 @@ class Model:
     path: Path | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
-    _parts: dict[str, Params] = field(default_factory=dict, repr=False)
 
-    @property
+    @cached_property
     def vision_params(self) -> Params:
         """What the encode program needs."""
         return self._part(VISION)
 
-    @property
+    @cached_property
     def text_params(self) -> Params:
         """What the prefill and decode programs need."""
         return self._part(TEXT)
@@ -49,9 +48,7 @@ class Model:
         return Processor.from_directory(self.path, self.config)
 
     def _part(self, prefix: str) -> Params:
-        if prefix not in self._parts:
-            self._parts[prefix] = {path: array for path, array in self.params.items() if path.startswith(prefix)}
-        return self._parts[prefix]
+        return {path: array for path, array in self.params.items() if path.startswith(prefix)}
 
 
 def load(

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-DEFAULT_IMAGE = Path(__file__).parent.parent / "data" / "coffee.jpg"
+from deepstack_jax.cli.demo import DEFAULT_IMAGE
+
 TOLERANCE = 2e-5  # of the largest value of a stage, in float32
 
 
