@@ -7,13 +7,17 @@ EXTRAS ?=
 comma := ,
 PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
 
-.PHONY: demo test test-slow lint types clean
+.PHONY: demo test test-aot lint types clean
 
 demo: .venv/demo-ready
 	@$(BIN)/deepstack-jax demo
 
 test: .venv/test-ready
 	$(PLATFORM_TESTS) $(BIN)/python -m pytest
+
+# Compiles for TPUs and NVIDIA's Hopper without having one; their compilers live apart from what users run
+test-aot: .venv-aot/ready
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 tests/aot
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .
@@ -23,7 +27,7 @@ types: .venv/test-ready
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-aot
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "deepstack-jax needs Python 3.12 or later: install it, or pass PYTHON=/path/to/python3.12"; exit 1; }
@@ -37,3 +41,12 @@ clean:
 .venv/test-ready: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".[test$(if $(EXTRAS),$(comma)$(EXTRAS))]"
 	@touch $@ .venv/demo-ready
+
+.venv-aot/ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "deepstack-jax needs Python 3.12 or later: install it, or pass PYTHON=/path/to/python3.12"; exit 1; }
+	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/python -m pip install --quiet --upgrade pip
+	.venv-aot/bin/python -m pip install --quiet --editable ".[aot]"
+	version=$$(.venv-aot/bin/python -c 'from importlib.metadata import version; print(version("jax"))') && \
+	.venv-aot/bin/python -m pip install --quiet --no-deps "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
+	@touch $@

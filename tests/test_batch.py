@@ -17,9 +17,10 @@ GOOD.pop("mm_token_type_ids")
 
 def test_buckets_are_few_and_hold_their_length():
     sizes = {bucket(length) for length in range(1, 5000)}
-    assert sorted(sizes)[:8] == [16, 24, 32, 48, 64, 96, 128, 192]
-    assert len(sizes) == 18
-    assert all(length <= bucket(length) < max(17, 1.5 * length) for length in range(1, 5000))
+    assert sorted(sizes)[:12] == [16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320]
+    assert len(sizes) == 28
+    assert all(length <= bucket(length) < max(17, 1.5 * length) for length in range(1, 128))
+    assert all(length <= bucket(length) < 1.25 * length for length in range(128, 5000))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK = 512
+BLOCK = 256
+DECODE_BLOCK = 1024
 _LOWEST = -1e30  # stands for minus infinity where the difference of two of them must not be NaN
 
 
@@ -42,7 +43,9 @@ def ranged_attention(
 
 def _one_query(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
     """Decoding: only the blocks that hold a slot in use are read, however long the cache is."""
-    size = min(BLOCK, key.shape[2])
+    size = DECODE_BLOCK
+    if key.shape[2] <= size:
+        return _finish(_read_block(_initial(query), query, key, value, start, stop, 0, 0))
 
     def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         return _read_block(state, query, *_slice_keys(key, value, i, size), start, stop, *_slots(key, i, size))
@@ -54,11 +57,11 @@ def _one_query(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Ar
 def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
     """Blocks of queries one after another, each over the blocks of keys that it reads."""
     length = query.shape[3]
-    rows = min(BLOCK, length)
+    rows = _even_block(length)
     padding = -length % rows
     query = jnp.pad(query, [(0, 0)] * 3 + [(0, padding), (0, 0)])
     start, stop = (jnp.pad(bound, [(0, 0), (0, padding)]) for bound in (start, stop))
-    size = min(BLOCK, key.shape[2])
+    size = _even_block(key.shape[2])
     key_blocks = jnp.arange(-(-key.shape[2] // size))
 
     @jax.checkpoint  # a gradient recomputes a block's scores instead of keeping those of all blocks
@@ -80,6 +83,12 @@ def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Arra
 
     out = jax.lax.map(attend, jnp.arange(query.shape[3] // rows))
     return jnp.moveaxis(out, 0, 3).reshape(*query.shape[:-1], -1)[..., :length, :]
+
+
+def _even_block(length: int) -> int:
+    """The size of blocks of at most BLOCK that split `length` evenly, up to a multiple of 8."""
+    size = length / -(-length // BLOCK)
+    return min(length, -(-int(-(-size // 1)) // 8) * 8)
 
 
 def _slots(key: jax.Array, i: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +119,7 @@ def _read_block(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Adds the keys at slots `slot`, `slot + 1`, ... to the state, leaving out those before `unread_from`."""
     maximum, total, weighted = state
-    scores = jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    scores = _scores(query, key) * query.shape[-1] ** -0.5
     slots = slot + jnp.arange(key.shape[2])
     readable = (slots >= jnp.maximum(start, unread_from)[..., None]) & (slots < stop[..., None])
     readable = readable[:, None, None]
@@ -120,6 +129,21 @@ def _read_block(
     shrink = jnp.exp(maximum - new_maximum)
     read = jnp.einsum("bkgts,bksh->bkgth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return new_maximum, total * shrink + jnp.sum(weights, axis=-1), weighted * shrink[..., None] + read
+
+
+def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 [B, K, G, T, S]."""
+
+    def product(query: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32)
+
+    def sum_of_products(query: jax.Array, key: jax.Array) -> jax.Array:
+        return jnp.sum(query.astype(jnp.float32) * key.astype(jnp.float32)[:, :, None], axis=-1)[:, :, :, None]
+
+    if query.shape[3] > 1:
+        return product(query, key)
+    # for one query XLA on CPU would transpose the keys first, which takes as long as the rest
+    return jax.lax.platform_dependent(query, key, cpu=sum_of_products, default=product)
 
 
 def _finish(state: tuple[jax.Array, ...]) -> jax.Array:

@@ -58,7 +58,26 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """x [..., *in_shape] of any float dtype -> float32 [..., *out_shape]."""
         weight = self.weight[...]
+        y = jax.lax.platform_dependent(x.astype(weight.dtype), weight, cpu=self._on_cpu, default=self._contract)
+        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+    def _contract(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         contract = tuple(range(-self.num_in_axes, 0))
         dims = tuple(x.ndim + i for i in contract), tuple(weight.ndim + i for i in contract)
-        y = jax.lax.dot_general(x.astype(weight.dtype), weight, (dims, ((), ())), preferred_element_type=jnp.float32)
-        return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+        return jax.lax.dot_general(x, weight, (dims, ((), ())), preferred_element_type=jnp.float32)
+
+    def _on_cpu(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        """With the weights as one matrix: XLA on CPU would transpose a copy of those that have more axes."""
+        lead, out_shape = x.shape[: x.ndim - self.num_in_axes], weight.shape[: -self.num_in_axes]
+        size = prod(x.shape[x.ndim - self.num_in_axes :])
+        return product(x.reshape(prod(lead), size), weight.reshape(prod(out_shape), size)).reshape(*lead, *out_shape)
+
+
+
+def product(x: Float[Array, "rows i"], weight: Float[Array, "o i"]) -> Float[Array, "rows o"]:
+    """float32 `x @ weight.T`, x read in the weight's dtype."""
+    rows = len(x)
+    x = x.astype(weight.dtype)
+    if rows == 1 and weight.dtype == jnp.bfloat16:
+        x = jnp.concatenate([x, x])  # XLA on CPU reads the weights for one bfloat16 row far slower than for two
+    return jnp.einsum("ri,oi->ro", x, weight, preferred_element_type=jnp.float32)[:rows]

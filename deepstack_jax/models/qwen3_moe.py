@@ -17,7 +17,7 @@ from deepstack_jax.config import TextConfig
 from deepstack_jax.models.attention import ranged_attention
 from deepstack_jax.models.moe import DenseMLP, SparseMoE
 from deepstack_jax.models.norm import RMSNorm
-from deepstack_jax.models.param import Leaf, Linear, param
+from deepstack_jax.models.param import Leaf, Linear, param, product
 from deepstack_jax.models.rope import Rotation, rotate, text_rotation
 from pallas_kernels.deepstack_add import deepstack_add
 
@@ -177,9 +177,8 @@ class Qwen3MoeForCausalLM(nnx.Module):
         """float32 logits of normalised hidden states."""
         if not self.tied:
             return self.lm_head(hidden)
-        embedding = self.model.embed_tokens.weight[...]
-        hidden = hidden.astype(embedding.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return product(rows, self.model.embed_tokens.weight[...]).reshape(*hidden.shape[:-1], -1)
 
 
 def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:

@@ -14,14 +14,16 @@ from deepstack_jax.models.vision import PatchGeometry, patch_geometry
 from deepstack_jax.processing.positions import rope_positions, visual_index
 
 SMALLEST_BUCKET = 16
+QUARTERS_FROM = 128  # from here on an octave has four buckets, before two
 
 
 def bucket(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, 128, ... that holds `length`."""
-    size = SMALLEST_BUCKET
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+    """The smallest of 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, ... that holds `length`."""
+    octave = SMALLEST_BUCKET
+    while 2 * octave < length:
+        octave *= 2
+    step = octave // 4 if octave >= QUARTERS_FROM else octave // 2
+    return max(octave, -(-length // step) * step)
 
 
 @dataclass

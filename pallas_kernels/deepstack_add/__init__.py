@@ -2,10 +2,14 @@
 
 import jax
 
-from pallas_kernels.deepstack_add import xla
+from pallas_kernels.deepstack_add import mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.dispatch import named
 
-BACKENDS = {"xla": xla.deepstack_add}
+BACKENDS = {
+    "xla": xla.deepstack_add,
+    "mosaic_tpu": mosaic_tpu.deepstack_add,
+    "mosaic_gpu": mosaic_gpu.deepstack_add,
+}
 
 
 def deepstack_add(
@@ -18,13 +22,15 @@ def deepstack_add(
         rows: [M, N*D], the N deepstack levels of M visual tokens side by side.
         visual_index: int32 [T], the row of each visual token, -1 for text.
         level: 0..N-1, static.
-        backend: a name from `BACKENDS`, or None for the automatic choice.
+        backend: a name from `BACKENDS`. None is `xla` on every chip: after a decoder layer XLA adds the level in the
+            same pass as the residual, where a kernel is a pass of its own (docs/kernels.md).
 
     Returns:
         [T, D] in hidden's dtype.
 
     Raises:
         ValueError: shapes that don't fit together, a level that rows don't have, or an unknown backend.
+        NotImplementedError: the named backend can't do this; the message says why.
     """
     tokens, width = hidden.shape
     if rows.ndim != 2 or rows.shape[1] % width or visual_index.shape != (tokens,):

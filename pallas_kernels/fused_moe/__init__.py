@@ -2,10 +2,16 @@
 
 import jax
 
-from pallas_kernels.dispatch import named
-from pallas_kernels.fused_moe import cpu, xla
+from pallas_kernels.dispatch import log_choice, named, partitioned_by_xla, target_chip
+from pallas_kernels.fused_moe import cpu, grouped, mosaic_gpu, mosaic_tpu, xla
 
-BACKENDS = {"xla": xla.fused_moe, "cpu": cpu.fused_moe}
+BACKENDS = {
+    "xla": xla.fused_moe,
+    "cpu": cpu.fused_moe,
+    "xla_grouped": grouped.fused_moe,
+    "mosaic_tpu": mosaic_tpu.fused_moe,
+    "mosaic_gpu": mosaic_gpu.fused_moe,
+}
 
 
 def fused_moe(
@@ -25,13 +31,14 @@ def fused_moe(
         down: [E, F, D].
         top_k_index: int32 [T, k], e = top_k_index[t, j] in 0..E-1.
         top_k_weights: [T, k], any float dtype; applied in float32.
-        backend: a name from `BACKENDS`, or None: `cpu` where the program is compiled for the CPU, else `xla`.
+        backend: a name from `BACKENDS`, or None for the automatic choice by chip and shapes (docs/kernels.md).
 
     Returns:
         [T, D] in hidden's dtype, accumulated in float32. Every token reaches its k experts: there is no capacity.
 
     Raises:
         ValueError: shapes that don't fit together, or an unknown backend.
+        NotImplementedError: the named backend can't do this; the message says why.
     """
     tokens, width = hidden.shape
     experts, _, double = gate_up.shape
@@ -46,6 +53,29 @@ def fused_moe(
             f"must both be [{tokens}, k]"
         )
     args = hidden, gate_up, down, top_k_index, top_k_weights
-    if backend is None:
-        return jax.lax.platform_dependent(*args, cpu=cpu.fused_moe, default=xla.fused_moe)
-    return named("fused_moe", BACKENDS, backend)(*args)
+    if backend is not None:
+        return named("fused_moe", BACKENDS, backend)(*args)
+    # platform_dependent picks by what is really compiled for; only the branch for the chip at hand is traced with it
+    branches = {"cpu": cpu.fused_moe, "default": xla.fused_moe}
+    chip = target_chip()
+    name, why = _automatic(*args)
+    if chip.platform in ("tpu", "cuda"):
+        branches[chip.platform] = BACKENDS[name]
+    log_choice("fused_moe", f"hidden {hidden.shape}, gate_up {gate_up.shape} {gate_up.dtype}", chip, name, why)
+    return jax.lax.platform_dependent(*args, **branches)
+
+
+def _automatic(*args: jax.Array) -> tuple[str, str]:
+    """(backend, why) for the chip at hand."""
+    platform, kind = target_chip()
+    if platform == "cpu":
+        return "cpu", "the form for XLA on CPU"
+    if partitioned_by_xla():
+        return "xla", "XLA can't split a kernel over a mesh: use shard_map"
+    if platform == "tpu":
+        reason = mosaic_tpu.unsupported(*args)
+        return ("xla", reason) if reason else ("mosaic_tpu", "the form for TPUs")
+    if platform == "cuda":
+        reason = mosaic_gpu.unsupported(*args) if any(chip in kind for chip in ("H100", "H200", "GH200")) else kind
+        return ("xla_grouped", f"mosaic_gpu: {reason}") if reason else ("mosaic_gpu", "the form for Hopper")
+    return "xla", f"no form for {platform}"

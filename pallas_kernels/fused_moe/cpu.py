@@ -1,23 +1,91 @@
-"""fused_moe for XLA on CPU: tokens sorted by expert, each expert over its own rows in tiles.
-
-Few tokens are left to the plain form, which reads just the chosen experts' weights.
-"""
+"""fused_moe for XLA on CPU: few tokens run through each expert in use, many are sorted by expert and run in tiles."""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.fused_moe import xla
+from pallas_kernels.fused_moe.transforms import differentiable
+
+# Up to this many tokens all of them run through every expert in use, as reading its weights takes longer than the
+# products; above it, sorting pays (measured by benchmarks/kernels.py).
+FEW_TOKENS = 12
 
 
-@jax.custom_vjp
+@differentiable
 def fused_moe(
     hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
 ) -> jax.Array:
-    """See `pallas_kernels.fused_moe`. The gradient is the plain form's."""
+    """See `pallas_kernels.fused_moe`."""
+    run = _by_expert if len(hidden) <= FEW_TOKENS else _sorted
+    out = run(hidden.astype(gate_up.dtype), gate_up, down, top_k_index, top_k_weights.astype(jnp.float32))
+    return out.astype(hidden.dtype)
+
+
+def _by_expert(
+    x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> jax.Array:
+    """float32 [T, D]: a loop over the experts in use, which reads the weights of each once and no others."""
+    tokens = len(x)
+    # XLA reads weights fastest for one float32 row, and for two bfloat16 rows: one takes twelve times as long as two
+    fast_rows = 2 if x.dtype == jnp.bfloat16 else 1
+    if tokens < fast_rows:
+        x, top_k_index, top_k_weights = (jnp.pad(a, ((0, 1), (0, 0))) for a in (x, top_k_index, top_k_weights))
+    num_in_use, in_use_first = _in_use(top_k_index[:tokens], gate_up.shape[0])
+
+    def add_expert(i: jax.Array, total: jax.Array) -> jax.Array:
+        number = in_use_first[i]
+        chosen = jnp.any(top_k_index == number, axis=1)
+        share = jnp.sum(jnp.where(top_k_index == number, top_k_weights, 0), axis=1)
+
+        def add(rows: jax.Array) -> jax.Array:
+            out = jnp.where(chosen[rows, None], share[rows, None] * _expert(x[rows], gate_up, down, number), 0)
+            return total.at[rows].add(out, unique_indices=True)
+
+        def add_to_few() -> jax.Array:
+            return add(jax.lax.top_k(chosen, fast_rows)[1])
+
+        return jax.lax.cond(jnp.sum(chosen) <= fast_rows, add_to_few, lambda: add(jnp.arange(len(x))))
+
+    total = jax.lax.fori_loop(0, num_in_use, add_expert, jnp.zeros(x.shape, jnp.float32))
+    return total[:tokens]
+
+
+def _sorted(
+    x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> jax.Array:
+    """float32 [T, D]: tokens sorted by expert, each expert over its own rows in tiles; idle experts aren't read."""
+    tokens, top_k = top_k_index.shape
     experts = gate_up.shape[0]
-    if top_k_index.size <= experts:
-        return xla.fused_moe(hidden, gate_up, down, top_k_index, top_k_weights)
-    return _sorted(hidden, gate_up, down, top_k_index, top_k_weights, _tile(top_k_index.size, experts))
+    tile = _tile(tokens * top_k, experts)
+    expert_of_row = top_k_index.reshape(-1)
+    order = jnp.argsort(expert_of_row)
+    counts = jnp.bincount(expert_of_row, length=experts)
+    first_row = jnp.cumsum(counts) - counts
+    rows = jnp.pad(x[order // top_k], ((0, tile), (0, 0)))
+
+    num_in_use, in_use_first = _in_use(top_k_index, experts)
+
+    def run_expert(i: jax.Array, out: jax.Array) -> jax.Array:
+        number = in_use_first[i]
+
+        def run_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+            start = first_row[number] + i * tile
+            tile_out = _expert(jax.lax.dynamic_slice_in_dim(rows, start, tile), gate_up, down, number)
+            # rows past the expert's last are the next one's, which writes them again
+            return jax.lax.dynamic_update_slice_in_dim(out, tile_out, start, axis=0)
+
+        return jax.lax.fori_loop(0, (counts[number] + tile - 1) // tile, run_tile, out)
+
+    out = jnp.zeros((tokens * top_k + tile, x.shape[1]), jnp.float32)
+    out = jax.lax.fori_loop(0, num_in_use, run_expert, out)
+    row_of = jnp.zeros(tokens * top_k, jnp.int32).at[order].set(jnp.arange(tokens * top_k, dtype=jnp.int32))
+    return jnp.sum(out[row_of].reshape(tokens, top_k, -1) * top_k_weights[..., None], axis=1)
+
+
+def _in_use(top_k_index: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """(number of experts that a token chose, their numbers followed by those of the others)."""
+    in_use = jnp.zeros(experts, bool).at[top_k_index.reshape(-1)].set(True)
+    return jnp.sum(in_use), jnp.argsort(~in_use, stable=True)
 
 
 def _tile(rows: int, experts: int) -> int:
@@ -28,54 +96,9 @@ def _tile(rows: int, experts: int) -> int:
     return tile
 
 
-def _sorted(
-    hidden: jax.Array,
-    gate_up: jax.Array,
-    down: jax.Array,
-    top_k_index: jax.Array,
-    top_k_weights: jax.Array,
-    tile: int,
-) -> jax.Array:
-    tokens, top_k = top_k_index.shape
-    experts, width = down.shape[:2]
-    expert_of_row = top_k_index.reshape(-1)
-    order = jnp.argsort(expert_of_row)
-    counts = jnp.bincount(expert_of_row, length=experts)
-    first_row = jnp.cumsum(counts) - counts
-    rows = jnp.pad(hidden.astype(gate_up.dtype)[order // top_k], ((0, tile), (0, 0)))
-
-    def run_expert(number: jax.Array, out: jax.Array) -> jax.Array:
-        expert_gate_up, expert_down = (
-            jax.lax.dynamic_index_in_dim(weights, number, keepdims=False) for weights in (gate_up, down)
-        )
-
-        def run_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-            start = first_row[number] + i * tile
-            tile_rows = jax.lax.dynamic_slice_in_dim(rows, start, tile)
-            gate_up_out = jnp.dot(tile_rows, expert_gate_up, preferred_element_type=jnp.float32)
-            inner = jax.nn.silu(gate_up_out[:, :width]) * gate_up_out[:, width:]
-            tile_out = jnp.dot(inner.astype(down.dtype), expert_down, preferred_element_type=jnp.float32)
-            # rows past the expert's last are the next one's, which writes them again
-            return jax.lax.dynamic_update_slice_in_dim(out, tile_out, start, axis=0)
-
-        return jax.lax.fori_loop(0, (counts[number] + tile - 1) // tile, run_tile, out)
-
-    out = jnp.zeros((tokens * top_k + tile, hidden.shape[1]), jnp.float32)
-    out = jax.lax.fori_loop(0, experts, run_expert, out)
-    row_of = jnp.zeros(tokens * top_k, jnp.int32).at[order].set(jnp.arange(tokens * top_k, dtype=jnp.int32))
-    out = out[row_of].reshape(tokens, top_k, -1) * top_k_weights.astype(jnp.float32)[..., None]
-    return jnp.sum(out, axis=1).astype(hidden.dtype)
-
-
-def _forward(*args: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return fused_moe(*args), args
-
-
-def _backward(args: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
-    hidden, gate_up, down, top_k_index, top_k_weights = args
-    _, vjp = jax.vjp(lambda h, g, d, w: xla.fused_moe(h, g, d, top_k_index, w), hidden, gate_up, down, top_k_weights)
-    of_hidden, of_gate_up, of_down, of_weights = vjp(gradient)
-    return of_hidden, of_gate_up, of_down, None, of_weights
-
-
-fused_moe.defvjp(_forward, _backward)
+def _expert(x: jax.Array, gate_up: jax.Array, down: jax.Array, number: jax.Array) -> jax.Array:
+    """Rows [n, D] through one expert, float32."""
+    of_expert = (jax.lax.dynamic_index_in_dim(weights, number, keepdims=False) for weights in (gate_up, down))
+    expert_gate_up, expert_down = of_expert
+    inner = xla.swiglu(jnp.dot(x, expert_gate_up, preferred_element_type=jnp.float32))
+    return jnp.dot(inner.astype(down.dtype), expert_down, preferred_element_type=jnp.float32)

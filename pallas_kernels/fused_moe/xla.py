@@ -13,13 +13,12 @@ def fused_moe(
 ) -> jax.Array:
     """See `pallas_kernels.fused_moe`."""
     x = hidden.astype(gate_up.dtype)
-    experts, width = down.shape[:2]
+    experts = gate_up.shape[0]
 
     def share_of(number: jax.Array, expert_gate_up: jax.Array, expert_down: jax.Array) -> jax.Array:
         """What one expert adds to every token, float32 [T, D]."""
         gate_up_out = jnp.dot(x, expert_gate_up, preferred_element_type=jnp.float32)
-        inner = jax.nn.silu(gate_up_out[:, :width]) * gate_up_out[:, width:]
-        out = jnp.dot(inner.astype(down.dtype), expert_down, preferred_element_type=jnp.float32)
+        out = jnp.dot(swiglu(gate_up_out).astype(down.dtype), expert_down, preferred_element_type=jnp.float32)
         weight = jnp.sum(jnp.where(top_k_index == number, top_k_weights.astype(jnp.float32), 0), axis=1)
         return out * weight[:, None]
 
@@ -46,3 +45,9 @@ def fused_moe(
         numbers = jnp.arange(experts, dtype=top_k_index.dtype)
         total, _ = jax.lax.scan(add_scanned, total, (numbers, gate_up, down))
     return total.astype(hidden.dtype)
+
+
+def swiglu(gate_up_out: jax.Array) -> jax.Array:
+    """silu(gate) * up of [..., 2F], the gate in the first F columns -> [..., F]."""
+    gate, up = jnp.split(gate_up_out, 2, axis=-1)
+    return jax.nn.silu(gate) * up

@@ -1,0 +1,305 @@
+"""Whole-model speed against Hugging Face transformers on the same made-up weights: decode, prefill, vision.
+
+    python benchmarks/decode.py --folder /some/disk [--dtype float32 bfloat16] [--rounds 5] [--only decode-1 prefill]
+
+The model has 600M parameters (`CONFIG`); its checkpoint is made once in the folder and read by both sides. Every round
+runs each job once on each side, in alternating order, in this one process; figures are medians, ratios are of medians.
+transformers runs each of its experts implementations once as a warm-up, and the fastest one in the rounds. Its decode
+loop is the bare forward pass with argmax, without the overhead of its `generate`.
+
+The bound of decode is the bytes of the weights that one step reads (the chosen experts, measured) over the bandwidth
+measured in this run; that of prefill and vision is their products' operations over the measured matrix product rate.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from measured import bandwidth, best_rate, chip_name
+
+from converters.random_checkpoint import write_random_checkpoint
+from deepstack_jax.checkpoint import Model, load
+from deepstack_jax.processing.batch import arrange
+from deepstack_jax.programs import decode, encode, prefill, run_prompt
+from deepstack_jax.generation import prompt_of
+from deepstack_jax.sampling import SamplingParams
+
+CONFIG = {
+    "model_type": "qwen3_vl_moe",
+    "tie_word_embeddings": False,
+    "image_token_id": 32001,
+    "video_token_id": 32002,
+    "vision_start_token_id": 32003,
+    "vision_end_token_id": 32004,
+    "text_config": {
+        "model_type": "qwen3_vl_moe_text",
+        "vocab_size": 32768,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 5000000,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 384,
+        "eos_token_id": 32005,
+    },
+    "vision_config": {
+        "model_type": "qwen3_vl_moe",
+        "depth": 12,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_heads": 8,
+        "in_channels": 3,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "out_hidden_size": 1024,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [3, 6, 9],
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+}
+EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # batched_mm copies weights for every token
+NEW_TOKENS = 32
+
+
+@dataclass
+class Job:
+    """One thing to measure: each side's run returns the seconds of the work asked for."""
+
+    name: str
+    unit: str
+    amount: int  # of the unit in one run
+    ours: Callable[[], float]
+    theirs: Callable[[], float]
+    bound: float  # seconds
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--folder", type=Path, required=True, help="where the made-up checkpoints are kept")
+    arguments.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--only", nargs="+", default=[], help="names of jobs; all by default")
+    arguments.add_argument("--ours-alone", action="store_true", help="leave transformers out")
+    options = arguments.parse_args()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
+    print(f"{chip_name()}, {platform.machine()}, {versions}; {time.strftime('%Y-%m-%d')}")
+    for dtype in options.dtype:
+        measure(options.folder / f"model-{dtype}", dtype, options)
+
+
+def measure(directory: Path, dtype: str, options: argparse.Namespace) -> None:
+    if not directory.exists():
+        write_random_checkpoint(directory, CONFIG, dtype=dtype)
+    model = load(directory)
+    show_load(model)
+    hf = None if options.ours_alone else HuggingFace(directory, dtype)
+    speeds = bandwidth(), best_rate(dtype)
+    print(f"{dtype}: {speeds[0] / 1e9:.1f} GB/s read, {speeds[1] / 1e9:.0f} GFLOP/s product of 2048^3")
+    jobs = [job for job in all_jobs(model, hf, *speeds) if not options.only or job.name in options.only]
+    print(f"{'job':16} {'ours':>9} {'HF':>9} {'ratio':>6} {'bound':>9}  unit")
+    for job in jobs:
+        job.ours()
+        if hf:
+            candidates = EXPERTS_IMPLEMENTATIONS if job.name.startswith("decode") else ("eager", "grouped_mm")
+            best = hf.take_fastest(job.theirs, candidates)
+        ours, theirs = [], []
+        for number in range(options.rounds):
+            sides = [(ours, job.ours), (theirs, job.theirs)] if hf else [(ours, job.ours)]
+            for times, side in sides if number % 2 else sides[::-1]:
+                times.append(side())
+        rate = job.amount / statistics.median(ours)
+        line = f"{job.name:16} {rate:9.1f}"
+        if hf:
+            peer = job.amount / statistics.median(theirs)
+            line += f" {peer:9.1f} {rate / peer:6.2f}"
+        else:
+            line += f" {'-':>9} {'-':>6}"
+        line += f" {job.amount / job.bound:9.1f}  {job.unit}"
+        print(line + (f" (HF: {best})" if hf else ""), flush=True)
+
+
+def all_jobs(model: Model, hf: "HuggingFace | None", bytes_per_second: float, flops: float) -> list[Job]:
+    jobs = []
+    for batch, context in ((1, 512), (8, 64), (8, 512)):
+        ids = prompt_ids(batch, context)
+        bound = NEW_TOKENS * step_bytes(model, batch, context) / bytes_per_second
+        theirs = partial(hf.decode, ids) if hf else None
+        ours = partial(our_decode, model, ids)
+        jobs.append(Job(f"decode-{batch}-{context}", "tokens/s", batch * NEW_TOKENS, ours, theirs, bound))
+    ids = prompt_ids(1, 512)
+    theirs = partial(hf.prefill, ids) if hf else None
+    bound = prefill_flops(model, 512) / flops
+    jobs.append(Job("prefill-512", "tokens/s", 512, partial(our_prefill, model, ids), theirs, bound))
+    for side in (448, 1024):
+        grid = np.asarray([[1, side // 16, side // 16]])
+        pixels = np.random.default_rng(0).standard_normal((grid.prod(), 3 * 2 * 16 * 16), np.float32)
+        theirs = partial(hf.vision, pixels, grid) if hf else None
+        bound = vision_flops(model, len(pixels)) / flops
+        ours = partial(our_vision, model, pixels, grid)
+        jobs.append(Job(f"vision-{side}", "images/s", 1, ours, theirs, bound))
+    return jobs
+
+
+def prompt_ids(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(batch).integers(0, 32000, (batch, length))
+
+
+def timed(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - started
+
+
+def our_decode(model: Model, ids: np.ndarray) -> float:
+    state = started(model, ids)
+    return timed(lambda: decode(model.config, model.text_params, state, sampling_of(ids), np.int32(NEW_TOKENS + 1)))
+
+
+def our_prefill(model: Model, ids: np.ndarray) -> float:
+    return timed(lambda: started(model, ids))
+
+
+def started(model: Model, ids: np.ndarray) -> Any:
+    batch = arrange(model.config, ids)
+    capacity = ids.shape[1] + NEW_TOKENS * 2
+    state = prefill(model.config, capacity, model.text_params, prompt_of(model, batch), sampling_of(ids))
+    return jax.block_until_ready(state)
+
+
+def sampling_of(ids: np.ndarray) -> SamplingParams:
+    return SamplingParams.of(len(ids))
+
+
+def our_vision(model: Model, pixels: np.ndarray, grid: np.ndarray) -> float:
+    ids = np.full((1, len(pixels) // 4 + 2), model.config.image_token_id)
+    ids[0, 0], ids[0, -1] = CONFIG["vision_start_token_id"], CONFIG["vision_end_token_id"]
+    batch = arrange(model.config, ids, None, pixels, grid)
+    return timed(lambda: encode(model.config, model.vision_params, batch.pixel_values, batch.geometry))
+
+
+class HuggingFace:
+    """transformers on the same checkpoint."""
+
+    def __init__(self, directory: Path, dtype: str):
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        self.torch = torch
+        self.model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).eval()
+
+    def take_fastest(self, run: Callable[[], float], candidates: tuple[str, ...]) -> str:
+        seconds = {}
+        for self.experts in candidates:
+            run()
+            seconds[self.experts] = min(run(), run())
+        self.experts = min(seconds, key=seconds.__getitem__)
+        return self.experts
+
+    def decode(self, ids: np.ndarray) -> float:
+        with self.torch.no_grad():
+            self.model.model.rope_deltas = None
+            self.model.set_experts_implementation("grouped_mm")
+            out = self.model(input_ids=self.torch.tensor(ids), use_cache=True, logits_to_keep=1)
+            cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+            self.model.set_experts_implementation(self.experts)
+            begun = time.perf_counter()
+            for _ in range(NEW_TOKENS):
+                out = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                token = out.logits[:, -1:].argmax(-1)
+            return time.perf_counter() - begun
+
+    def prefill(self, ids: np.ndarray) -> float:
+        with self.torch.no_grad():
+            self.model.model.rope_deltas = None
+            self.model.set_experts_implementation(self.experts)
+            begun = time.perf_counter()
+            self.model(input_ids=self.torch.tensor(ids), use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+            return time.perf_counter() - begun
+
+    def vision(self, pixels: np.ndarray, grid: np.ndarray) -> float:
+        visual = self.model.model.visual
+        with self.torch.no_grad():
+            tensors = self.torch.tensor(pixels).to(visual.dtype), self.torch.tensor(grid)
+            begun = time.perf_counter()
+            visual(tensors[0], grid_thw=tensors[1])
+            return time.perf_counter() - begun
+
+
+def show_load(model: Model) -> None:
+    """Prints how 512 tokens spread over the experts: a collapsed router would make every figure worthless."""
+    loads = experts_load(model, prompt_ids(1, 512))
+    print("tokens of each expert, of 512 tokens, over all layers:", " ".join(str(x) for x in loads.sum(axis=0)))
+    even = loads.mean()
+    print(f"an even load is {even:.0f} a layer; the layers' busiest experts have {loads.max(axis=1).tolist()}")
+
+
+def experts_load(model: Model, ids: np.ndarray) -> np.ndarray:
+    """int [layers, E]: tokens that chose each expert."""
+    counts: list[jax.Array] = []
+    from deepstack_jax.models import moe
+
+    route = moe.SparseMoE.route
+
+    def counted(self: Any, hidden: jax.Array) -> Any:
+        weights, chosen, logits = route(self, hidden)
+        counts.append(jnp.bincount(chosen.reshape(-1), length=logits.shape[-1]))
+        return weights, chosen, logits
+
+    moe.SparseMoE.route = counted
+    try:
+        batch = arrange(model.config, ids)
+        run_prompt(model.config, model.text_params, prompt_of(model, batch))
+    finally:
+        moe.SparseMoE.route = route
+    return np.stack([np.asarray(x) for x in counts])
+
+
+def step_bytes(model: Model, batch: int, context: int) -> float:
+    """Bytes that one decode step reads: weights of the experts that a batch of tokens reaches, and the cache."""
+    config = model.config.text
+    itemsize = next(iter(model.params.values())).dtype.itemsize
+    always = sum(x.nbytes for path, x in model.text_params.items() if ".experts." not in path and "embed" not in path)
+    experts = sum(x.nbytes for path, x in model.text_params.items() if ".experts." in path)
+    reached = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch  # expected share when load is even
+    slot = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+    return always + experts * reached + batch * (context + NEW_TOKENS / 2) * slot
+
+
+def prefill_flops(model: Model, tokens: int) -> float:
+    config = model.config.text
+    always = sum(
+        x.size for path, x in model.text_params.items() if x.ndim > 1 and ".experts." not in path and ".layers." in path
+    )
+    experts = sum(x.size for path, x in model.text_params.items() if ".experts." in path)
+    attention = config.num_hidden_layers * tokens * tokens * config.num_attention_heads * config.head_dim * 2
+    return 2 * tokens * (always + experts * config.num_experts_per_tok / config.num_experts) + attention
+
+
+def vision_flops(model: Model, patches: int) -> float:
+    config = model.config.vision
+    assert config is not None
+    products = sum(x.size for path, x in model.vision_params.items() if x.ndim > 1 and "blocks" in path)
+    merges = sum(x.size for path, x in model.vision_params.items() if x.ndim > 1 and "merger" in path)
+    return 2 * patches * (products + merges / config.merge_unit) + config.depth * 4 * patches**2 * config.hidden_size
+
+
+if __name__ == "__main__":
+    main()

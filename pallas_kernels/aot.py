@@ -1,0 +1,132 @@
+"""Compiling JAX programs and Pallas kernels for TPUs and NVIDIA chips on a machine that has neither.
+
+The real compilers of the targets run (libtpu's, and XLA's for CUDA with Mosaic GPU), so a program that they refuse, the
+memory that they plan and the copies that they insert show up without the chip. Nothing is executed: this says nothing
+about results (the interpreters do) and nothing about speed (`cost_analysis()` is no model of time).
+
+    from pallas_kernels import aot
+
+    compiled = aot.compile_for("v5e", fn, jax.ShapeDtypeStruct((8, 2048), jnp.bfloat16), donate_argnums=0)
+    compiled.memory_analysis().temp_size_in_bytes, aot.copies(compiled, at_least=1 << 20)
+
+Needs, beside jax: `libtpu` for TPUs; `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's version for CUDA, installed with
+`--no-deps` (`make test-aot` sets that up in .venv-aot, apart from the environment in which programs run), and the
+environment variable JAX_PLATFORMS=cpu: with both plugins installed and no chip, jax's own start-up may crash.
+
+    python -m pallas_kernels.aot      # compiles one small kernel for every target and prints a table
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for a metadata server that only a cloud has
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
+GPUS = ("h100", "h200")
+TARGETS = (*TPUS, *GPUS)
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def mesh_of(target: str, num_devices: int = 1) -> Mesh:
+    """A mesh with the one axis "x" over described, not present, devices of a target out of `TARGETS`.
+
+    Raises:
+        ValueError: an unknown target, or one for which the compiler isn't installed.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"no target {target!r}: expected one of {', '.join(TARGETS)}")
+    try:
+        if target in TPUS:
+            devices = topologies.get_topology_desc(TPUS[target], platform="tpu").devices
+        else:
+            described = Path(__file__).parent / "aot_targets" / f"{target}.txtpb"  # XLA's GpuTargetConfigProto
+            topology = {"topology": f"1x1x{num_devices}", "target_config": described.read_text()}
+            devices = topologies.get_topology_desc(target, platform="cuda", **topology).devices
+    except Exception as error:
+        packages = "libtpu" if target in TPUS else "jax-cuda13-plugin and jax-cuda13-pjrt (pip install --no-deps)"
+        raise ValueError(f"can't compile for {target}: {error}. It needs {packages} of a version that fits jax") from error
+    return Mesh(devices[:num_devices], ("x",), axis_types=(AxisType.Auto,))
+
+
+def compile_for(target: str | Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Any:
+    """Lowers and compiles `fn`, plain or already jitted, for a target's chip.
+
+    Args:
+        target: a name out of `TARGETS`, or a mesh from `mesh_of`.
+        fn: a function of `args`; `jit_options` (static_argnums, donate_argnums) go to jax.jit unless it is jitted.
+        args: pytrees of `jax.ShapeDtypeStruct`, replicated where they have no sharding; others are static.
+
+    Returns:
+        `jax.stages.Compiled`: `memory_analysis()` and `as_text()` tell what the compiler planned.
+
+    Raises:
+        What the target's compiler raises, and `ValueError` as `mesh_of`.
+    """
+    mesh = mesh_of(target) if isinstance(target, str) else target
+    jitted = fn if hasattr(fn, "trace") else jax.jit(fn, **jit_options)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas which chip it lowers for
+        return jitted.trace(*(placed(arg, mesh) for arg in args)).lower().compile()
+
+
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """`tree` with every `jax.ShapeDtypeStruct` that has no sharding replicated over the mesh."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.ShapeDtypeStruct) or leaf.sharding is not None:
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+
+    return jax.tree.map(place, tree)
+
+
+def copies(compiled: Any, at_least: int) -> list[str]:
+    """Instructions of the compiled program whose only work is to copy, transpose or convert `at_least` bytes or more."""
+    pattern = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* ((?:copy|transpose|convert)[\w-]*)\(", re.M)
+    found = []
+    for name, dtype, dims, op in pattern.findall(compiled.as_text()):
+        size = _BYTES.get(dtype, 8) * math.prod(int(d) for d in dims.split(",") if d)
+        if size >= at_least:
+            found.append(f"{name} = {op} {dtype}[{dims}]")
+    return found
+
+
+def _main() -> None:
+    x = jax.ShapeDtypeStruct((1024, 128), jnp.bfloat16)
+
+    def on_tpu(x: jax.Array) -> jax.Array:
+        def body(x_ref: Any, out_ref: Any) -> None:
+            out_ref[...] = x_ref[...] * 2
+
+        block = pl.BlockSpec((128, 128), lambda i: (i, 0))
+        return pl.pallas_call(body, grid=(8,), in_specs=[block], out_specs=block, out_shape=x)(x)
+
+    def on_gpu(x: jax.Array) -> jax.Array:
+        def body(x_ref: Any, out_ref: Any) -> None:
+            rows = pl.ds(jax.lax.axis_index("i") * 128, 128)
+            out_ref[rows, :] = x_ref[rows, :] * 2
+
+        return plgpu.kernel(body, out_type=jax.ShapeDtypeStruct(x.shape, x.dtype), grid=(8,), grid_names=("i",))(x)
+
+    for target in TARGETS:
+        try:
+            memory = compile_for(target, on_tpu if target in TPUS else on_gpu, x).memory_analysis()
+            print(f"{target:6} compiles: {memory.argument_size_in_bytes} B in, {memory.temp_size_in_bytes} B temporary")
+        except Exception as error:  # a table of what works is the point
+            print(f"{target:6} {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+
+
+if __name__ == "__main__":
+    _main()

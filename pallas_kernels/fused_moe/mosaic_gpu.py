@@ -1,0 +1,547 @@
+"""fused_moe for Hopper (H100, H200): two pairs of Pallas kernels, taken by the number of tokens.
+
+Few tokens (`_decode`) are bound by memory: each active expert's weights are streamed once past all tokens. Many
+(`_prefill`) are bound by the matrix units: rows (token, expert) are sorted by expert and tiled, and the kernel gathers
+each tile's tokens. In both the first kernel of the pair ends with the activation and the second with the routing
+weights. Nothing here was timed on a chip: tile sizes are reasoned from bytes and flops (docs/kernels.md).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.fused_moe.transforms import differentiable
+
+# At T tokens a streamed weight does T flops a byte. 64 are 307 TFLOP/s at H200's 4.8 TB/s, a third of what its matrix
+# units do, and x's steps are still no larger than a weight's. From there on a tile of 64 rows pads no more than that.
+DECODE_TOKENS = 64
+
+# Of H100 SXM and H200. A prefill kernel starts one block for each, which loops over its share of the work.
+MULTIPROCESSORS = 132
+
+# Depth of one step of a product: 128 bytes of bfloat16, the length of a row in shared memory.
+K = 64
+
+
+def unsupported(
+    hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> str | None:
+    """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
+    for name, size in (("D", down.shape[2]), ("F", down.shape[1])):
+        if size % 128:
+            return f"{name} = {size} is no multiple of 128"
+    if gate_up.dtype != jnp.bfloat16 or down.dtype != jnp.bfloat16:
+        return f"weights are {gate_up.dtype} and {down.dtype}, not bfloat16 (wgmma would round float32 to tf32)"
+    return None
+
+
+def fused_moe(
+    hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> jax.Array:
+    """See `pallas_kernels.fused_moe`."""
+    reason = unsupported(hidden, gate_up, down, top_k_index, top_k_weights)
+    if reason:
+        raise NotImplementedError(reason)
+    return _by_tokens(hidden, gate_up, down, top_k_index, top_k_weights)
+
+
+@differentiable
+def _by_tokens(
+    hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> jax.Array:
+    run = _decode if hidden.shape[0] <= DECODE_TOKENS else _prefill
+    return run(hidden, gate_up, down, top_k_index, top_k_weights)
+
+
+# ---- decode: the weights are wgmma's operand of 64 rows, the tokens (padded to 8) its columns ----
+
+
+def _decode(
+    hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> jax.Array:
+    tokens, experts = hidden.shape[0], gate_up.shape[0]
+    columns = -(-tokens // 8) * 8
+    x = jnp.pad(hidden.astype(gate_up.dtype), ((0, columns - tokens), (0, 0)))
+    share = jnp.zeros((experts, columns), jnp.float32)
+    share = share.at[top_k_index, jnp.arange(tokens)[:, None]].add(top_k_weights.astype(jnp.float32))
+    is_active = jnp.zeros(experts, jnp.bool_).at[top_k_index.reshape(-1)].set(True)
+    slots = min(experts, top_k_index.size)  # no more experts can be active; a slot holds one
+    active = jnp.nonzero(is_active, size=slots, fill_value=0)[0].astype(jnp.int32)
+    count = jnp.sum(is_active, dtype=jnp.int32)[None]
+    inner = _decode_gate_up(x, gate_up, active, count)
+    partials = _decode_down(inner, down, share[active], active, count)
+    return jnp.sum(partials, axis=0).T[:tokens].astype(hidden.dtype)
+
+
+def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
+    """[columns, D] -> [slots, columns, F] in the weights' dtype, for the first `count` slots.
+
+    One block for each slot and 64 of F: at one token of 30B-A3B 96 blocks, which stream 512 KiB each. A step holds 64
+    rows of the gate's and of the up's 64 columns (8 KiB each) and as many of x's columns (1 to 8 KiB). Two blocks share
+    a multiprocessor and keep at least 128 KiB of weights in flight there; its share of 4.8 TB/s needs 36 at 1 us.
+    """
+    columns, width = x.shape
+    slots, inner_width = active.shape[0], gate_up.shape[2] // 2
+    chunks = inner_width // K
+
+    def body(x_ref: Any, weights_ref: Any, active_ref: Any, count_ref: Any, inner_ref: Any, staged: Any) -> None:
+        slot, chunk = lax.axis_index("slot"), lax.axis_index("chunk")
+
+        @pl.when(slot < count_ref[0])
+        def _() -> None:
+            expert_ref = weights_ref.at[active_ref[slot]]
+
+            def products(gate_acc: Any, up_acc: Any) -> tuple[jax.Array, jax.Array]:
+                def step(_: Any, gate: Any, up: Any, x: Any) -> None:
+                    plgpu.wgmma(gate_acc, gate.transpose((1, 0)), x.transpose((1, 0)))
+                    plgpu.wgmma(up_acc, up.transpose((1, 0)), x.transpose((1, 0)))
+                    plgpu.wgmma_wait(2)  # these may go on; the step before is done, and its buffers are filled next
+
+                block = partial(plgpu.BlockSpec, transforms=_swizzled(), delay_release=1)
+                plgpu.emit_pipeline(
+                    step,
+                    grid=(width // K,),
+                    in_specs=[
+                        block((K, K), lambda k: (k, chunk)),
+                        block((K, K), lambda k: (k, chunk + chunks)),
+                        block((columns, K), lambda k: (0, k)),
+                    ],
+                    max_concurrent_steps=_buffers_of_two_blocks((2 * K + columns) * K * 2),
+                )(expert_ref, expert_ref, x_ref)
+                return gate_acc[...], up_acc[...]
+
+            acc = plgpu.WGMMAAccumulatorRef((K, columns))
+            gate, up = pl.run_scoped(products, acc, acc)
+            staged.transpose((1, 0))[...] = _swiglu(gate, up).astype(x.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staged, inner_ref.at[slot, :, pl.ds(chunk * K, K)])
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=_like((slots, columns, inner_width), x.dtype, x, gate_up, active),
+        grid=(slots, chunks),
+        grid_names=("slot", "chunk"),
+        scratch_types=(plgpu.SMEM((columns, K), x.dtype, transforms=_swizzled()),),
+        compiler_params=_params(),
+    )(x, gate_up, active, count)
+
+
+def _decode_down(inner: jax.Array, down: jax.Array, share: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
+    """[slots, columns, F] and share float32 [slots, columns] -> float32 [groups, D, columns], to be summed over groups.
+
+    One block for each 64 of D and group of slots, which it goes through in one stream that doesn't stop between
+    experts. 256 blocks are two a multiprocessor, and 8 groups at D = 2048: at 64 tokens they write 4 MB of partial sums
+    beside 403 MB of weights read.
+    """
+    slots, columns, inner_width = inner.shape
+    width = down.shape[2]
+    steps_each = inner_width // K
+    groups = min(slots, max(1, 256 * K // width))
+    buffers = _buffers_of_two_blocks((K + columns) * K * 2)
+
+    def body(*refs: Any) -> None:
+        inner_ref, weights_ref, share_ref, active_ref, count_ref, out_ref, weights, inners, arrived = refs
+        group = lax.axis_index("group")
+        of_d = pl.ds(lax.axis_index("chunk") * K, K)
+        slots_here = lax.div(count_ref[0] - group + (groups - 1), groups)  # group, group + groups, ...
+        steps = slots_here * steps_each
+
+        def fetch(step: jax.Array) -> None:
+            slot = group + lax.div(step, steps_each) * groups
+            of_f = pl.ds(lax.rem(step, steps_each) * K, K)
+            buffer = lax.rem(step, buffers)
+            barrier = arrived.at[buffer]
+            plgpu.copy_gmem_to_smem(weights_ref.at[active_ref[slot], of_f, of_d], weights.at[buffer], barrier)
+            plgpu.copy_gmem_to_smem(inner_ref.at[slot, :, of_f], inners.at[buffer], barrier)
+
+        pl.loop(0, jnp.minimum(steps, buffers - 1))(fetch)
+
+        def add_slot(number: jax.Array, total: jax.Array) -> jax.Array:
+            def product(acc: Any) -> jax.Array:
+                @pl.loop(0, steps_each)
+                def _(k: jax.Array) -> None:
+                    step = number * steps_each + k
+                    buffer = lax.rem(step, buffers)
+                    plgpu.barrier_wait(arrived.at[buffer])
+                    plgpu.wgmma(acc, weights.at[buffer].transpose((1, 0)), inners.at[buffer].transpose((1, 0)))
+                    plgpu.wgmma_wait(1)  # the step before is done, and its buffer is filled next
+                    pl.when(step + (buffers - 1) < steps)(lambda: fetch(step + (buffers - 1)))
+
+                return acc[...]
+
+            out = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((K, columns)))
+            of_slot = share_ref.at[group + number * groups]
+            of_column = plgpu.load(of_slot, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            weight = lax.broadcast_in_dim(of_column, out.shape, [1])
+            # a token that isn't routed here gets exactly nothing, also where its product overflowed
+            return total + jnp.where(weight != 0, out * weight, 0.0)
+
+        zeros = plgpu.layout_cast(jnp.zeros((K, columns), jnp.float32), plgpu.Layout.WGMMA)
+        out_ref[group, of_d, :] = lax.fori_loop(0, slots_here, add_slot, zeros)
+
+    return plgpu.kernel(
+        body,
+        out_type=_like((groups, width, columns), jnp.float32, inner, down, share),
+        grid=(groups, width // K),
+        grid_names=("group", "chunk"),
+        scratch_types=(
+            plgpu.SMEM((buffers, K, K), down.dtype, transforms=_swizzled()),
+            plgpu.SMEM((buffers, columns, K), inner.dtype, transforms=_swizzled()),
+            plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+        ),
+        compiler_params=_params(),
+    )(inner, down, share, active, count)
+
+
+def _buffers_of_two_blocks(step: int) -> int:
+    """How many steps of so many bytes a block may hold for two blocks to share 227 KiB; 9 KiB each are left."""
+    return min(8, (104 << 10) // step)
+
+
+# ---- prefill: rows (token, expert) sorted by expert, in tiles of 64 or 128 rows of one expert ----
+
+
+class Rows(NamedTuple):
+    """Where the T * k rows went.
+
+    Shapes are static, so there are as many tiles as any routing may need; no kernel looks at those past `count`.
+    """
+
+    expert: jax.Array  # int32 [tiles]
+    count: jax.Array  # int32 [1], tiles in use
+    token: jax.Array  # int32 [tiles * rows]; 0 in rows past an expert's last: computed, and read by nobody
+    share: jax.Array  # float32 [tiles * rows], the routing weight
+    of_choice: jax.Array  # int32 [T, k], the row of a token's j-th expert
+
+
+def _prefill(
+    hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> jax.Array:
+    experts = gate_up.shape[0]
+    # Two warp groups of 64 rows halve what each row costs in weights fetched, if experts have more than 64 rows.
+    groups = 2 if top_k_index.size > 64 * experts else 1
+    rows = _sorted_rows(top_k_index, top_k_weights, experts, 64 * groups)
+    inner = _prefill_gate_up(hidden.astype(gate_up.dtype), gate_up, rows, groups)
+    out = _prefill_down(inner, down, rows, groups)
+    return jnp.sum(out[rows.of_choice], axis=1).astype(hidden.dtype)  # XLA gathers as it sums: no [T, k, D]
+
+
+def _sorted_rows(top_k_index: jax.Array, top_k_weights: jax.Array, experts: int, tile: int) -> Rows:
+    tokens, top_k = top_k_index.shape
+    choices = tokens * top_k
+    tiles = (choices + min(experts, choices) * (tile - 1)) // tile
+    expert_of_choice = top_k_index.reshape(-1)
+    order = jnp.argsort(expert_of_choice)
+    counts = jnp.bincount(expert_of_choice, length=experts).astype(jnp.int32)
+    tiles_each = (counts + (tile - 1)) // tile
+    next_tile = jnp.cumsum(tiles_each)
+    expert = jnp.searchsorted(next_tile, jnp.arange(tiles, dtype=jnp.int32), side="right")
+    # an expert's sorted choices lie side by side: its first moves to its first tile, and the others with it
+    moves_by = (next_tile - tiles_each) * tile - (jnp.cumsum(counts) - counts)
+    row = jnp.arange(choices, dtype=jnp.int32) + moves_by[expert_of_choice[order]]
+    return Rows(
+        expert=jnp.minimum(expert, experts - 1).astype(jnp.int32),
+        count=next_tile[-1:],
+        token=jnp.zeros(tiles * tile, jnp.int32).at[row].set((order // top_k).astype(jnp.int32)),
+        share=jnp.zeros(tiles * tile, jnp.float32).at[row].set(top_k_weights.reshape(-1)[order].astype(jnp.float32)),
+        of_choice=jnp.zeros(choices, jnp.int32).at[order].set(row).reshape(tokens, top_k),
+    )
+
+
+def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) -> jax.Array:
+    """[T, D] -> [tiles * rows, F] in the weights' dtype.
+
+    An item of work is a tile of rows times 128 columns of the gate and the same of the up: 128 float32 registers a
+    thread. One warp group streams weights, one gathers token rows, the others (one for 64 rows) multiply.
+
+    Tensor copies can't take rows by index on Hopper, and one copy a row would cost 128 threads' arrivals at a barrier
+    each. So the gathering warp group loads 512 bytes of each of 64 rows into registers, all loads in flight at once;
+    stores them one row below the other; starts the next 64 rows' loads; and copies what it stored, 16 bytes a thread,
+    to where and how wgmma reads it.
+
+    Shared memory at 128 rows: 3 steps of weights, 2 x 64 x 128 x 2 B; 5 steps of rows, 128 x 64 x 2 B; 64 x 256 x 2 B
+    just gathered; 2 x 64 x 64 x 2 B on the way out: 224 KiB of 227.
+    """
+    width, inner_width = x.shape[1], gate_up.shape[2] // 2
+    tile, tiles = 64 * groups, rows.expert.shape[0]
+    columns = 128
+    chunks, steps = inner_width // columns, width // K
+    part = 256 if width % 256 == 0 else 128  # of a row: 4 or 2 bytes a gathering thread
+    parts, steps_of_part = width // part, part // K
+    weight_buffers, row_buffers = 5 - groups, 5
+    blocks = min(MULTIPROCESSORS, tiles * chunks)
+
+    def body(*refs: Any) -> None:
+        x_ref, weights_ref, expert_ref, count_ref, token_ref, inner_ref, *scratch = refs
+        weights, operands, gathered, staged, weights_arrived, weights_consumed, rows_arrived, rows_consumed = scratch
+        role = lax.axis_index("role")
+        items, place = _share_of_work(count_ref[0] * chunks, chunks, blocks)
+
+        @pl.when(role == groups)
+        def stream_weights() -> None:
+            plgpu.set_max_registers(40 if groups == 2 else 64, action="decrease")
+
+            @pl.loop(0, items * steps)
+            def _(step: jax.Array) -> None:
+                at, chunk = place(lax.div(step, steps))
+                of_d = pl.ds(lax.rem(step, steps) * K, K)
+                expert = expert_ref[at]
+                buffer = lax.rem(step, weight_buffers)
+                pl.when(step >= weight_buffers)(lambda: plgpu.barrier_wait(weights_consumed.at[buffer]))
+                for i, first in enumerate((0, inner_width)):  # gate, up
+                    source = weights_ref.at[expert, of_d, pl.ds(first + chunk * columns, columns)]
+                    plgpu.copy_gmem_to_smem(source, weights.at[buffer, i], weights_arrived.at[buffer])
+
+            _wait_for_the_last(weights_consumed, items * steps, weight_buffers)
+
+        @pl.when(role == groups + 1)
+        def gather_rows() -> None:
+            plgpu.set_max_registers(112, action="decrease")
+            turns = items * (parts * groups)  # a part of 64 rows each, the tile's warp groups in turn
+
+            def load(turn: jax.Array) -> list[jax.Array]:
+                at, _ = place(lax.div(turn, parts * groups))
+                of_d = pl.ds(lax.rem(lax.div(turn, groups), parts) * part, part)
+                first = at * tile + lax.rem(turn, groups) * 64
+                return [x_ref[token_ref[first + i], of_d] for i in range(64)]
+
+            def hand_over(turn: jax.Array, loaded: list[jax.Array]) -> list[jax.Array]:
+                for i, row in enumerate(loaded):
+                    gathered[i] = row
+                plgpu.commit_smem()
+                following = load(jnp.minimum(turn + 1, turns - 1))  # the last turn loads its own, for nobody
+                for i in range(steps_of_part):
+                    step = lax.div(turn, groups) * steps_of_part + i
+                    group, buffer = lax.rem(turn, groups), lax.rem(step, row_buffers)
+                    own = group * row_buffers + buffer
+                    pl.when(step >= row_buffers)(partial(plgpu.barrier_wait, rows_consumed.at[own]))
+                    layout = plgpu.Layout.SMEM_GMEM_COPY((64, K), x.dtype, 128)
+                    operands[group, buffer] = plgpu.load(gathered.at[:, pl.ds(i * K, K)], layout=layout)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(rows_arrived.at[own])
+                return following
+
+            @pl.when(turns > 0)
+            def _() -> None:
+                lax.fori_loop(0, turns, hand_over, load(jnp.int32(0)))
+
+            for group in range(groups):
+                _wait_for_the_last(rows_consumed, items * steps, row_buffers, group * row_buffers)
+
+        @pl.when(role < groups)
+        def multiply() -> None:
+            plgpu.set_max_registers(176, action="increase")
+
+            def release(step: jax.Array) -> None:
+                plgpu.barrier_arrive(weights_consumed.at[lax.rem(step, weight_buffers)])
+                plgpu.barrier_arrive(rows_consumed.at[role * row_buffers + lax.rem(step, row_buffers)])
+
+            @pl.loop(0, items)
+            def _(item: jax.Array) -> None:
+                at, chunk = place(item)
+
+                def products(gate_acc: Any, up_acc: Any) -> tuple[jax.Array, jax.Array]:
+                    @pl.loop(0, steps)
+                    def _(k: jax.Array) -> None:
+                        step = item * steps + k
+                        of_weights, of_rows = lax.rem(step, weight_buffers), lax.rem(step, row_buffers)
+                        plgpu.barrier_wait(rows_arrived.at[role * row_buffers + of_rows])
+                        plgpu.barrier_wait(weights_arrived.at[of_weights])
+                        plgpu.wgmma(gate_acc, operands.at[role, of_rows], weights.at[of_weights, 0])
+                        plgpu.wgmma(up_acc, operands.at[role, of_rows], weights.at[of_weights, 1])
+                        plgpu.wgmma_wait(2)  # these may go on; the step before is done
+                        pl.when(k > 0)(lambda: release(step - 1))
+
+                    gate, up = gate_acc[...], up_acc[...]
+                    release(item * steps + (steps - 1))
+                    return gate, up
+
+                acc = plgpu.WGMMAAccumulatorRef((64, columns))
+                inner = _swiglu(*pl.run_scoped(products, acc, acc)).astype(x.dtype)
+                for first in range(0, columns, K):
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    staged[role] = inner[:, first : first + K]
+                    plgpu.commit_smem()
+                    to = inner_ref.at[pl.ds(at * tile + role * 64, 64), pl.ds(chunk * columns + first, K)]
+                    plgpu.copy_smem_to_gmem(staged.at[role], to)
+
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=_like((tiles * tile, inner_width), x.dtype, x, gate_up, rows.expert),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=groups + 2,
+        thread_name="role",
+        scratch_types=(
+            plgpu.SMEM((weight_buffers, 2, K, columns), x.dtype, transforms=_swizzled()),
+            plgpu.SMEM((groups, row_buffers, 64, K), x.dtype, transforms=_swizzled()),
+            plgpu.SMEM((64, part), x.dtype),
+            plgpu.SMEM((groups, 64, K), x.dtype, transforms=_swizzled()),
+            plgpu.Barrier(num_arrivals=2, num_barriers=weight_buffers),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=weight_buffers),
+            plgpu.Barrier(num_barriers=groups * row_buffers),
+            plgpu.Barrier(num_barriers=groups * row_buffers),
+        ),
+        compiler_params=_params(hands_over_by_barrier=True),
+    )(x, gate_up, rows.expert, rows.count, rows.token)
+
+
+def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) -> jax.Array:
+    """[tiles * rows, F] -> float32 [tiles * rows, D], weighted by routing.
+
+    An item of work is a tile of rows times 256 columns of D: 128 float32 registers a thread. One warp group streams
+    rows and weights, the others multiply. Shared memory at 128 rows: 4 steps of (128 + 256) x 64 x 2 B, and 2 x 2 x 64
+    x 32 x 4 B on the way out: 224 KiB of 227.
+    """
+    inner_width, width = down.shape[1:]
+    tile, tiles = 64 * groups, rows.expert.shape[0]
+    columns = 256 if width % 256 == 0 else 128
+    chunks, steps = width // columns, inner_width // K
+    buffers = 6 - groups
+    blocks = min(MULTIPROCESSORS, tiles * chunks)
+    piece = 32  # float32 that leave together: 128 bytes of a row
+
+    def body(*refs: Any) -> None:
+        inner_ref, weights_ref, expert_ref, count_ref, share_ref, out_ref, *scratch = refs
+        weights, inners, staged, arrived, consumed = scratch
+        role = lax.axis_index("role")
+        items, place = _share_of_work(count_ref[0] * chunks, chunks, blocks)
+
+        @pl.when(role == groups)
+        def stream() -> None:
+            if groups == 2:  # two warp groups alone have all the registers that they can use
+                plgpu.set_max_registers(40, action="decrease")
+
+            @pl.loop(0, items * steps)
+            def _(step: jax.Array) -> None:
+                at, chunk = place(lax.div(step, steps))
+                of_f, of_d = pl.ds(lax.rem(step, steps) * K, K), pl.ds(chunk * columns, columns)
+                expert = expert_ref[at]
+                buffer = lax.rem(step, buffers)
+                barrier = arrived.at[buffer]
+                pl.when(step >= buffers)(lambda: plgpu.barrier_wait(consumed.at[buffer]))
+                plgpu.copy_gmem_to_smem(weights_ref.at[expert, of_f, of_d], weights.at[buffer], barrier)
+                plgpu.copy_gmem_to_smem(inner_ref.at[pl.ds(at * tile, tile), of_f], inners.at[buffer], barrier)
+
+            _wait_for_the_last(consumed, items * steps, buffers)
+
+        @pl.when(role < groups)
+        def multiply() -> None:
+            if groups == 2:
+                plgpu.set_max_registers(232, action="increase")
+
+            def release(step: jax.Array) -> None:
+                plgpu.barrier_arrive(consumed.at[lax.rem(step, buffers)])
+
+            @pl.loop(0, items)
+            def _(item: jax.Array) -> None:
+                at, chunk = place(item)
+                own = pl.ds(at * tile + role * 64, 64)
+
+                def product(acc: Any) -> jax.Array:
+                    @pl.loop(0, steps)
+                    def _(k: jax.Array) -> None:
+                        step = item * steps + k
+                        buffer = lax.rem(step, buffers)
+                        plgpu.barrier_wait(arrived.at[buffer])
+                        plgpu.wgmma(acc, inners.at[buffer, pl.ds(role * 64, 64)], weights.at[buffer])
+                        plgpu.wgmma_wait(1)  # this may go on; the step before is done
+                        pl.when(k > 0)(lambda: release(step - 1))
+
+                    out = acc[...]
+                    release(item * steps + (steps - 1))
+                    return out
+
+                out = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((64, columns)))
+                of_row = plgpu.load(share_ref.at[own], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                out = out * lax.broadcast_in_dim(of_row, out.shape, [0])
+                for i in range(columns // piece):
+                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                    staged[role, i % 2] = out[:, i * piece : (i + 1) * piece]
+                    plgpu.commit_smem()
+                    to = out_ref.at[own, pl.ds(chunk * columns + i * piece, piece)]
+                    plgpu.copy_smem_to_gmem(staged.at[role, i % 2], to)
+
+            plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=_like((tiles * tile, width), jnp.float32, inner, down, rows.expert),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=groups + 1,
+        thread_name="role",
+        scratch_types=(
+            plgpu.SMEM((buffers, K, columns), inner.dtype, transforms=_swizzled()),
+            plgpu.SMEM((buffers, tile, K), inner.dtype, transforms=_swizzled()),
+            plgpu.SMEM((groups, 2, 64, piece), jnp.float32, transforms=_swizzled(piece)),
+            plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=buffers),
+        ),
+        compiler_params=_params(hands_over_by_barrier=True),
+    )(inner, down, rows.expert, rows.count, rows.share)
+
+
+def _share_of_work(
+    items: jax.Array, chunks: int, blocks: int
+) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array]]]:
+    """How many of the items are this block's, and (tile, chunk) of its i-th.
+
+    Chunks of a tile are neighbours: blocks at work at one time share rows, and mostly an expert, in the L2 cache.
+    """
+    block = lax.axis_index("block")
+
+    def place(number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        item = block + number * blocks
+        return lax.div(item, chunks), lax.rem(item, chunks)
+
+    return lax.div(items - block + (blocks - 1), blocks), place
+
+
+def _wait_for_the_last(consumed: Any, steps: jax.Array, buffers: int, first: int = 0) -> None:
+    """Observes the barriers' last phases, which no copy waited for: a kernel may not end with them pending."""
+
+    @pl.loop(jnp.maximum(steps - buffers, 0), steps)
+    def _(step: jax.Array) -> None:
+        plgpu.barrier_wait(consumed.at[first + lax.rem(step, buffers)])
+
+
+# ---- both ----
+
+
+def _swizzled(row: int = K) -> tuple[Any, ...]:
+    """What wgmma and tensor copies (TMA) call 128-byte swizzle, for rows of 128 bytes.
+
+    Eight rows make a tile, in which 16-byte pieces are permuted: neither a row's nor a column's lie on one bank.
+    """
+    return plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+
+
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    return gate / (1.0 + jnp.exp(-gate)) * up
+
+
+def _like(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.ShapeDtypeStruct:
+    """A kernel's result, which varies over the axes of a shard_map over which any of its inputs does."""
+    axes = frozenset[Any]().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
+
+
+def _params(hands_over_by_barrier: bool = False) -> Any:
+    """By default a warp group's threads meet around each of its stores and before each copy into shared memory.
+
+    Kernels in which every buffer passes from its writers to its readers, and back, by a barrier or a commit_smem or
+    wait_smem_to_gmem (whose end is one) need no more.
+    """
+    return plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=hands_over_by_barrier
+    )

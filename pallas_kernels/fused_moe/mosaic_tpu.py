@@ -1,0 +1,477 @@
+"""fused_moe for TPU: two Pallas kernels, taken by the number of tokens.
+
+Few tokens (`_decode`): every chosen expert's weights are streamed once past all tokens, which stay in VMEM. Many
+(`_prefill`): (token, expert) rows are sorted by expert; each tile of rows fetches its tokens by row copies, passes
+through its expert and sends its rows to where the sum over k reads them. In both the activation lives in VMEM only.
+Nothing here was timed on a chip: tile sizes are reasoned from bytes and flops (docs/kernels.md).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tpu
+from pallas_kernels.fused_moe.transforms import differentiable
+
+# At T tokens an expert's weights do T flops a byte in _decode, whether its tokens are many or few. Chips need 186 (v5p)
+# to 560 (v6e) flops a byte before the matrix units, not memory, set the pace; up to there sorting has nothing to save.
+DECODE_TOKENS = 256
+
+# Sorted rows of one _prefill kernel. Their indices take 4 bytes each of 1 MiB SMEM, their float32 outputs D * 4 bytes
+# each of HBM (1 GiB at D = 4096); at k = 8, E = 128 an expert has 512 of them, enough to pay for its weights.
+PREFILL_ROWS = 65536
+
+_LANES = 128
+_ROW_COPIES = 8  # row copies started by one turn of a loop, and waited for at once
+
+
+class Chip(NamedTuple):
+    """What tile sizes depend on."""
+
+    vmem: int  # bytes a core
+    cores: int  # that share HBM and run one program
+    matrix_unit: int  # its rows and columns
+
+
+class Tiles(NamedTuple):
+    """How _prefill cuts its work."""
+
+    rows: int  # sorted rows of one expert that pass its weights at a time
+    step: int  # rows of one product; steps past a tile's last row are skipped
+    block: int  # of F's columns at a time
+
+
+def unsupported(
+    hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> str | None:
+    """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
+    width, inner = down.shape[2], down.shape[1]
+    for name, size in (("D", width), ("F", inner)):
+        if size % _LANES:
+            return f"{name} = {size} is no multiple of {_LANES}"
+    if gate_up.dtype != down.dtype or down.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"weights are {gate_up.dtype} and {down.dtype}, not both bfloat16 or float32"
+    if hidden.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"hidden is {hidden.dtype}, not bfloat16 or float32"
+    if down.shape[0] >= 1 << 15:
+        return f"E = {down.shape[0]} is more than {(1 << 15) - 1}"
+    chip = _chip()
+    if _prefill_tiles(width, inner, down.dtype, chip) is None:
+        return f"tiles of D = {width} don't fit into {chip.vmem >> 20} MiB of VMEM"
+    return None
+
+
+@differentiable
+def fused_moe(
+    hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
+) -> jax.Array:
+    """See `pallas_kernels.fused_moe`."""
+    args = hidden, gate_up, down, top_k_index, top_k_weights
+    if reason := unsupported(*args):
+        raise NotImplementedError(reason)
+    chip, tokens, (_, inner, width) = _chip(), hidden.shape[0], down.shape
+    block = _decode_block(width, inner, down.dtype)
+    if tokens <= DECODE_TOKENS and _decode_bytes(tokens, width, block, down.dtype) <= _room(chip):
+        return _decode(*args, chip=chip, block=block)
+    tiles = _prefill_tiles(width, inner, down.dtype, chip)
+    assert tiles is not None
+    return _prefill(*args, chip=chip, tiles=tiles)
+
+
+def _chip() -> Chip:
+    """The chip that is compiled for; without a TPU, what the smallest has."""
+    if not pltpu.is_tpu_device():
+        return Chip(vmem=64 << 20, cores=1, matrix_unit=128)
+    info = pltpu.get_tpu_info()
+    return Chip(info.vmem_capacity_bytes, info.num_cores, info.mxu_column_size)
+
+
+def _room(chip: Chip) -> int:
+    """Bytes of VMEM for a kernel's arrays: 1/16 more goes to what the compiler adds, the rest to XLA."""
+    return chip.vmem * 13 // 16
+
+
+def _decode_block(width: int, inner: int, dtype: Any) -> int:
+    """Columns of F at a time: the most whose three [D, block] matrices take 8 MiB.
+
+    8 MiB take 2 us (tpu7x) to 10 us (v5e) to fetch, against about 0.4 us that starting a step costs. Smaller is better
+    otherwise: nothing is multiplied while the first block comes, nothing fetched while the last is multiplied.
+    """
+    return next(b for b in _blocks(inner) if b == _LANES or 3 * width * b * jnp.dtype(dtype).itemsize <= 8 << 20)
+
+
+def _decode_bytes(tokens: int, width: int, block: int, dtype: Any) -> int:
+    """VMEM: two of each block of weights; hidden, x, the result twice, and a step's values for 16 tokens or more."""
+    size, tokens = jnp.dtype(dtype).itemsize, pl.cdiv(tokens, 16) * 16
+    arrays = tokens * (width * (4 + size + 2 * 4) + 4 * _LANES * 4)
+    return 2 * 3 * width * block * size + arrays + _bytes_of_values(tokens, width, block, dtype)
+
+
+def _bytes_of_values(rows: int, width: int, block: int, dtype: Any) -> int:
+    """What products of [rows, D] leave in VMEM: gate, up, their activation, the result and its sum, in float32."""
+    passes = 4 if dtype == jnp.float32 else 1  # each float32 operand is split into three of bfloat16
+    return passes * rows * (3 * block + 2 * width) * 4
+
+
+def _blocks(inner: int) -> list[int]:
+    """What cuts F into equal blocks of whole lanes, the largest first."""
+    return [b for b in range(inner, 0, -_LANES) if inner % b == 0]
+
+
+def _decode(
+    hidden: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    top_k_index: jax.Array,
+    top_k_weights: jax.Array,
+    *,
+    chip: Chip,
+    block: int,
+) -> jax.Array:
+    """Streams each chosen expert's weights past all T tokens, `block` of its F columns at a time.
+
+    A token that didn't choose the expert is multiplied all the same, as the matrix unit has the rows anyway, and is
+    left out of the sum. Where two cores share HBM each takes half of the experts.
+    """
+    (tokens, width), (experts, inner, _), top_k = hidden.shape, down.shape, top_k_index.shape[1]
+    numbers = jnp.arange(experts, dtype=jnp.int32)
+    is_chosen = jnp.any(top_k_index.reshape(-1, 1) == numbers, axis=0)
+    chosen = jnp.sort(jnp.where(is_chosen, numbers, experts), stable=False)[: min(experts, tokens * top_k)]
+    chosen = jnp.minimum(chosen, experts - 1)  # those past the count aren't used, but one is read where it is 0
+    count = jnp.sum(is_chosen, dtype=jnp.int32)
+
+    def expert_at(core: Any, turn: Any, chosen_ref: Any, count_ref: Any) -> Any:
+        return chosen_ref[_at_most_last(_number(core, turn, chip.cores, count_ref[0]), count_ref[0])]
+
+    def whole(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
+
+    args = hidden, top_k_index, top_k_weights.astype(jnp.float32), gate_up, gate_up, down
+    out = pl.pallas_call(
+        partial(_decode_body, chip.cores),
+        out_shape=tpu.result((chip.cores, tokens, width), jnp.float32, *args),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(chip.cores, _turns(chip.cores, count), inner // block),
+            in_specs=[
+                whole(tokens, width),
+                whole(tokens, top_k),
+                whole(tokens, top_k),
+                *_weight_specs(expert_at, width, inner, block),
+            ],
+            out_specs=pl.BlockSpec((None, tokens, width), lambda core, *_: (core, 0, 0)),
+            scratch_shapes=[pltpu.VMEM((tokens, width), down.dtype)],
+        ),
+        compiler_params=_compiler_params(_decode_bytes(tokens, width, block, down.dtype)),
+        name="fused_moe_decode",
+    )(chosen, count[None], *args)
+    return jnp.sum(out, axis=0).astype(hidden.dtype)
+
+
+def _decode_body(
+    cores: int,
+    chosen_ref: Any,  # [at most E] the chosen experts
+    count_ref: Any,  # [1] how many they are
+    hidden_ref: Any,  # [T, D]
+    index_ref: Any,  # [T, k]
+    weights_ref: Any,  # [T, k]
+    gate_ref: Any,  # [D, block]
+    up_ref: Any,  # [D, block]
+    down_ref: Any,  # [block, D]
+    out_ref: Any,  # float32 [T, D], stays in VMEM for all of the core's experts
+    x_ref: Any,  # [T, D] hidden in the weights' dtype
+) -> None:
+    core, turn, step = (pl.program_id(axis) for axis in range(3))
+
+    @pl.when((turn == 0) & (step == 0))
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+        x_ref[...] = hidden_ref[...].astype(x_ref.dtype)
+
+    number = _number(core, turn, cores, count_ref[0])
+
+    @pl.when(number < count_ref[0])
+    def _():
+        x = x_ref[...]
+        activation = jax.nn.silu(_dot(x, gate_ref[...])) * _dot(x, up_ref[...])
+        out = _dot(activation.astype(x.dtype), down_ref[...])
+        chose = index_ref[...] == chosen_ref[number]
+        share = jnp.sum(jnp.where(chose, weights_ref[...], 0), axis=1, keepdims=True)
+        is_mine = jnp.sum(chose.astype(jnp.int32), axis=1, keepdims=True) > 0
+        out_ref[...] += jnp.where(is_mine, share * out, 0)  # 0 * inf would be NaN
+
+
+def _prefill_tiles(width: int, inner: int, dtype: Any, chip: Chip) -> Tiles | None:
+    """The largest tiles that fit into VMEM; None if none does.
+
+    `rows` first: a tile's rows are the flops that a byte of weights does. Then `block`: where it is all of F, the tiles
+    of one expert follow each other without fetching its weights again.
+    """
+    for rows in (512, 256, 128):
+        for block in _blocks(inner):
+            tiles = Tiles(rows, min(rows, chip.matrix_unit), block)
+            if _prefill_bytes(width, tiles, dtype) <= _room(chip):
+                return tiles
+    return None
+
+
+def _prefill_bytes(width: int, tiles: Tiles, dtype: Any) -> int:
+    """VMEM: two of each block of weights, of x and of the float32 result; and one step's values."""
+    size = jnp.dtype(dtype).itemsize
+    weights = 2 * 3 * width * tiles.block * size
+    arrays = 2 * tiles.rows * width * (size + 4)
+    return weights + arrays + _bytes_of_values(tiles.step, width, tiles.block, dtype)
+
+
+def _prefill(
+    hidden: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    top_k_index: jax.Array,
+    top_k_weights: jax.Array,
+    *,
+    chip: Chip,
+    tiles: Tiles,
+    max_rows: int = PREFILL_ROWS,
+) -> jax.Array:
+    """Runs equal parts of the tokens one after another, each of at most `max_rows` rows."""
+    tokens, top_k = top_k_index.shape
+    run = partial(_prefill_part, chip=chip, tiles=tiles)
+    parts = pl.cdiv(tokens, max_rows // top_k)
+    if parts == 1:
+        return run(hidden, gate_up, down, top_k_index, top_k_weights)
+    pad = -tokens % parts
+
+    def split(x: jax.Array, fill: int) -> jax.Array:
+        return jnp.pad(x, ((0, pad), (0, 0)), constant_values=fill).reshape(parts, -1, x.shape[1])
+
+    out = jax.lax.map(
+        lambda part: run(part[0], gate_up, down, part[1], part[2]),
+        (split(hidden, 0), split(top_k_index, -1), split(top_k_weights, 0)),  # expert -1 is none
+    )
+    return out.reshape(-1, hidden.shape[1])[:tokens]
+
+
+def _prefill_part(
+    hidden: jax.Array,
+    gate_up: jax.Array,
+    down: jax.Array,
+    top_k_index: jax.Array,
+    top_k_weights: jax.Array,
+    *,
+    chip: Chip,
+    tiles: Tiles,
+) -> jax.Array:
+    (tokens, width), (experts, inner, _), top_k = hidden.shape, down.shape, top_k_index.shape[1]
+    stride = pl.cdiv(tokens, 8) * 8  # so that [k * stride, D] is [k, stride, D] without a copy
+    order, expert_of, rows_before, tiles_before = _sorted(top_k_index, experts, tiles.rows)
+    x = tpu.in_words(hidden, down.dtype)
+
+    def expert_at(core: Any, turn: Any, order_ref: Any, expert_ref: Any, rows_ref: Any, tiles_ref: Any) -> Any:
+        return expert_ref[_at_most_last(_number(core, turn, chip.cores, tiles_ref[experts]), tiles_ref[experts])]
+
+    out = pl.pallas_call(
+        partial(_prefill_body, chip.cores, tiles, stride),
+        out_shape=tpu.result((top_k * stride, width), jnp.float32, x, order, gate_up, down),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=4,
+            grid=(chip.cores, _turns(chip.cores, tiles_before[experts]), inner // tiles.block),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY), *_weight_specs(expert_at, width, inner, tiles.block)],
+            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            scratch_shapes=[
+                pltpu.VMEM((2, tiles.rows, x.shape[1]), x.dtype),
+                pltpu.VMEM((2, tiles.rows, width), jnp.float32),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        compiler_params=_compiler_params(_prefill_bytes(width, tiles, down.dtype)),
+        name="fused_moe_prefill",
+    )(order, expert_of, rows_before, tiles_before, x, gate_up, gate_up, down)
+    out = out.reshape(top_k, stride, width)[:, :tokens]
+    # rows of no expert were never written; the routing weights are free here, where memory sets the pace
+    share, is_expert = (x.T[..., None] for x in (top_k_weights.astype(jnp.float32), _is_expert(top_k_index, experts)))
+    return jnp.sum(jnp.where(is_expert, share * out, 0), axis=0).astype(hidden.dtype)
+
+
+def _sorted(top_k_index: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Sorts the T * k rows by expert and cuts each expert's into tiles of at most `rows`.
+
+    Returns, in int32:
+        order: [T * k], j << 16 | t of row after row.
+        expert_of: [the most tiles that there can be], of each tile.
+        rows_before, tiles_before: [E + 1], rows and tiles of the experts before each one, and of all.
+    """
+    tokens = top_k_index.shape[0]
+    index = jnp.where(_is_expert(top_k_index, experts), top_k_index, experts).astype(jnp.int32).T.reshape(-1)
+    # sorting single words is cheaper than sorting pairs; PREFILL_ROWS leaves 16 bits to the row
+    row = jnp.sort(index << 16 | jnp.arange(index.size, dtype=jnp.int32), stable=False) & 0xFFFF
+    order = (row // tokens) << 16 | row % tokens
+
+    rows_before = jnp.sum(index[:, None] < jnp.arange(experts + 1, dtype=jnp.int32), axis=0, dtype=jnp.int32)
+    tiles_before = jnp.pad(jnp.cumsum(pl.cdiv(jnp.diff(rows_before), rows)), (1, 0))
+    tile = jnp.arange(min(index.size, index.size // rows + experts), dtype=jnp.int32)
+    expert_of = jnp.sum(tiles_before[1:] <= tile[:, None], axis=1, dtype=jnp.int32)
+    return order, jnp.minimum(expert_of, experts - 1), rows_before, tiles_before
+
+
+def _is_expert(top_k_index: jax.Array, experts: int) -> jax.Array:
+    return (top_k_index >= 0) & (top_k_index < experts)
+
+
+def _prefill_body(
+    cores: int,
+    tiles: Tiles,
+    stride: int,
+    order_ref: Any,  # [T * k]
+    expert_ref: Any,  # [tiles]
+    rows_before: Any,  # [E + 1]
+    tiles_before: Any,  # [E + 1]
+    x_hbm: Any,  # words of [T, D]
+    gate_ref: Any,  # [D, block]
+    up_ref: Any,  # [D, block]
+    down_ref: Any,  # [block, D]
+    out_hbm: Any,  # float32 [k * stride, D], row j * stride + t
+    x_ref: Any,  # words of [2, rows, D]: a tile's and the next one's
+    total_ref: Any,  # float32 [2, rows, D]: a tile's and the one's before, which is on its way out
+    fetched: Any,  # DMA semaphores [2]
+    sent: Any,  # DMA semaphores [2]
+) -> None:
+    core, turn, step = (pl.program_id(axis) for axis in range(3))
+    count = tiles_before[tiles_before.shape[0] - 1]
+    tile, end = _number(core, turn, cores, count), jnp.minimum(_number(core + 1, 0, cores, count), count)
+    slot = jax.lax.rem(turn, 2)
+
+    def rows_of(tile: Any) -> tuple[Any, Any]:
+        """The first of a tile's sorted rows, and how many they are."""
+        expert = expert_ref[tile]
+        first = rows_before[expert] + (tile - tiles_before[expert]) * tiles.rows
+        return first, jnp.minimum(rows_before[expert + 1] - first, tiles.rows)
+
+    def fetch(tile: Any, slot: Any) -> None:
+        first, count = rows_of(tile)
+
+        def start(row: Any) -> None:
+            token = order_ref[first + row] & 0xFFFF
+            pltpu.make_async_copy(x_hbm.at[pl.ds(token, 1)], x_ref.at[slot, pl.ds(row, 1)], fetched.at[slot]).start()
+
+        _for_rows(count, start)
+
+    def send(tile: Any, slot: Any) -> None:
+        first, count = rows_of(tile)
+
+        def start(row: Any) -> None:
+            to = order_ref[first + row]
+            to = (to >> 16) * stride + (to & 0xFFFF)
+            pltpu.make_async_copy(total_ref.at[slot, pl.ds(row, 1)], out_hbm.at[pl.ds(to, 1)], sent.at[slot]).start()
+
+        _for_rows(count, start)
+
+    def wait_until_sent(tile: Any, slot: Any) -> None:
+        _wait_for_rows(rows_of(tile)[1], total_ref.at[slot], sent.at[slot])
+
+    @pl.when(tile < end)
+    def _():
+        _, count = rows_of(tile)
+
+        @pl.when(step == 0)
+        def _():
+            pl.when(turn == 0)(lambda: fetch(tile, slot))
+            pl.when(tile + 1 < end)(lambda: fetch(tile + 1, 1 - slot))
+            _wait_for_rows(count, x_ref.at[slot], fetched.at[slot])
+            pl.when(turn >= 2)(lambda: wait_until_sent(tile - 2, slot))
+
+        @pl.loop(0, pl.cdiv(count, tiles.step))
+        def _(i: Any):
+            rows = pl.ds(pl.multiple_of(i * tiles.step, tiles.step), tiles.step)
+            columns = [x.astype(down_ref.dtype) for x in tpu.columns_of(x_ref[slot, rows])]
+            activation = jax.nn.silu(_dot_of_columns(columns, gate_ref)) * _dot_of_columns(columns, up_ref)
+            out = _dot(activation.astype(down_ref.dtype), down_ref[...])
+            total_ref[slot, rows] = out + jnp.where(step == 0, 0, total_ref[slot, rows])
+
+        @pl.when(step == pl.num_programs(2) - 1)
+        def _():
+            send(tile, slot)
+
+            @pl.when(tile == end - 1)
+            def _():
+                pl.when(turn >= 1)(lambda: wait_until_sent(tile - 1, 1 - slot))
+                wait_until_sent(tile, slot)
+
+
+def _for_rows(count: Any, start: Callable[[Any], None]) -> None:
+    """Calls start(row) for row in 0..count-1, several in one turn."""
+
+    @pl.loop(0, count // _ROW_COPIES)
+    def _(group: Any):
+        for row in range(_ROW_COPIES):
+            start(group * _ROW_COPIES + row)
+
+    pl.loop(count // _ROW_COPIES * _ROW_COPIES, count)(start)
+
+
+def _wait_for_rows(count: Any, rows_ref: Any, semaphore: Any) -> None:
+    """Waits for `count` row copies to or from rows_ref: a semaphore counts bytes, so a wait can be for several."""
+
+    def wait(rows: int) -> None:
+        pltpu.make_async_copy(rows_ref.at[:rows], rows_ref.at[:rows], semaphore).wait()
+
+    pl.loop(0, count // _ROW_COPIES)(lambda _: wait(_ROW_COPIES))
+    pl.loop(0, jax.lax.rem(count, _ROW_COPIES))(lambda _: wait(1))
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """In float32: of bfloat16 exact products; of float32 the passes that keep its precision, summed in short pieces."""
+    if a.dtype == jnp.bfloat16:
+        return jnp.dot(a, b, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
+    pieces = (slice(at, at + _LANES) for at in range(0, a.shape[1], _LANES))
+    first, *rest = (jnp.dot(a[:, piece], b[piece], precision=jax.lax.Precision.HIGHEST) for piece in pieces)
+    return sum(rest, first)
+
+
+def _dot_of_columns(columns: list[jax.Array], weights_ref: Any) -> jax.Array:
+    """x @ weights, x given as one or two blocks of columns."""
+    size = columns[0].shape[1]
+    first, *rest = (_dot(x, weights_ref[i * size : (i + 1) * size]) for i, x in enumerate(columns))
+    return first + rest[0] if rest else first
+
+
+def _weight_specs(expert_at: Callable[..., Any], width: int, inner: int, block: int) -> list[pl.BlockSpec]:
+    """Blocks of gate, up and down of the expert that expert_at(core, turn, *scalars) names, for the grid's last axis.
+
+    Gate and up are blocks of the same array. A block that stays the same from step to step isn't fetched again.
+    """
+    steps = inner // block
+    return [
+        pl.BlockSpec((None, width, block), lambda core, turn, step, *s: (expert_at(core, turn, *s), 0, step)),
+        pl.BlockSpec((None, width, block), lambda core, turn, step, *s: (expert_at(core, turn, *s), 0, steps + step)),
+        pl.BlockSpec((None, block, width), lambda core, turn, step, *s: (expert_at(core, turn, *s), step, 0)),
+    ]
+
+
+def _turns(cores: int, count: Any) -> Any:
+    """Turns of each core over `count` experts or tiles: a grid may be empty of work, not of turns."""
+    return jnp.maximum(pl.cdiv(count, cores), 1)
+
+
+def _number(core: Any, turn: Any, cores: int, count: Any) -> Any:
+    """Which of `count` experts or tiles a core takes at its turn; `count` and more are none."""
+    return core * pl.cdiv(count, cores) + turn
+
+
+def _at_most_last(number: Any, count: Any) -> Any:
+    return jnp.clip(number, 0, jnp.maximum(count - 1, 0))
+
+
+def _compiler_params(vmem: int) -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+        vmem_limit_bytes=vmem + vmem // 16 + (1 << 20),  # what isn't asked for stays XLA's
+        # every index comes out of a sort of indices that were checked, and each row copy would be checked again
+        disable_bounds_checks=True,
+    )

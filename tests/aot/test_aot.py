@@ -1,0 +1,153 @@
+"""What the compilers of TPUs and of NVIDIA's Hopper make of the kernels and of the whole model, without the chips.
+
+Run by `make test-aot`, in an environment of its own that has those compilers.
+"""
+
+from dataclasses import replace
+from functools import cache, partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deepstack_jax.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from deepstack_jax.models.qwen3_vl_moe import abstract_params
+from deepstack_jax.programs import Prompt, decode, prefill
+from deepstack_jax.sampling import SamplingParams
+from pallas_kernels import aot
+from pallas_kernels.deepstack_add import arg_specs as add_specs
+from pallas_kernels.deepstack_add import deepstack_add
+from pallas_kernels.fused_moe import arg_specs, fused_moe
+from pallas_kernels.fused_moe.arg_specs import REAL, ArgSpec
+
+MiB = 1 << 20
+MODELS = {"30B-A3B": arg_specs.QWEN3_VL_30B_A3B, "235B-A22B": arg_specs.QWEN3_VL_235B_A22B}
+HEADS = {"30B-A3B": 32, "235B-A22B": 64}
+LAYERS = 4
+
+
+@cache
+def mesh_of(target: str) -> jax.sharding.Mesh:
+    return aot.mesh_of(target)
+
+
+def kernel_of(target: str) -> str:
+    return "mosaic_tpu" if target in aot.TPUS else "mosaic_gpu"
+
+
+def size_of(*shapes: jax.ShapeDtypeStruct) -> int:
+    return sum(prod(shape.shape) * shape.dtype.itemsize for shape in shapes)
+
+
+def copies_of_weights(compiled: Any, spec: ArgSpec) -> list[str]:
+    """Copies, transpositions and conversions of any shape that one expert's or all experts' weights have."""
+    width, inner = spec.width, spec.inner
+    matrices = [(width, 2 * inner), (2 * inner, width), (inner, width), (width, inner)]
+    dims = [",".join(str(n) for n in matrix) for matrix in matrices]
+    return [line for line in aot.copies(compiled, at_least=MiB) if any(f"{d}]" in line for d in dims)]
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("spec", [spec for specs in REAL.values() for spec in specs], ids=str)
+def test_fused_moe_compiles_within_its_memory(spec: ArgSpec, target: str):
+    run = partial(fused_moe, backend=kernel_of(target))
+    compiled = aot.compile_for(mesh_of(target), run, *spec.shapes(jnp.bfloat16))
+    # what reaches device memory beside arguments and result: float32 rows [T*k, D] before they are summed, the hidden
+    # states in the form that rows are read in, and the tables of the routing; on Hopper also the activations [T*k, F],
+    # and the last tile of each expert is whole
+    rows = spec.tokens * spec.top_k
+    tables = 16 * rows * spec.experts
+    if target in aot.GPUS:
+        rows += 128 * spec.experts
+    bound = rows * (4 * spec.width + 2 * spec.inner) + 4 * spec.tokens * spec.width + tables + 16 * MiB
+    assert compiled.memory_analysis().temp_size_in_bytes <= bound
+    assert copies_of_weights(compiled, spec) == []
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("spec", add_specs.REAL, ids=str)
+def test_deepstack_add_compiles_in_place(spec: add_specs.ArgSpec, target: str):
+    hidden, rows, index = spec.shapes(jnp.float32, jnp.bfloat16)
+    run = partial(deepstack_add, level=1, backend=kernel_of(target))
+    compiled = aot.compile_for(mesh_of(target), run, hidden, rows, index, donate_argnums=0)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == size_of(hidden)
+    # the visual tokens' places, and the level's rows in the form that a TPU copies one by one
+    assert memory.temp_size_in_bytes <= 64 * spec.tokens + size_of(rows) // spec.levels + MiB
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("model", MODELS)
+class TestWholeModel:
+    """The programs of the real models, cut to four layers, on one chip."""
+
+    def test_decode(self, model: str, target: str):
+        config, params = config_and_params(model)
+        batch, capacity = 8, 4096
+        state = jax.eval_shape(partial(prefill, config, capacity), params, prompt_of(config, batch, 64), sampling(batch))
+        limit = jax.ShapeDtypeStruct((), jnp.int32)
+        compiled = aot.compile_for(mesh_of(target), decode, config, params, state, sampling(batch), limit)
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= size_of(*jax.tree.leaves(state.cache))
+        assert memory.temp_size_in_bytes <= 64 * MiB  # logits, one block of keys and values, the experts' activations
+        assert copies_of_weights(compiled, MODELS[model]) == []
+
+    def test_prefill(self, model: str, target: str):
+        config, params = config_and_params(model)
+        length = 1024
+        prompt = prompt_of(config, 1, length, visual_tokens=768)
+        compiled = aot.compile_for(mesh_of(target), prefill, config, 1536, params, prompt, sampling(1))
+        spec = replace(MODELS[model], tokens=length)
+        # a few float32 arrays of the width of the hidden states for each of a token's experts, and of the heads
+        bound = 4 * length * (3 * spec.top_k * spec.width + 8 * HEADS[model] * 128) + 64 * MiB
+        assert compiled.memory_analysis().temp_size_in_bytes <= bound
+        assert copies_of_weights(compiled, spec) == []
+
+
+@cache
+def config_and_params(model: str) -> tuple[ModelConfig, dict[str, jax.ShapeDtypeStruct]]:
+    spec = MODELS[model]
+    text = TextConfig(
+        vocab_size=151936,
+        hidden_size=spec.width,
+        intermediate_size=6144,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS[model],
+        num_key_value_heads=4,
+        head_dim=128,
+        rope=RopeConfig(5e6, mrope_section=(24, 20, 20)),
+        max_position_embeddings=262144,
+        num_experts=spec.experts,
+        num_experts_per_tok=spec.top_k,
+        moe_intermediate_size=spec.inner,
+        sparse_layers=(True,) * LAYERS,
+        sliding_windows=(None,) * LAYERS,
+    )
+    vision = VisionConfig(
+        depth=LAYERS,
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_heads=16,
+        out_hidden_size=spec.width,
+        num_position_embeddings=2304,
+        deepstack_visual_indexes=(0, 1, 2),
+    )
+    config = ModelConfig("qwen3_vl_moe", text, vision)
+    params = abstract_params(config, jnp.bfloat16)
+    return config, {path: leaf for path, leaf in params.items() if path.startswith("language_model.")}
+
+
+def prompt_of(config: ModelConfig, batch: int, length: int, visual_tokens: int = 0) -> Prompt:
+    shapes = (batch, length), (3, batch, length), (batch,), (batch,)
+    prompt = Prompt(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
+    if not visual_tokens:
+        return prompt
+    width = (1 + config.num_deepstack_levels) * config.text.hidden_size
+    rows = jax.ShapeDtypeStruct((visual_tokens, width), jnp.bfloat16)
+    return replace(prompt, visual_index=jax.ShapeDtypeStruct((batch, length), jnp.int32), rows=rows)
+
+
+def sampling(batch: int) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), SamplingParams.of(batch))
