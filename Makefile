@@ -17,7 +17,8 @@ test: .venv/test-ready
 
 # Compiles for TPUs and NVIDIA's Hopper without having one; their compilers live apart from what users run
 test-aot: .venv-aot/ready
-	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 tests/aot
+	export JAX_PLATFORMS=cpu; .venv-aot/bin/python -m pytest -m tpu tests/aot & tpu=$$!; \
+	.venv-aot/bin/python -m pytest -m gpu tests/aot; gpu=$$?; wait $$tpu && exit $$gpu
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .

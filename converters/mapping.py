@@ -142,12 +142,10 @@ def _text(config: TextConfig, ours: str, theirs: str, expert_layout: str) -> Ite
         layer = f"layers.{i}."
         yield same(layer + "input_layernorm.weight", d)
         for name, n in (("q", heads), ("k", kv), ("v", kv)):
-            weight, bias = (f"{layer}self_attn.{name}_proj.{kind}" for kind in ("weight", "bias"))
-            yield _reshaped(ours + weight, (n, h, d), theirs + weight, (n * h, d))
+            yield same(f"{layer}self_attn.{name}_proj.weight", n * h, d)
             if config.attention_bias:
-                yield _reshaped(ours + bias, (n, h), theirs + bias, (n * h,))
-        output = layer + "self_attn.o_proj.weight"
-        yield _reshaped(ours + output, (d, heads, h), theirs + output, (d, heads * h))
+                yield same(f"{layer}self_attn.{name}_proj.bias", n * h)
+        yield same(layer + "self_attn.o_proj.weight", d, heads * h)
         if config.attention_bias:
             yield same(layer + "self_attn.o_proj.bias", d)
         yield same(layer + "self_attn.q_norm.weight", h)
@@ -192,7 +190,7 @@ def _experts(config: TextConfig, ours: str, theirs: str, expert_layout: str) -> 
 
 
 def _vision(config: VisionConfig) -> Iterator[Parameter]:
-    d, heads, h, width = config.hidden_size, config.num_heads, config.head_dim, config.intermediate_size
+    d, width = config.hidden_size, config.intermediate_size
     merged = d * config.merge_unit
 
     def same(name: str, *shape: int) -> Parameter:
@@ -210,9 +208,9 @@ def _vision(config: VisionConfig) -> Iterator[Parameter]:
         for norm in ("norm1", "norm2"):
             yield same(f"{block}{norm}.weight", d)
             yield same(f"{block}{norm}.bias", d)
-        yield shaped(block + "attn.qkv.weight", (3, heads, h, d), (3 * d, d))
-        yield shaped(block + "attn.qkv.bias", (3, heads, h), (3 * d,))
-        yield shaped(block + "attn.proj.weight", (d, heads, h), (d, d))
+        yield shaped(block + "attn.qkv.weight", (3, d, d), (3 * d, d))
+        yield shaped(block + "attn.qkv.bias", (3, d), (3 * d,))
+        yield same(block + "attn.proj.weight", d, d)
         yield same(block + "attn.proj.bias", d)
         yield same(block + "mlp.linear_fc1.weight", width, d)
         yield same(block + "mlp.linear_fc1.bias", width)

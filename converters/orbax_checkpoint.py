@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # jax and Orbax take a second to import, in which a conversio
 
 FORMAT_FILE = "deepstack_jax.json"
 PARAMS = "params"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GROUP_BYTES = 256 << 20  # arrays are read through Orbax together: a call costs a twentieth of a second
 PIECE_BYTES = 32 << 20
 SMALLEST_EXPERT = 1 << 20  # bytes; smaller ones share pieces

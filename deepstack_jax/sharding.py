@@ -1,7 +1,7 @@
 """Where parameters go on a mesh: one table from logical axes to mesh axes.
 
 The mesh has an axis "tensor". Heads, feed-forward widths and the vocabulary are split over it, everything else is
-replicated; a dimension that it doesn't divide is replicated too. XLA adds the collectives.
+replicated; a dimension that it doesn't divide (into whole heads) is replicated too. XLA adds the collectives.
 """
 
 import jax
@@ -41,14 +41,24 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]
     # XLA places what lies between the parameters: axes of type Auto, whatever the caller's mesh says
     mesh = Mesh(mesh.devices, mesh.axis_names)
     return {
-        path: NamedSharding(mesh, _partition(path, axes, shapes[path].shape, mesh))
+        path: NamedSharding(mesh, _partition(path, axes, _parts(config, path, axes, shapes[path].shape), mesh))
         for path, axes in logical_axes(config).items()
     }
 
 
-def _partition(path: str, axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _parts(
+    config: ModelConfig, path: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    """How many parts each dimension may be split into at most: a dimension of heads into whole heads."""
+    heads = {"heads": config.text.num_attention_heads, "kv_heads": config.text.num_key_value_heads}
+    if config.vision and path.startswith("visual."):
+        heads = {"heads": config.vision.num_heads}
+    return tuple(heads.get(axis or "", size) for axis, size in zip(axes, shape, strict=True))
+
+
+def _partition(path: str, axes: tuple[str | None, ...], parts: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     placed: list[str | None] = []
-    for axis, size in zip(axes, shape, strict=True):
+    for axis, size in zip(axes, parts, strict=True):
         if axis is not None and axis not in RULES:
             raise ValueError(f"{path}: logical axis {axis!r} has no rule in sharding.RULES")
         target = RULES[axis] if axis else None

@@ -11,7 +11,8 @@ about results (the interpreters do) and nothing about speed (`cost_analysis()` i
 
 Needs, beside jax: `libtpu` for TPUs; `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's version for CUDA, installed with
 `--no-deps` (`make test-aot` sets that up in .venv-aot, apart from the environment in which programs run), and the
-environment variable JAX_PLATFORMS=cpu: with both plugins installed and no chip, jax's own start-up may crash.
+environment variable JAX_PLATFORMS=cpu: with both plugins installed and no chip, jax's own start-up may crash. Import this
+module before jax compiles anything. Only one process at a time can use libtpu.
 
     python -m pallas_kernels.aot      # compiles one small kernel for every target and prints a table
 """
@@ -25,6 +26,8 @@ from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for a metadata server that only a cloud has
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+# XLA's radix sort asks the chip at hand for its scratch memory, and there is none
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_cub_radix_sort=false"
 
 import jax
 import jax.numpy as jnp

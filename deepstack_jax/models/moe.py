@@ -15,7 +15,7 @@ class DenseMLP(nnx.Module):
     """SwiGLU of the config's intermediate_size."""
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        hidden, inner = (config.hidden_size,), (config.intermediate_size,)
+        hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = Linear(inner, hidden, ("mlp", "embed"), bias=False, dtype=dtype, rngs=rngs)
         self.up_proj = Linear(inner, hidden, ("mlp", "embed"), bias=False, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(hidden, inner, ("embed", "mlp"), bias=False, dtype=dtype, rngs=rngs)
@@ -40,7 +40,7 @@ class SparseMoE(nnx.Module):
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        shape = (config.num_experts,), (config.hidden_size,)
+        shape = config.num_experts, config.hidden_size
         self.gate = Linear(*shape, ("expert", "embed"), bias=False, dtype=dtype, rngs=rngs)
         self.experts = Experts(config, dtype=dtype, rngs=rngs)
 

@@ -8,7 +8,6 @@ parameters' dtype and accumulates in float32.
 """
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import jax
@@ -36,48 +35,38 @@ def scaled_normal(fan_in: int) -> Initializer:
 
 
 class Linear(nnx.Module):
-    """`y = x @ weight.T + bias` over the trailing `in_shape` of x.
+    """`y = x @ weight.T + bias`; weight is [*out_shape, in]: PyTorch's order.
 
-    weight is [*out_shape, *in_shape]: PyTorch's order, with heads apart.
+    Heads and their width are one dimension: chips lay the last two dimensions of an array out in tiles, so a weight that
+    has a dimension of heads there would be padded, and copied to be multiplied.
     """
 
     def __init__(
         self,
-        out_shape: tuple[int, ...],
-        in_shape: tuple[int, ...],
+        out_shape: int | tuple[int, ...],
+        in_size: int,
         axes: Axes,
         *,
         bias: bool,
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
-        self.num_in_axes = len(in_shape)
-        self.weight = param(rngs, (*out_shape, *in_shape), axes, dtype, scaled_normal(prod(in_shape)))
-        self.bias = param(rngs, out_shape, axes[: len(out_shape)], dtype, nnx.initializers.zeros) if bias else None
+        out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
+        self.weight = param(rngs, (*out_shape, in_size), axes, dtype, scaled_normal(in_size))
+        self.bias = param(rngs, out_shape, axes[:-1], dtype, nnx.initializers.zeros) if bias else None
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x [..., *in_shape] of any float dtype -> float32 [..., *out_shape]."""
-        weight = self.weight[...]
-        y = jax.lax.platform_dependent(x.astype(weight.dtype), weight, cpu=self._on_cpu, default=self._contract)
+    def __call__(self, x: Float[Array, "*lead i"]) -> Float[Array, "..."]:
+        """x [..., in] of any float dtype -> float32 [..., *out_shape]."""
+        y = product(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
 
-    def _contract(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        contract = tuple(range(-self.num_in_axes, 0))
-        dims = tuple(x.ndim + i for i in contract), tuple(weight.ndim + i for i in contract)
-        return jax.lax.dot_general(x, weight, (dims, ((), ())), preferred_element_type=jnp.float32)
 
-    def _on_cpu(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        """With the weights as one matrix: XLA on CPU would transpose a copy of those that have more axes."""
-        lead, out_shape = x.shape[: x.ndim - self.num_in_axes], weight.shape[: -self.num_in_axes]
-        size = prod(x.shape[x.ndim - self.num_in_axes :])
-        return product(x.reshape(prod(lead), size), weight.reshape(prod(out_shape), size)).reshape(*lead, *out_shape)
-
-
-
-def product(x: Float[Array, "rows i"], weight: Float[Array, "o i"]) -> Float[Array, "rows o"]:
-    """float32 `x @ weight.T`, x read in the weight's dtype."""
-    rows = len(x)
-    x = x.astype(weight.dtype)
-    if rows == 1 and weight.dtype == jnp.bfloat16:
-        x = jnp.concatenate([x, x])  # XLA on CPU reads the weights for one bfloat16 row far slower than for two
-    return jnp.einsum("ri,oi->ro", x, weight, preferred_element_type=jnp.float32)[:rows]
+def product(x: Float[Array, "*lead i"], weight: Float[Array, "*out i"]) -> Float[Array, "..."]:
+    """float32 [*lead, *out], x read in the weight's dtype."""
+    rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
+    count = len(rows)
+    if count == 1 and weight.dtype == jnp.bfloat16:
+        rows = jnp.concatenate([rows, rows])  # XLA on CPU reads the weights for one bfloat16 row far slower than for two
+    matrix = weight.reshape(-1, weight.shape[-1])
+    y = jnp.einsum("ri,oi->ro", rows, matrix, preferred_element_type=jnp.float32)
+    return y[:count].reshape(*x.shape[:-1], *weight.shape[:-1])

@@ -46,17 +46,15 @@ class Attention(nnx.Module):
     """Grouped-query attention with normalised queries and keys."""
 
     def __init__(self, config: TextConfig, layer: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        hidden, head_dim = (config.hidden_size,), config.head_dim
-        heads, kv_heads = (config.num_attention_heads, head_dim), (config.num_key_value_heads, head_dim)
-        bias = config.attention_bias
-        axes = ("heads", "head_dim", "embed")
-        kv_axes = ("kv_heads", "head_dim", "embed")
-        self.q_proj = Linear(heads, hidden, axes, bias=bias, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(kv_heads, hidden, kv_axes, bias=bias, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(kv_heads, hidden, kv_axes, bias=bias, dtype=dtype, rngs=rngs)
-        self.o_proj = Linear(hidden, heads, ("embed", "heads", "head_dim"), bias=bias, dtype=dtype, rngs=rngs)
+        hidden, head_dim, bias = config.hidden_size, config.head_dim, config.attention_bias
+        heads, kv_heads = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        self.q_proj = Linear(heads, hidden, ("heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = Linear(kv_heads, hidden, ("kv_heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = Linear(kv_heads, hidden, ("kv_heads", "embed"), bias=bias, dtype=dtype, rngs=rngs)
+        self.o_proj = Linear(hidden, heads, ("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype, rngs=rngs)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype, rngs=rngs)
+        self.head_dim = head_dim
         self.window = config.sliding_windows[layer]
 
     def __call__(
@@ -68,14 +66,19 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]]:
         """Returns the output and the layer's keys and values, those of `hidden` written at `slots`."""
         dtype = self.k_proj.weight[...].dtype
-        query = rotate(self.q_norm(self.q_proj(hidden)), rotation).astype(dtype)
-        key = rotate(self.k_norm(self.k_proj(hidden)), rotation).astype(dtype)
-        value = self.v_proj(hidden).astype(dtype)
+        query, key, value = (
+            proj(hidden).reshape(*hidden.shape[:-1], -1, self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query = rotate(self.q_norm(query), rotation).astype(dtype)
+        key = rotate(self.k_norm(key), rotation).astype(dtype)
+        value = value.astype(dtype)
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         if cached is not None:
             key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, (key, value), strict=True))
         start = jnp.maximum(slots - self.window + 1, 0) if self.window else jnp.zeros_like(slots)
-        return self.o_proj(ranged_attention(query, key, value, start, slots + 1)), (key, value)
+        attended = ranged_attention(query, key, value, start, slots + 1).reshape(*hidden.shape[:-1], -1)
+        return self.o_proj(attended), (key, value)
 
 
 class DecoderLayer(nnx.Module):
@@ -169,7 +172,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.model = Qwen3MoeModel(config, dtype=dtype, rngs=rngs)
         if not config.tie_word_embeddings:
-            shape = (config.vocab_size,), (config.hidden_size,)
+            shape = config.vocab_size, config.hidden_size
             self.lm_head = Linear(*shape, ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
         self.tied = config.tie_word_embeddings
 
@@ -177,8 +180,7 @@ class Qwen3MoeForCausalLM(nnx.Module):
         """float32 logits of normalised hidden states."""
         if not self.tied:
             return self.lm_head(hidden)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        return product(rows, self.model.embed_tokens.weight[...]).reshape(*hidden.shape[:-1], -1)
+        return product(hidden, self.model.embed_tokens.weight[...])
 
 
 def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:

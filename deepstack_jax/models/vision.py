@@ -97,7 +97,7 @@ class PatchEmbed(nnx.Module):
     """The convolution over whole patches, which is a product: its stride is its kernel's size."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        shape = (config.hidden_size,), (config.patch_dim,)
+        shape = config.hidden_size, config.patch_dim
         self.proj = Linear(*shape, ("vision_embed", "patch"), bias=True, dtype=dtype, rngs=rngs)
 
 
@@ -117,27 +117,26 @@ class VisionAttention(nnx.Module):
     """Attention within segments, with 2-D rope."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        heads = config.num_heads, config.head_dim
-        embed = (config.hidden_size,)
-        qkv_axes = (None, "heads", "head_dim", "vision_embed")
-        self.qkv = Linear((3, *heads), embed, qkv_axes, bias=True, dtype=dtype, rngs=rngs)
-        self.proj = Linear(embed, heads, ("vision_embed", "heads", "head_dim"), bias=True, dtype=dtype, rngs=rngs)
+        width = config.hidden_size  # of all heads together as well
+        self.head_dim = config.head_dim
+        self.qkv = Linear((3, width), width, (None, "heads", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, ("vision_embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, hidden: Float[Array, "P D"], rotation: Rotation, start: jax.Array, stop: jax.Array
     ) -> Float[Array, "P D"]:
         dtype = self.qkv.weight[...].dtype
-        query, key, value = jnp.moveaxis(self.qkv(hidden), 1, 0)
+        query, key, value = jnp.moveaxis(self.qkv(hidden).reshape(len(hidden), 3, -1, self.head_dim), 1, 0)
         query, key = rotate(query, rotation), rotate(key, rotation)
         query, key, value = (x.astype(dtype).swapaxes(0, 1)[None] for x in (query, key, value))
-        return self.proj(ranged_attention(query, key, value, start[None], stop[None])[0])
+        return self.proj(ranged_attention(query, key, value, start[None], stop[None])[0].reshape(len(hidden), -1))
 
 
 class VisionMLP(nnx.Module):
     """Two products around a tanh-approximated GELU."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        embed, inner = (config.hidden_size,), (config.intermediate_size,)
+        embed, inner = config.hidden_size, config.intermediate_size
         self.linear_fc1 = Linear(inner, embed, ("mlp", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
         self.linear_fc2 = Linear(embed, inner, ("vision_embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
 
@@ -169,9 +168,8 @@ class PatchMerger(nnx.Module):
         self.merge_unit = config.merge_unit
         self.norm_after_merge = norm_after_merge
         self.norm = LayerNorm(merged if norm_after_merge else config.hidden_size, dtype=dtype, rngs=rngs)
-        self.linear_fc1 = Linear((merged,), (merged,), ("mlp", None), bias=True, dtype=dtype, rngs=rngs)
-        out = (config.out_hidden_size,)
-        self.linear_fc2 = Linear(out, (merged,), ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc1 = Linear(merged, merged, ("mlp", None), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc2 = Linear(config.out_hidden_size, merged, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "P D"]) -> Float[Array, "M O"]:
         merged_shape = len(hidden) // self.merge_unit, -1

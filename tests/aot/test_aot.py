@@ -25,7 +25,8 @@ from pallas_kernels.fused_moe.arg_specs import REAL, ArgSpec
 MiB = 1 << 20
 MODELS = {"30B-A3B": arg_specs.QWEN3_VL_30B_A3B, "235B-A22B": arg_specs.QWEN3_VL_235B_A22B}
 HEADS = {"30B-A3B": 32, "235B-A22B": 64}
-LAYERS = 4
+# libtpu serves one process at a time, so the two kinds can run side by side, each in one process
+ON_TARGETS = [pytest.param(t, marks=pytest.mark.tpu if t in aot.TPUS else pytest.mark.gpu) for t in aot.TARGETS]
 
 
 @cache
@@ -49,7 +50,7 @@ def copies_of_weights(compiled: Any, spec: ArgSpec) -> list[str]:
     return [line for line in aot.copies(compiled, at_least=MiB) if any(f"{d}]" in line for d in dims)]
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", ON_TARGETS)
 @pytest.mark.parametrize("spec", [spec for specs in REAL.values() for spec in specs], ids=str)
 def test_fused_moe_compiles_within_its_memory(spec: ArgSpec, target: str):
     run = partial(fused_moe, backend=kernel_of(target))
@@ -66,7 +67,7 @@ def test_fused_moe_compiles_within_its_memory(spec: ArgSpec, target: str):
     assert copies_of_weights(compiled, spec) == []
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", ON_TARGETS)
 @pytest.mark.parametrize("spec", add_specs.REAL, ids=str)
 def test_deepstack_add_compiles_in_place(spec: add_specs.ArgSpec, target: str):
     hidden, rows, index = spec.shapes(jnp.float32, jnp.bfloat16)
@@ -78,26 +79,33 @@ def test_deepstack_add_compiles_in_place(spec: add_specs.ArgSpec, target: str):
     assert memory.temp_size_in_bytes <= 64 * spec.tokens + size_of(rows) // spec.levels + MiB
 
 
-@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("target", ON_TARGETS)
 @pytest.mark.parametrize("model", MODELS)
 class TestWholeModel:
     """The programs of the real models, cut to four layers, on one chip."""
 
     def test_decode(self, model: str, target: str):
-        config, params = config_and_params(model)
+        config, params = config_and_params(model, layers_on(target, model))
         batch, capacity = 8, 4096
         state = jax.eval_shape(partial(prefill, config, capacity), params, prompt_of(config, batch, 64), sampling(batch))
         limit = jax.ShapeDtypeStruct((), jnp.int32)
         compiled = aot.compile_for(mesh_of(target), decode, config, params, state, sampling(batch), limit)
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes >= size_of(*jax.tree.leaves(state.cache))
-        assert memory.temp_size_in_bytes <= 64 * MiB  # logits, one block of keys and values, the experts' activations
+        # logits, one block of keys and values, the experts' activations
+        bound = 64 * MiB
+        if target in aot.TPUS:  # sorting logits for top-k and top-p takes a TPU up to seventy copies of them
+            bound += 70 * 4 * batch * config.text.vocab_size
+        if target == "tpu7x":  # there XLA lays embeddings out anew for the sparse cores, and attention's weights
+            moved = ("embed_tokens.weight", "q_proj.weight", "o_proj.weight")
+            bound += size_of(*(leaf for path, leaf in params.items() if path.endswith(moved)))
+        assert memory.temp_size_in_bytes <= bound
         assert copies_of_weights(compiled, MODELS[model]) == []
 
     def test_prefill(self, model: str, target: str):
-        config, params = config_and_params(model)
+        config, params = config_and_params(model, layers_on(target, model))
         length = 1024
-        prompt = prompt_of(config, 1, length, visual_tokens=768)
+        prompt = prompt_of(config, 1, length, visual_tokens=640)
         compiled = aot.compile_for(mesh_of(target), prefill, config, 1536, params, prompt, sampling(1))
         spec = replace(MODELS[model], tokens=length)
         # a few float32 arrays of the width of the hidden states for each of a token's experts, and of the heads
@@ -106,14 +114,19 @@ class TestWholeModel:
         assert copies_of_weights(compiled, spec) == []
 
 
+def layers_on(target: str, model: str) -> int:
+    """Four; two of 235B-A22B, each of 4.8 GB, on a v5e of 16 GB."""
+    return 2 if (target, model) == ("v5e", "235B-A22B") else 4
+
+
 @cache
-def config_and_params(model: str) -> tuple[ModelConfig, dict[str, jax.ShapeDtypeStruct]]:
+def config_and_params(model: str, layers: int) -> tuple[ModelConfig, dict[str, jax.ShapeDtypeStruct]]:
     spec = MODELS[model]
     text = TextConfig(
         vocab_size=151936,
         hidden_size=spec.width,
         intermediate_size=6144,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS[model],
         num_key_value_heads=4,
         head_dim=128,
@@ -122,11 +135,11 @@ def config_and_params(model: str) -> tuple[ModelConfig, dict[str, jax.ShapeDtype
         num_experts=spec.experts,
         num_experts_per_tok=spec.top_k,
         moe_intermediate_size=spec.inner,
-        sparse_layers=(True,) * LAYERS,
-        sliding_windows=(None,) * LAYERS,
+        sparse_layers=(True,) * layers,
+        sliding_windows=(None,) * layers,
     )
     vision = VisionConfig(
-        depth=LAYERS,
+        depth=4,
         hidden_size=1152,
         intermediate_size=4304,
         num_heads=16,
