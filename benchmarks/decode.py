@@ -29,9 +29,9 @@ from measured import bandwidth, best_rate, chip_name
 
 from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.checkpoint import Model, load
+from deepstack_jax.generation import prompt_of
 from deepstack_jax.processing.batch import arrange
 from deepstack_jax.programs import decode, encode, prefill, run_prompt
-from deepstack_jax.generation import prompt_of
 from deepstack_jax.sampling import SamplingParams
 
 CONFIG = {

@@ -2,11 +2,12 @@
 
     python benchmarks/kernels.py [--model 600M 30B-A3B 235B-A22B] [--tokens 1 8 512] [--dtype bfloat16] [--rounds 5]
 
-For each shape: the time of every backend that runs here (the automatic choice is marked *), of XLA's dense einsum, of
-tokamax where it is installed, and of PyTorch's experts (transformers' loop and grouped_mm) where it is; the bound, which
-is the larger of bytes over the bandwidth and operations over the product rate, both measured in this run; and the bound's
-share of each time. Bytes count each active expert's weights once, and the hidden states in and out. `error` is the root
-mean square difference from the plain form, relative to its result: what is wrong is not worth timing.
+For each shape: the time of every backend that runs here (the automatic choice is marked *; xla_grouped is XLA's
+ragged_dot), of XLA's dense einsum, of tokamax where it is installed, and of PyTorch's experts (transformers' loop and
+grouped_mm) where it is; the bound, which is the larger of bytes over the bandwidth and operations over the product
+rate, both measured in this run; and the bound's share of each time. Bytes count each active expert's weights once, and
+the hidden states in and out. `error` is the root mean square difference from the plain form, relative to its result:
+what is wrong is not worth timing.
 
 Calls are chained in one program, long enough to hide its start, and the routing depends on the call before, so that
 nothing of it is computed once for all. Times are medians of rounds in which all alternatives take turns.
@@ -109,9 +110,7 @@ def with_residual(add: Callable[..., jax.Array], hidden: jax.Array, rows: jax.Ar
     return add(0.999 * hidden + 1e-3, rows, index)
 
 
-def report(
-    alternatives: dict[str, Any], automatic: str, bound: float, rounds: int, exact: jax.Array | None
-) -> None:
+def report(alternatives: dict[str, Any], automatic: str, bound: float, rounds: int, exact: jax.Array | None) -> None:
     calls, times, errors = {}, {}, {}
     for name, (run, result) in alternatives.items():
         try:

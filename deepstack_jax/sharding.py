@@ -46,9 +46,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]
     }
 
 
-def _parts(
-    config: ModelConfig, path: str, axes: tuple[str | None, ...], shape: tuple[int, ...]
-) -> tuple[int, ...]:
+def _parts(config: ModelConfig, path: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
     """How many parts each dimension may be split into at most: a dimension of heads into whole heads."""
     heads = {"heads": config.text.num_attention_heads, "kv_heads": config.text.num_key_value_heads}
     if config.vision and path.startswith("visual."):

@@ -9,10 +9,10 @@ about results (the interpreters do) and nothing about speed (`cost_analysis()` i
     compiled = aot.compile_for("v5e", fn, jax.ShapeDtypeStruct((8, 2048), jnp.bfloat16), donate_argnums=0)
     compiled.memory_analysis().temp_size_in_bytes, aot.copies(compiled, at_least=1 << 20)
 
-Needs, beside jax: `libtpu` for TPUs; `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's version for CUDA, installed with
-`--no-deps` (`make test-aot` sets that up in .venv-aot, apart from the environment in which programs run), and the
-environment variable JAX_PLATFORMS=cpu: with both plugins installed and no chip, jax's own start-up may crash. Import this
-module before jax compiles anything. Only one process at a time can use libtpu.
+Needs, beside jax: `libtpu` for TPUs; `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's version for CUDA, installed
+with `--no-deps` (`make test-aot` sets that up in .venv-aot, apart from the environment in which programs run), and the
+environment variable JAX_PLATFORMS=cpu: with both plugins installed and no chip, jax's own start-up may crash. Import
+this module before jax compiles anything. Only one process at a time can use libtpu.
 
     python -m pallas_kernels.aot      # compiles one small kernel for every target and prints a table
 """
@@ -59,7 +59,9 @@ def mesh_of(target: str, num_devices: int = 1) -> Mesh:
             devices = topologies.get_topology_desc(target, platform="cuda", **topology).devices
     except Exception as error:
         packages = "libtpu" if target in TPUS else "jax-cuda13-plugin and jax-cuda13-pjrt (pip install --no-deps)"
-        raise ValueError(f"can't compile for {target}: {error}. It needs {packages} of a version that fits jax") from error
+        raise ValueError(
+            f"can't compile for {target}: {error}. It needs {packages} of a version that fits jax"
+        ) from error
     return Mesh(devices[:num_devices], ("x",), axis_types=(AxisType.Auto,))
 
 
@@ -96,7 +98,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def copies(compiled: Any, at_least: int) -> list[str]:
-    """Instructions of the compiled program whose only work is to copy, transpose or convert `at_least` bytes or more."""
+    """Instructions of the compiled program that do nothing but copy, transpose or convert `at_least` bytes or more."""
     pattern = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* ((?:copy|transpose|convert)[\w-]*)\(", re.M)
     found = []
     for name, dtype, dims, op in pattern.findall(compiled.as_text()):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -41,7 +41,7 @@ def named(op: str, backends: Mapping[str, Backend], name: str) -> Backend:
     return backends[name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def log_choice(op: str, shapes: str, chip: Chip, backend: str, why: str) -> None:
     """Says once for each op, shapes and chip which backend was taken."""
     _log.debug("%s of %s on %s: %s (%s)", op, shapes, chip.kind, backend, why)

@@ -1,4 +1,4 @@
-"""What the TPU kernels share: rows that can be copied one by one, and results inside shard_map."""
+"""What the TPU kernels share: rows that can be copied one by one."""
 
 from typing import Any
 
@@ -30,9 +30,3 @@ def columns_of(words: jax.Array) -> tuple[jax.Array, ...]:
     # a bfloat16 is the high half of the float32 of the same value
     halves = words << 16, words & jnp.uint32(0xFFFF0000)
     return tuple(jax.lax.bitcast_convert_type(half, jnp.float32) for half in halves)
-
-
-def result(shape: tuple[int, ...], dtype: Any, *args: jax.Array) -> jax.ShapeDtypeStruct:
-    """What a kernel of `args` returns: inside shard_map it varies over every mesh axis that one of them varies over."""
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in args))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=varying))

@@ -4,9 +4,14 @@ Backends for TPU and NVIDIA chips run in Pallas' interpreters.
 """
 
 import contextlib
+import logging
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +20,20 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import deepstack_add as add_module
+from pallas_kernels import dispatch
 from pallas_kernels import fused_moe as moe_module
+from pallas_kernels.deepstack_add import arg_specs as add_specs
+from pallas_kernels.deepstack_add import deepstack_add
 from pallas_kernels.fused_moe import fused_moe, mosaic_gpu, mosaic_tpu, xla
-from pallas_kernels.fused_moe.arg_specs import SMALL, TILED, ArgSpec
+from pallas_kernels.fused_moe.arg_specs import ODD, SMALL, TILED, ArgSpec
 
 INTERPRETED = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
 
 
 @contextlib.contextmanager
 def interpreter_of(backend: str | None):
-    """The interpreter that a chip's backend runs in here: with races between copies detected, and unwritten memory NaN."""
+    """The interpreter that a chip's backend runs in here: it sees races between copies, and unwritten memory is NaN."""
     if backend == "mosaic_tpu":
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
             yield
@@ -94,3 +103,171 @@ def refusal(spec: ArgSpec, dtype: str, hidden_dtype: str, backend: str | None) -
     else:
         assert reason
     return reason
+
+
+class TestDerivatives:
+    """The gradient of every backend is the plain form's, which is held against finite differences in float64."""
+
+    @pytest.mark.parametrize("tokens", [3, 40])  # both forms of each: idle experts indexed, and scanned
+    def test_fused_moe_agrees_with_finite_differences(self, tokens: int):
+        spec = replace(ODD, tokens=tokens)
+        with jax.enable_x64(True):
+            hidden, gate_up, down, index, weights = (jnp.asarray(x) for x in spec.arrays("float64", "float64"))
+
+            def loss(hidden: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array) -> jax.Array:
+                out = exact_in_float64(hidden, gate_up, down, index, weights)
+                return jnp.sum(jnp.sin(out))
+
+            args = hidden, gate_up, down, weights.astype(jnp.float64)
+            expected = jax.grad(loss, argnums=range(4))(*args)
+            rng = np.random.default_rng(0)
+            for number, arg in enumerate(args):  # the reference itself, along one random direction of each argument
+                direction = jnp.asarray(rng.standard_normal(arg.shape))
+                moved = [[*args[:number], arg + sign * 1e-6 * direction, *args[number + 1 :]] for sign in (1, -1)]
+                slope = (loss(*moved[0]) - loss(*moved[1])) / 2e-6
+                np.testing.assert_allclose(jnp.sum(expected[number] * direction), slope, rtol=1e-6)
+
+            args, expected = ([np.asarray(x) for x in arrays] for arrays in (args, expected))
+
+        def loss_of(backend: str | None, hidden: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array):
+            return jnp.sum(jnp.sin(fused_moe(hidden, gate_up, down, index, weights, backend=backend)))
+
+        index = np.asarray(index)
+        for backend in (None, "xla", "cpu", "xla_grouped"):
+            found = jax.jit(jax.grad(partial(loss_of, backend), argnums=range(4)))(*(x.astype("float32") for x in args))
+            for ours, theirs in zip(found, expected, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=5e-6 * np.abs(theirs).max())
+
+    def test_deepstack_add_is_linear(self):
+        hidden, rows, index = add_specs.ODD.arrays("float32", "float32")
+        weights = jax.random.normal(jax.random.key(1), hidden.shape)
+        of_hidden, of_rows = jax.grad(lambda h, r: jnp.sum(weights * deepstack_add(h, r, index, 1)), (0, 1))(
+            hidden, rows
+        )
+        np.testing.assert_array_equal(of_hidden, weights)
+        expected = np.zeros_like(rows)
+        expected[np.asarray(index)[index >= 0], 6:12] = weights[index >= 0]
+        np.testing.assert_array_equal(of_rows, expected)
+
+
+def exact_in_float64(
+    hidden: jax.Array, gate_up: jax.Array, down: jax.Array, index: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Every token through every expert."""
+    gate, up = jnp.split(jnp.einsum("td,edf->tef", hidden, gate_up), 2, axis=-1)
+    outs = jnp.einsum("tef,efd->ted", gate / (1 + jnp.exp(-gate)) * up, down)
+    share = jnp.zeros((len(hidden), len(gate_up))).at[jnp.arange(len(hidden))[:, None], index].add(weights)
+    return jnp.einsum("ted,te->td", outs, share)
+
+
+class TestTransforms:
+    """vmap, shard_map over two devices, donation: on the backends that run here without an interpreter."""
+
+    @pytest.mark.parametrize("backend", [None, "xla", "cpu", "xla_grouped"])
+    def test_vmap_over_tokens_and_over_layers(self, backend: str | None):
+        call = partial(fused_moe, backend=backend)
+        hidden, gate_up, down, index, weights = replace(ODD, tokens=8).arrays("float32")
+        halves = [x.reshape(2, 4, -1) for x in (hidden, index, weights)]
+        over_tokens = jax.vmap(call, (0, None, None, 0, 0))(halves[0], gate_up, down, *halves[1:])
+        np.testing.assert_allclose(over_tokens.reshape(8, -1), call(hidden, gate_up, down, index, weights), atol=1e-6)
+        layers = jax.vmap(call, (None, 0, 0, None, None))(
+            hidden, jnp.stack([gate_up, 2 * gate_up]), jnp.stack([down, down]), index, weights
+        )
+        np.testing.assert_allclose(layers[1], call(hidden, 2 * gate_up, down, index, weights), atol=1e-5)
+
+    def test_shard_map_over_two_devices(self):
+        flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        code = Path(__file__).with_name("sharded_kernels.py")
+        child = subprocess.run(
+            [sys.executable, str(code)],
+            env={**os.environ, **flags},
+            capture_output=True,
+            text=True,
+            cwd=code.parent.parent,
+        )
+        assert child.returncode == 0, child.stderr
+
+    def test_donated_hidden_states_are_overwritten(self):
+        args = replace(ODD, tokens=40).arrays("float32")
+        compiled = jax.jit(fused_moe, donate_argnums=0).lower(*args).compile()
+        assert compiled.memory_analysis().alias_size_in_bytes == args[0].nbytes
+        hidden, rows, index = add_specs.TILED.arrays("float32", "bfloat16")
+        add = jax.jit(deepstack_add, static_argnums=3, donate_argnums=0)
+        assert add.lower(hidden, rows, index, 1).compile().memory_analysis().alias_size_in_bytes == hidden.nbytes
+
+
+class TestDeepstackAdd:
+    @pytest.mark.parametrize("backend", [None, *add_module.BACKENDS])
+    @pytest.mark.parametrize("rows_dtype", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("level", [0, 2])
+    @pytest.mark.parametrize("spec", add_specs.SMALL, ids=str)
+    def test_adds_its_level_to_visual_tokens_alone(
+        self, spec: add_specs.ArgSpec, level: int, rows_dtype: str, backend: str | None
+    ):
+        hidden, rows, index = spec.arrays("float32", rows_dtype)
+        index = jnp.where(index < 0, index, spec.visual - 1 - index)  # any row may belong to any token
+        expected = np.array(hidden)
+        for token, row in enumerate(np.asarray(index)):
+            if row >= 0:
+                expected[token] += np.asarray(rows[row], np.float32)[level * spec.width : (level + 1) * spec.width]
+        call = jax.jit(deepstack_add, static_argnums=3, static_argnames="backend")
+        with interpreter_of(backend):
+            if spec == add_specs.ODD and backend in INTERPRETED:
+                with pytest.raises(NotImplementedError, match="D = 6 is no multiple of 128"):
+                    call(hidden, rows, index, level, backend=backend)
+                return
+            out = call(hidden, rows, index, level, backend=backend)
+        np.testing.assert_array_equal(out, expected)
+
+
+class TestDispatch:
+    def test_the_automatic_choice_is_logged_once(self, caplog: pytest.LogCaptureFixture):
+        dispatch.log_choice.cache_clear()
+        args = replace(ODD, tokens=3).arrays("float32")
+        with caplog.at_level(logging.DEBUG, "pallas_kernels"):
+            fused_moe(*args)
+            fused_moe(*args)
+        (record,) = caplog.records
+        assert "hidden (3, 36)" in record.getMessage()
+        assert "cpu (the form for XLA on CPU)" in record.getMessage()
+
+    @pytest.mark.parametrize(
+        ("platform", "kind", "spec", "expected"),
+        [
+            ("tpu", "TPU v5 lite", TILED, "mosaic_tpu"),
+            ("tpu", "TPU v5 lite", ODD, "xla"),
+            ("cuda", "NVIDIA H200", TILED, "mosaic_gpu"),
+            ("cuda", "NVIDIA H100 80GB HBM3", ODD, "xla_grouped"),
+            ("cuda", "NVIDIA A100-SXM4-80GB", TILED, "xla_grouped"),
+            ("cuda", "NVIDIA B200", TILED, "xla_grouped"),
+            ("cpu", "cpu", TILED, "cpu"),
+            ("rocm", "gfx942", TILED, "xla"),
+        ],
+    )
+    def test_a_chip_gets_its_form(
+        self, platform: str, kind: str, spec: ArgSpec, expected: str, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(moe_module, "target_chip", lambda: dispatch.Chip(platform, kind))
+        assert moe_module._automatic(*spec.shapes("bfloat16"))[0] == expected
+
+    def test_a_program_that_xla_splits_gets_no_kernel(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(moe_module, "target_chip", lambda: dispatch.Chip("tpu", "TPU v5 lite"))
+        mesh = jax.sharding.AbstractMesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+        with jax.sharding.use_abstract_mesh(mesh):
+            name, why = moe_module._automatic(*TILED.shapes("bfloat16"))
+        assert name == "xla"
+        assert "shard_map" in why
+
+    def test_what_does_not_fit_is_refused_with_its_shapes(self):
+        hidden, gate_up, down, index, weights = ArgSpec(4, 12, 5, 2, 8).arrays("float32")
+        with pytest.raises(ValueError, match=r"gate_up \(5, 16, 12\)"):
+            fused_moe(hidden, gate_up.swapaxes(1, 2), down, index, weights)
+        with pytest.raises(ValueError, match=r"must both be \[4, k\]"):
+            fused_moe(hidden, gate_up, down, index[:3], weights)
+        with pytest.raises(ValueError, match="no backend 'triton': expected one of xla, cpu"):
+            fused_moe(hidden, gate_up, down, index, weights, backend="triton")
+        rows = np.zeros((3, 24), np.float32)
+        with pytest.raises(ValueError, match="level 2 is not among the 2 levels"):
+            deepstack_add(hidden, rows, np.zeros(4, np.int32), 2)
+        with pytest.raises(ValueError, match=r"rows \(3, 23\)"):
+            deepstack_add(hidden, rows[:, 1:], np.zeros(4, np.int32), 0)

@@ -37,8 +37,8 @@ def scaled_normal(fan_in: int) -> Initializer:
 class Linear(nnx.Module):
     """`y = x @ weight.T + bias`; weight is [*out_shape, in]: PyTorch's order.
 
-    Heads and their width are one dimension: chips lay the last two dimensions of an array out in tiles, so a weight that
-    has a dimension of heads there would be padded, and copied to be multiplied.
+    Heads and their width are one dimension: chips lay the last two dimensions of an array out in tiles, so a weight with
+    a dimension of heads there would be padded, and copied to be multiplied.
     """
 
     def __init__(
@@ -66,7 +66,9 @@ def product(x: Float[Array, "*lead i"], weight: Float[Array, "*out i"]) -> Float
     rows = x.reshape(-1, x.shape[-1]).astype(weight.dtype)
     count = len(rows)
     if count == 1 and weight.dtype == jnp.bfloat16:
-        rows = jnp.concatenate([rows, rows])  # XLA on CPU reads the weights for one bfloat16 row far slower than for two
+        rows = jnp.concatenate(
+            [rows, rows]
+        )  # XLA on CPU reads the weights for one bfloat16 row far slower than for two
     matrix = weight.reshape(-1, weight.shape[-1])
     y = jnp.einsum("ri,oi->ro", rows, matrix, preferred_element_type=jnp.float32)
     return y[:count].reshape(*x.shape[:-1], *weight.shape[:-1])

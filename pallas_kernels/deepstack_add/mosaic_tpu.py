@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
+from pallas_kernels import sharded, tpu
 from pallas_kernels.deepstack_add.transforms import differentiable
 
 # Positions and rows of the visual tokens take 8 bytes each of 1 MiB SMEM.
@@ -58,7 +58,7 @@ def deepstack_add(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, l
     row = visual_index[jnp.minimum(token, tokens - 1)]  # what follows the visual ones isn't read
     return pl.pallas_call(
         partial(_body, first_column),
-        out_shape=tpu.result(hidden.shape, hidden.dtype, hidden, rows, visual_index),
+        out_shape=sharded.result(hidden.shape, hidden.dtype, hidden, rows, visual_index),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(1,),

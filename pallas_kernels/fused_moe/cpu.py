@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import sharded
 from pallas_kernels.fused_moe import xla
 from pallas_kernels.fused_moe.transforms import differentiable
 
@@ -46,8 +47,8 @@ def _by_expert(
 
         return jax.lax.cond(jnp.sum(chosen) <= fast_rows, add_to_few, lambda: add(jnp.arange(len(x))))
 
-    total = jax.lax.fori_loop(0, num_in_use, add_expert, jnp.zeros(x.shape, jnp.float32))
-    return total[:tokens]
+    total = sharded.zeros(x.shape, jnp.float32, x, gate_up, down, top_k_index, top_k_weights)
+    return jax.lax.fori_loop(0, num_in_use, add_expert, total)[:tokens]
 
 
 def _sorted(
@@ -76,7 +77,7 @@ def _sorted(
 
         return jax.lax.fori_loop(0, (counts[number] + tile - 1) // tile, run_tile, out)
 
-    out = jnp.zeros((tokens * top_k + tile, x.shape[1]), jnp.float32)
+    out = sharded.zeros((tokens * top_k + tile, x.shape[1]), jnp.float32, x, gate_up, down, top_k_index)
     out = jax.lax.fori_loop(0, num_in_use, run_expert, out)
     row_of = jnp.zeros(tokens * top_k, jnp.int32).at[order].set(jnp.arange(tokens * top_k, dtype=jnp.int32))
     return jnp.sum(out[row_of].reshape(tokens, top_k, -1) * top_k_weights[..., None], axis=1)

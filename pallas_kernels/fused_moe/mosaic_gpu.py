@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import sharded
 from pallas_kernels.fused_moe.transforms import differentiable
 
 # At T tokens a streamed weight does T flops a byte. 64 are 307 TFLOP/s at H200's 4.8 TB/s, a third of what its matrix
@@ -125,7 +126,7 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: 
 
     return plgpu.kernel(
         body,
-        out_type=_like((slots, columns, inner_width), x.dtype, x, gate_up, active),
+        out_type=sharded.result((slots, columns, inner_width), x.dtype, x, gate_up, active),
         grid=(slots, chunks),
         grid_names=("slot", "chunk"),
         scratch_types=(plgpu.SMEM((columns, K), x.dtype, transforms=_swizzled()),),
@@ -188,7 +189,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, share: jax.Array, active: ja
 
     return plgpu.kernel(
         body,
-        out_type=_like((groups, width, columns), jnp.float32, inner, down, share),
+        out_type=sharded.result((groups, width, columns), jnp.float32, inner, down, share),
         grid=(groups, width // K),
         grid_names=("group", "chunk"),
         scratch_types=(
@@ -376,7 +377,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
 
     return plgpu.kernel(
         body,
-        out_type=_like((tiles * tile, inner_width), x.dtype, x, gate_up, rows.expert),
+        out_type=sharded.result((tiles * tile, inner_width), x.dtype, x, gate_up, rows.expert),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=groups + 2,
@@ -475,7 +476,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
 
     return plgpu.kernel(
         body,
-        out_type=_like((tiles * tile, width), jnp.float32, inner, down, rows.expert),
+        out_type=sharded.result((tiles * tile, width), jnp.float32, inner, down, rows.expert),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=groups + 1,
@@ -528,12 +529,6 @@ def _swizzled(row: int = K) -> tuple[Any, ...]:
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return gate / (1.0 + jnp.exp(-gate)) * up
-
-
-def _like(shape: tuple[int, ...], dtype: Any, *inputs: jax.Array) -> jax.ShapeDtypeStruct:
-    """A kernel's result, which varies over the axes of a shard_map over which any of its inputs does."""
-    axes = frozenset[Any]().union(*(jax.typeof(x).manual_axis_type.varying for x in inputs))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
 
 
 def _params(hands_over_by_barrier: bool = False) -> Any:

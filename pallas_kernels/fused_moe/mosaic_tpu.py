@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
+from pallas_kernels import sharded, tpu
 from pallas_kernels.fused_moe.transforms import differentiable
 
 # At T tokens an expert's weights do T flops a byte in _decode, whether its tokens are many or few. Chips need 186 (v5p)
@@ -154,7 +154,7 @@ def _decode(
     args = hidden, top_k_index, top_k_weights.astype(jnp.float32), gate_up, gate_up, down
     out = pl.pallas_call(
         partial(_decode_body, chip.cores),
-        out_shape=tpu.result((chip.cores, tokens, width), jnp.float32, *args),
+        out_shape=sharded.result((chip.cores, tokens, width), jnp.float32, *args),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(chip.cores, _turns(chip.cores, count), inner // block),
@@ -277,7 +277,7 @@ def _prefill_part(
 
     out = pl.pallas_call(
         partial(_prefill_body, chip.cores, tiles, stride),
-        out_shape=tpu.result((top_k * stride, width), jnp.float32, x, order, gate_up, down),
+        out_shape=sharded.result((top_k * stride, width), jnp.float32, x, order, gate_up, down),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(chip.cores, _turns(chip.cores, tiles_before[experts]), inner // tiles.block),

@@ -7,6 +7,8 @@ that of one expert's weights and activations, whatever E is.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import sharded
+
 
 def fused_moe(
     hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
@@ -38,7 +40,7 @@ def fused_moe(
         """Reads all weights in turn, as most are needed, and so has a gradient in turn."""
         return jax.lax.cond(is_idle(expert[0]), lambda: total, lambda: total + share_of(*expert)), None
 
-    total = jnp.zeros(hidden.shape, jnp.float32)
+    total = sharded.zeros(hidden.shape, jnp.float32, hidden, gate_up, down, top_k_index, top_k_weights)
     if top_k_index.size <= experts:
         total = jax.lax.fori_loop(0, experts, add_by_number, total)
     else:

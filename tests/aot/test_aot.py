@@ -87,7 +87,9 @@ class TestWholeModel:
     def test_decode(self, model: str, target: str):
         config, params = config_and_params(model, layers_on(target, model))
         batch, capacity = 8, 4096
-        state = jax.eval_shape(partial(prefill, config, capacity), params, prompt_of(config, batch, 64), sampling(batch))
+        state = jax.eval_shape(
+            partial(prefill, config, capacity), params, prompt_of(config, batch, 64), sampling(batch)
+        )
         limit = jax.ShapeDtypeStruct((), jnp.int32)
         compiled = aot.compile_for(mesh_of(target), decode, config, params, state, sampling(batch), limit)
         memory = compiled.memory_analysis()
