@@ -1,17 +1,20 @@
 """Whole-model speed against Hugging Face transformers on the same made-up weights: decode, prefill, vision.
 
-    python benchmarks/decode.py --folder /some/disk [--dtype float32 bfloat16] [--rounds 5] [--only decode-1 prefill]
+    python benchmarks/decode.py --folder /some/disk [--dtype float32 bfloat16] [--rounds 5] [--only prefill-512]
+    python benchmarks/decode.py --model 30B-A3B --dtype bfloat16            (a chip with 140 GB; needs no folder)
 
-The model has 600M parameters (`CONFIG`); its checkpoint is made once in the folder and read by both sides. Every round
-runs each job once on each side, in alternating order, in this one process; figures are medians, ratios are of medians.
-transformers runs each of its experts implementations once as a warm-up, and the fastest one in the rounds. Its decode
-loop is the bare forward pass with argmax, without the overhead of its `generate`.
+The small model has 600M parameters (`CONFIG`); its checkpoint is made once in the folder and read by both sides. The
+large one's weights are made on the chip, by each side for itself. Every round runs each job once on each side, in
+alternating order, in this one process; figures are medians, ratios are of medians. transformers runs each of its
+experts implementations a few times first, and the fastest one in the rounds. Its decode loop is the bare forward pass
+with argmax, without the overhead of its `generate`.
 
-The bound of decode is the bytes of the weights that one step reads (the chosen experts, measured) over the bandwidth
+The bound of decode is the bytes that one step reads (of the experts those that an even load reaches) over the bandwidth
 measured in this run; that of prefill and vision is their products' operations over the measured matrix product rate.
 """
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -22,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants its share of a GPU
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,11 +34,46 @@ from measured import bandwidth, best_rate, chip_name
 
 from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.checkpoint import Model, load
+from deepstack_jax.config import parse_config
 from deepstack_jax.generation import prompt_of
+from deepstack_jax.models.qwen3_vl_moe import abstract_params
 from deepstack_jax.processing.batch import arrange
 from deepstack_jax.programs import decode, encode, prefill, run_prompt
 from deepstack_jax.sampling import SamplingParams
 
+TEXT = {
+    "model_type": "qwen3_vl_moe_text",
+    "vocab_size": 32768,
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5000000,
+    "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 384,
+    "eos_token_id": 32005,
+}
+VISION = {
+    "model_type": "qwen3_vl_moe",
+    "depth": 12,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_heads": 8,
+    "in_channels": 3,
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "out_hidden_size": 1024,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [3, 6, 9],
+    "hidden_act": "gelu_pytorch_tanh",
+}
 CONFIG = {
     "model_type": "qwen3_vl_moe",
     "tie_word_embeddings": False,
@@ -41,40 +81,40 @@ CONFIG = {
     "video_token_id": 32002,
     "vision_start_token_id": 32003,
     "vision_end_token_id": 32004,
-    "text_config": {
-        "model_type": "qwen3_vl_moe_text",
-        "vocab_size": 32768,
-        "hidden_size": 1024,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 5000000,
-        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [12, 10, 10]},
-        "num_experts": 32,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 384,
-        "eos_token_id": 32005,
+    "text_config": TEXT,
+    "vision_config": VISION,
+}
+CONFIG_30B = {
+    **CONFIG,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+    "text_config": TEXT
+    | {
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "eos_token_id": 151645,
     },
-    "vision_config": {
-        "model_type": "qwen3_vl_moe",
-        "depth": 12,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_heads": 8,
-        "in_channels": 3,
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "out_hidden_size": 1024,
-        "num_position_embeddings": 2304,
-        "deepstack_visual_indexes": [3, 6, 9],
-        "hidden_act": "gelu_pytorch_tanh",
+    "vision_config": VISION
+    | {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "out_hidden_size": 2048,
+        "deepstack_visual_indexes": [8, 16, 24],
     },
 }
+DECODE_JOBS = {"600M": ((1, 512), (8, 64), (8, 512)), "30B-A3B": ((1, 512), (8, 512), (64, 512))}
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # batched_mm copies weights for every token
 NEW_TOKENS = 32
 
@@ -93,7 +133,8 @@ class Job:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--folder", type=Path, required=True, help="where the made-up checkpoints are kept")
+    arguments.add_argument("--folder", type=Path, help="where the small model's made-up checkpoints are kept")
+    arguments.add_argument("--model", choices=DECODE_JOBS, default="600M")
     arguments.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--only", nargs="+", default=[], help="names of jobs; all by default")
@@ -101,18 +142,24 @@ def main() -> None:
     options = arguments.parse_args()
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "torch", "transformers"))
     print(f"{chip_name()}, {platform.machine()}, {versions}; {time.strftime('%Y-%m-%d')}")
+    if options.model == "600M" and not options.folder:
+        arguments.error("--folder is needed for the small model's checkpoint")
     for dtype in options.dtype:
-        measure(options.folder / f"model-{dtype}", dtype, options)
+        measure(dtype, options)
 
 
-def measure(directory: Path, dtype: str, options: argparse.Namespace) -> None:
-    if not directory.exists():
-        write_random_checkpoint(directory, CONFIG, dtype=dtype)
-    model = load(directory)
+def measure(dtype: str, options: argparse.Namespace) -> None:
+    if options.model == "600M":
+        directory = options.folder / f"model-{dtype}"
+        if not directory.exists():
+            write_random_checkpoint(directory, CONFIG, dtype=dtype)
+        model = load(directory)
+    else:
+        directory, model = None, made_on_chip(CONFIG_30B, dtype)
     show_load(model)
     hf = None if options.ours_alone else HuggingFace(directory, dtype)
     speeds = bandwidth(), best_rate(dtype)
-    print(f"{dtype}: {speeds[0] / 1e9:.1f} GB/s read, {speeds[1] / 1e9:.0f} GFLOP/s product of 2048^3")
+    print(f"{dtype}: {speeds[0] / 1e9:.1f} GB/s read, {speeds[1] / 1e9:.0f} GFLOP/s product")
     jobs = [job for job in all_jobs(model, hf, *speeds) if not options.only or job.name in options.only]
     print(f"{'job':16} {'ours':>9} {'HF':>9} {'ratio':>6} {'bound':>9}  unit")
     for job in jobs:
@@ -138,7 +185,7 @@ def measure(directory: Path, dtype: str, options: argparse.Namespace) -> None:
 
 def all_jobs(model: Model, hf: "HuggingFace | None", bytes_per_second: float, flops: float) -> list[Job]:
     jobs = []
-    for batch, context in ((1, 512), (8, 64), (8, 512)):
+    for batch, context in DECODE_JOBS["600M" if model.path else "30B-A3B"]:
         ids = prompt_ids(batch, context)
         bound = NEW_TOKENS * step_bytes(model, batch, context) / bytes_per_second
         theirs = partial(hf.decode, ids) if hf else None
@@ -190,7 +237,7 @@ def sampling_of(ids: np.ndarray) -> SamplingParams:
 
 def our_vision(model: Model, pixels: np.ndarray, grid: np.ndarray) -> float:
     ids = np.full((1, len(pixels) // 4 + 2), model.config.image_token_id)
-    ids[0, 0], ids[0, -1] = CONFIG["vision_start_token_id"], CONFIG["vision_end_token_id"]
+    ids[0, 0] = ids[0, -1] = 0
     batch = arrange(model.config, ids, None, pixels, grid)
     return timed(lambda: encode(model.config, model.vision_params, batch.pixel_values, batch.geometry))
 
@@ -198,12 +245,31 @@ def our_vision(model: Model, pixels: np.ndarray, grid: np.ndarray) -> float:
 class HuggingFace:
     """transformers on the same checkpoint."""
 
-    def __init__(self, directory: Path, dtype: str):
+    def __init__(self, directory: Path | None, dtype: str):
+        """Of the checkpoint, or of `CONFIG_30B` with transformers' own random weights."""
         import torch
-        from transformers import AutoModelForImageTextToText
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
         self.torch = torch
-        self.model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype).eval()
+        self.device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+        with self.device:
+            if directory:
+                model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype)
+            else:
+                config = AutoConfig.for_model(**CONFIG_30B)
+                model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+        self.model = model.to(self.device).eval()
+
+    def seconds(self, run: Callable[[], Any]) -> float:
+        def wait() -> None:
+            if self.device.type == "cuda":
+                self.torch.cuda.synchronize()
+
+        wait()
+        begun = time.perf_counter()
+        run()
+        wait()
+        return time.perf_counter() - begun
 
     def take_fastest(self, run: Callable[[], float], candidates: tuple[str, ...]) -> str:
         seconds = {}
@@ -217,30 +283,52 @@ class HuggingFace:
         with self.torch.no_grad():
             self.model.model.rope_deltas = None
             self.model.set_experts_implementation("grouped_mm")
-            out = self.model(input_ids=self.torch.tensor(ids), use_cache=True, logits_to_keep=1)
+            out = self.model(input_ids=self.tensor(ids), use_cache=True, logits_to_keep=1)
             cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
             self.model.set_experts_implementation(self.experts)
-            begun = time.perf_counter()
-            for _ in range(NEW_TOKENS):
-                out = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                token = out.logits[:, -1:].argmax(-1)
-            return time.perf_counter() - begun
+
+            def run() -> None:
+                nonlocal token
+                for _ in range(NEW_TOKENS):
+                    out = self.model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    token = out.logits[:, -1:].argmax(-1)
+
+            return self.seconds(run)
 
     def prefill(self, ids: np.ndarray) -> float:
         with self.torch.no_grad():
             self.model.model.rope_deltas = None
             self.model.set_experts_implementation(self.experts)
-            begun = time.perf_counter()
-            self.model(input_ids=self.torch.tensor(ids), use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            return time.perf_counter() - begun
+            tokens = self.tensor(ids)
+            return self.seconds(lambda: self.model(input_ids=tokens, use_cache=True, logits_to_keep=1))
 
     def vision(self, pixels: np.ndarray, grid: np.ndarray) -> float:
         visual = self.model.model.visual
         with self.torch.no_grad():
-            tensors = self.torch.tensor(pixels).to(visual.dtype), self.torch.tensor(grid)
-            begun = time.perf_counter()
-            visual(tensors[0], grid_thw=tensors[1])
-            return time.perf_counter() - begun
+            patches, grids = self.tensor(pixels).to(visual.dtype), self.tensor(grid)
+            return self.seconds(lambda: visual(patches, grid_thw=grids))
+
+    def tensor(self, array: np.ndarray) -> Any:
+        return self.torch.tensor(array, device=self.device)
+
+
+def made_on_chip(config: dict[str, Any], dtype: str) -> Model:
+    """Random weights that balance the experts' load, as converters.random_checkpoint makes them."""
+    parsed = parse_config(config)
+
+    @partial(jax.jit, static_argnums=(1, 2))
+    def draw(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+        return jax.random.normal(key, shape, jnp.dtype(dtype)) * jnp.asarray(scale, dtype)
+
+    params = {}
+    for number, (path, leaf) in enumerate(abstract_params(parsed).items()):
+        if len(leaf.shape) == 1:
+            params[path] = jnp.ones(leaf.shape, dtype) if "norm" in path else jnp.zeros(leaf.shape, dtype)
+        else:
+            fan_in = leaf.shape[1] if ".experts." in path else leaf.shape[-1]
+            scale = 1.0 if "embed_tokens" in path else 0.5 * fan_in**-0.5
+            params[path] = draw(jax.random.key(number), leaf.shape, scale)
+    return Model(parsed, params)
 
 
 def show_load(model: Model) -> None:

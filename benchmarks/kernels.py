@@ -56,7 +56,7 @@ def main() -> None:
     options = arguments.parse_args()
     print(f"{chip_name()}; {versions()}; {time.strftime('%Y-%m-%d')}")
     for dtype in options.dtype:
-        speed = bandwidth(), best_rate(dtype, 2048 if jax.default_backend() == "cpu" else 8192)
+        speed = bandwidth(), best_rate(dtype)
         print(f"{dtype}: {speed[0] / 1e9:.0f} GB/s read, {speed[1] / 1e9:.0f} GFLOP/s product")
         for model in options.model:
             for tokens in options.tokens:

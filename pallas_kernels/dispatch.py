@@ -19,19 +19,23 @@ class Chip(NamedTuple):
     kind: str
 
 
-def target_chip() -> Chip:
-    """The chip of the mesh in use (also a described one, see aot.py), else of jax's default device."""
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax.config.jax_default_device or jax.devices()[0]
+def target_chip(*args: jax.Array) -> Chip:
+    """The chip of the mesh that `args` lie on or that is in use (also a described one, see aot.py), else jax's own."""
+    of_mesh = next((mesh.abstract_device for mesh in _meshes(args) if mesh.abstract_device), None)
+    device = of_mesh or jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
     platform = "cuda" if device.platform == "gpu" else device.platform
     return Chip(platform, device.device_kind)
 
 
-def partitioned_by_xla() -> bool:
-    """Whether XLA splits this program over devices. It can't split a kernel: that takes shard_map."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.size > 1 and any(kind != AxisType.Manual for kind in mesh.axis_types)
+def partitioned_by_xla(*args: jax.Array) -> bool:
+    """Whether XLA splits the program of `args` over devices. It can't split a kernel: that takes shard_map."""
+    return any(mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual} for mesh in _meshes(args))
+
+
+def _meshes(args: tuple[jax.Array, ...]) -> list[jax.sharding.AbstractMesh]:
+    return [*(jax.typeof(x).sharding.mesh for x in args), jax.sharding.get_abstract_mesh()]
 
 
 def named(op: str, backends: Mapping[str, Backend], name: str) -> Backend:

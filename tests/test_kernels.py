@@ -247,16 +247,25 @@ class TestDispatch:
     def test_a_chip_gets_its_form(
         self, platform: str, kind: str, spec: ArgSpec, expected: str, monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(moe_module, "target_chip", lambda: dispatch.Chip(platform, kind))
-        assert moe_module._automatic(*spec.shapes("bfloat16"))[0] == expected
+        monkeypatch.setattr(moe_module, "target_chip", lambda *args: dispatch.Chip(platform, kind))
+        assert moe_module._automatic(*spec.arrays("bfloat16"))[0] == expected
 
     def test_a_program_that_xla_splits_gets_no_kernel(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr(moe_module, "target_chip", lambda: dispatch.Chip("tpu", "TPU v5 lite"))
+        monkeypatch.setattr(moe_module, "target_chip", lambda *args: dispatch.Chip("tpu", "TPU v5 lite"))
         mesh = jax.sharding.AbstractMesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-        with jax.sharding.use_abstract_mesh(mesh):
-            name, why = moe_module._automatic(*TILED.shapes("bfloat16"))
-        assert name == "xla"
-        assert "shard_map" in why
+        found = []
+
+        def traced(*args: jax.Array) -> jax.Array:
+            found.append(moe_module._automatic(*args))
+            return args[0]
+
+        on_mesh = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        for sharding in (on_mesh, None):  # by where the arguments lie, and by the mesh in use
+            args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in TILED.shapes("bfloat16")]
+            with contextlib.nullcontext() if sharding else jax.sharding.use_abstract_mesh(mesh):
+                jax.eval_shape(traced, *args)
+        assert [name for name, _ in found] == ["xla", "xla"]
+        assert all("shard_map" in why for _, why in found)
 
     def test_what_does_not_fit_is_refused_with_its_shapes(self):
         hidden, gate_up, down, index, weights = ArgSpec(4, 12, 5, 2, 8).arrays("float32")

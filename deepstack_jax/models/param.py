@@ -37,8 +37,8 @@ def scaled_normal(fan_in: int) -> Initializer:
 class Linear(nnx.Module):
     """`y = x @ weight.T + bias`; weight is [*out_shape, in]: PyTorch's order.
 
-    Heads and their width are one dimension: chips lay the last two dimensions of an array out in tiles, so a weight with
-    a dimension of heads there would be padded, and copied to be multiplied.
+    Heads and their width are one dimension: chips lay the last two dimensions of an array out in tiles, so a weight
+    with a dimension of heads there would be padded, and copied to be multiplied.
     """
 
     def __init__(

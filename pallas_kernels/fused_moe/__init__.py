@@ -57,7 +57,7 @@ def fused_moe(
         return named("fused_moe", BACKENDS, backend)(*args)
     # platform_dependent picks by what is really compiled for; only the branch for the chip at hand is traced with it
     branches = {"cpu": cpu.fused_moe, "default": xla.fused_moe}
-    chip = target_chip()
+    chip = target_chip(*args)
     name, why = _automatic(*args)
     if chip.platform in ("tpu", "cuda"):
         branches[chip.platform] = BACKENDS[name]
@@ -67,10 +67,10 @@ def fused_moe(
 
 def _automatic(*args: jax.Array) -> tuple[str, str]:
     """(backend, why) for the chip at hand."""
-    platform, kind = target_chip()
+    platform, kind = target_chip(*args)
     if platform == "cpu":
         return "cpu", "the form for XLA on CPU"
-    if partitioned_by_xla():
+    if partitioned_by_xla(*args):
         return "xla", "XLA can't split a kernel over a mesh: use shard_map"
     if platform == "tpu":
         reason = mosaic_tpu.unsupported(*args)
