@@ -374,9 +374,9 @@ def test_other_formats_and_other_models_are_refused(source, converted):
     with pytest.raises(CheckpointError, match=r"holds \[300, 64\] for .*embed_tokens\.weight, expected \[301, 64\]"):
         restore_params(converted, read_config(converted))
     file = converted / "deepstack_jax.json"
-    file.write_text(file.read_text().replace('"format_version": 1', '"format_version": 2'))
+    file.write_text(file.read_text().replace('"format_version": 2', '"format_version": 3'))
     with pytest.raises(
-        CheckpointError, match=r"has format_version 2, expected 1: convert again, or update deepstack-jax"
+        CheckpointError, match=r"has format_version 3, expected 2: convert again, or update deepstack-jax"
     ):
         read_format(converted)
     file.write_text("{}")

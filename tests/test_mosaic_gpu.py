@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.deepstack_add import mosaic_gpu as deepstack_gpu
 from pallas_kernels.deepstack_add import xla as deepstack_xla
 from pallas_kernels.fused_moe import mosaic_gpu, xla
 from pallas_kernels.fused_moe.arg_specs import ODD, ROUTINGS, TILED, ArgSpec
+from tests.interpreters import on_gpu
 
 
 @pytest.fixture(autouse=True)
 def interpreter():
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+    with on_gpu():
         yield
 
 

@@ -3,8 +3,6 @@
 The references are the plain forms, and float64 where the order of sums differs.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -12,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.deepstack_add import mosaic_tpu as deepstack_add
 from pallas_kernels.deepstack_add import xla as plain_deepstack_add
 from pallas_kernels.fused_moe import mosaic_tpu as fused_moe
 from pallas_kernels.fused_moe import xla as plain_fused_moe
 from pallas_kernels.fused_moe.arg_specs import ROUTINGS, TILED, ArgSpec, Routing
+from tests.interpreters import on_tpu
 from tests.test_kernels import error_of, error_of_plain_form
 
 CHIP = fused_moe.Chip(vmem=64 << 20, cores=1, matrix_unit=128)
@@ -35,21 +32,8 @@ REGIMES = {
 }
 
 
-@contextlib.contextmanager
-def interpreted(cores: int = 1, **options) -> Iterator[None]:
-    """Raises where copies race; `cores` run side by side."""
-    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", num_cores_or_threads=cores, **options)
-    try:
-        with pltpu.force_tpu_interpret_mode(params):
-            yield
-        assert interpreter.races is not None
-        assert not interpreter.races.races_found
-    finally:
-        pltpu.reset_tpu_interpret_mode_state()
-
-
 def run(regime: str, *args: jax.Array, **options) -> jax.Array:
-    with interpreted(cores=2 if "two cores" in regime else 1, **options):
+    with on_tpu(cores=2 if "two cores" in regime else 1, **options):
         return jax.block_until_ready(jax.jit(REGIMES[regime])(*args))
 
 
@@ -138,7 +122,7 @@ class TestFusedMoe:
             return jnp.sum(jnp.sin(moe(hidden, gate_up, down, index, weights)))
 
         plain = plain_fused_moe.fused_moe
-        with interpreted():
+        with on_tpu():
             axes = (0, None, None, 0, 0)
             by_two, by_three, by_four = folded
             batched = jax.vmap(fused_moe.fused_moe, axes)(by_two, gate_up, down, by_three, by_four)
@@ -184,7 +168,7 @@ class TestDeepstackAdd:
     @pytest.mark.parametrize(("tokens", "visual"), [(1, 1), (5, 0), (40, 31), (40, 32), (80, 33), (130, 130)])
     def test_is_the_plain_form_exactly(self, tokens: int, visual: int, level: int, dtype: str):
         args = deepstack_args(tokens, visual, 131, dtype)
-        with interpreted():
+        with on_tpu():
             out = jax.jit(deepstack_add.deepstack_add, static_argnums=3, donate_argnums=0)(
                 args[0].copy(), *args[1:], level
             )
@@ -192,7 +176,7 @@ class TestDeepstackAdd:
 
     def test_reads_no_other_level(self, dtype: str):
         hidden, rows, index = deepstack_args(6, 4, 5, dtype)
-        with interpreted():
+        with on_tpu():
             out = deepstack_add.deepstack_add(hidden, rows.at[:, :256].set(jnp.nan).at[:, 512:].set(jnp.nan), index, 1)
         assert jnp.isfinite(out).all()
 
@@ -204,7 +188,7 @@ class TestDeepstackAdd:
             return jnp.sum(jnp.sin(jax.vmap(partial(add, level=1))(hidden, rows, batches[2])))
 
         plain = jax.value_and_grad(partial(loss, plain_deepstack_add.deepstack_add), (0, 1))(*batches[:2])
-        with interpreted():
+        with on_tpu():
             out = jax.value_and_grad(
                 partial(loss, lambda *args, level: deepstack_add.deepstack_add(*args, level)), (0, 1)
             )(*batches[:2])
