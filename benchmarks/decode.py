@@ -173,13 +173,13 @@ def measure(dtype: str, options: argparse.Namespace) -> None:
             for times, side in sides if number % 2 else sides[::-1]:
                 times.append(side())
         rate = job.amount / statistics.median(ours)
-        line = f"{job.name:16} {rate:9.1f}"
+        line = f"{job.name:16} {rate:9.2f}"
         if hf:
             peer = job.amount / statistics.median(theirs)
-            line += f" {peer:9.1f} {rate / peer:6.2f}"
+            line += f" {peer:9.2f} {rate / peer:6.2f}"
         else:
             line += f" {'-':>9} {'-':>6}"
-        line += f" {job.amount / job.bound:9.1f}  {job.unit}"
+        line += f" {job.amount / job.bound:9.2f}  {job.unit}"
         print(line + (f" (HF: {best})" if hf else ""), flush=True)
 
 

@@ -125,7 +125,8 @@ def _read_block(
     readable = readable[:, None, None]
     scores = jnp.where(readable, scores, _LOWEST)
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-    weights = jnp.where(readable, jnp.exp(scores - new_maximum[..., None]), 0)
+    # held above _LOWEST, so that what isn't readable weighs 0 where nothing was readable yet
+    weights = jnp.exp(scores - jnp.maximum(new_maximum, _LOWEST / 2)[..., None])
     shrink = jnp.exp(maximum - new_maximum)
     read = jnp.einsum("bkgts,bksh->bkgth", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return new_maximum, total * shrink + jnp.sum(weights, axis=-1), weighted * shrink[..., None] + read
