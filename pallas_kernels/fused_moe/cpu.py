@@ -37,17 +37,18 @@ def _by_expert(
         chosen = jnp.any(top_k_index == number, axis=1)
         share = jnp.sum(jnp.where(top_k_index == number, top_k_weights, 0), axis=1)
 
-        def add(rows: jax.Array) -> jax.Array:
-            out = jnp.where(chosen[rows, None], share[rows, None] * _expert(x[rows], gate_up, down, number), 0)
-            return total.at[rows].add(out, unique_indices=True)
+        def weighted(x: jax.Array, chosen: jax.Array, share: jax.Array) -> jax.Array:
+            return jnp.where(chosen[:, None], share[:, None] * _expert(x, gate_up, down, number), 0)
 
         def add_all() -> jax.Array:
-            return add(jnp.arange(len(x)))
+            return total + weighted(x, chosen, share)
 
-        if not is_bfloat16:
-            return add_all()
+        def add_two() -> jax.Array:
+            rows = jax.lax.top_k(chosen, 2)[1]
+            return total.at[rows].add(weighted(x[rows], chosen[rows], share[rows]), unique_indices=True)
+
         # XLA reads weights fastest for two bfloat16 rows: four times as fast as for one, a fifth faster than for eight
-        return jax.lax.cond(jnp.sum(chosen) <= 2, lambda: add(jax.lax.top_k(chosen, 2)[1]), add_all)
+        return jax.lax.cond(jnp.sum(chosen) <= 2, add_two, add_all) if is_bfloat16 else add_all()
 
     total = sharded.zeros(x.shape, jnp.float32, x, gate_up, down, top_k_index, top_k_weights)
     return jax.lax.fori_loop(0, num_in_use, add_expert, total)[:tokens]
