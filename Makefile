@@ -30,10 +30,10 @@ types: .venv/test-ready
 clean:
 	rm -rf .venv .venv-aot
 
-.venv/bin/python:
+%/bin/python:
 	@test -n "$(PYTHON)" || { echo "deepstack-jax needs Python 3.12 or later: install it, or pass PYTHON=/path/to/python3.12"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(PYTHON) -m venv $*
+	$@ -m pip install --quiet --upgrade pip
 
 .venv/demo-ready: pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install --quiet --editable ".$(if $(EXTRAS),[$(EXTRAS)])"
@@ -43,10 +43,7 @@ clean:
 	$(BIN)/python -m pip install --quiet --editable ".[test$(if $(EXTRAS),$(comma)$(EXTRAS))]"
 	@touch $@ .venv/demo-ready
 
-.venv-aot/ready: pyproject.toml
-	@test -n "$(PYTHON)" || { echo "deepstack-jax needs Python 3.12 or later: install it, or pass PYTHON=/path/to/python3.12"; exit 1; }
-	test -x .venv-aot/bin/python || $(PYTHON) -m venv .venv-aot
-	.venv-aot/bin/python -m pip install --quiet --upgrade pip
+.venv-aot/ready: pyproject.toml | .venv-aot/bin/python
 	.venv-aot/bin/python -m pip install --quiet --editable ".[aot]"
 	version=$$(.venv-aot/bin/python -c 'from importlib.metadata import version; print(version("jax"))') && \
 	.venv-aot/bin/python -m pip install --quiet --no-deps "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"

@@ -30,6 +30,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants
 import jax
 import jax.numpy as jnp
 import numpy as np
+from convert import CONFIG as CONFIG_8_LAYERS
 from measured import bandwidth, best_rate, chip_name
 
 from converters.random_checkpoint import write_random_checkpoint
@@ -84,36 +85,7 @@ CONFIG = {
     "text_config": TEXT,
     "vision_config": VISION,
 }
-CONFIG_30B = {
-    **CONFIG,
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-    "text_config": TEXT
-    | {
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "head_dim": 128,
-        "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [24, 20, 20]},
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "eos_token_id": 151645,
-    },
-    "vision_config": VISION
-    | {
-        "depth": 27,
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_heads": 16,
-        "out_hidden_size": 2048,
-        "deepstack_visual_indexes": [8, 16, 24],
-    },
-}
+CONFIG_30B = CONFIG_8_LAYERS | {"text_config": CONFIG_8_LAYERS["text_config"] | {"num_hidden_layers": 48}}
 DECODE_JOBS = {"600M": ((1, 512), (8, 64), (8, 512)), "30B-A3B": ((1, 512), (8, 512), (64, 512))}
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")  # batched_mm copies weights for every token
 NEW_TOKENS = 32

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK = 256
-DECODE_BLOCK = 1024
+BLOCK = 256  # queries, and keys, at a time
+DECODE_BLOCK = 1024  # keys at a time for one query
 _LOWEST = -1e30  # stands for minus infinity where the difference of two of them must not be NaN
 
 
@@ -87,8 +87,8 @@ def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Arra
 
 def _even_block(length: int) -> int:
     """The size of blocks of at most BLOCK that split `length` evenly, up to a multiple of 8."""
-    size = length / -(-length // BLOCK)
-    return min(length, -(-int(-(-size // 1)) // 8) * 8)
+    size = -(-length // -(-length // BLOCK))
+    return min(length, -(-size // 8) * 8)
 
 
 def _slots(key: jax.Array, i: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
