@@ -189,7 +189,8 @@ def encode_rows(model: Model, batch: Batch) -> jax.Array | None:
     """The visual rows of a batch, [bucket of M, (1+N)*D], or None where it has no image and no video."""
     if batch.pixel_values is None or batch.geometry is None:
         return None
-    return encode(model.config, model.vision_params, batch.pixel_values, batch.geometry)
+    num_rows = bucket(batch.num_visual_tokens)
+    return encode(model.config, model.vision_params, batch.pixel_values, batch.geometry, num_rows)
 
 
 def prompt_of(model: Model, batch: Batch) -> Prompt:

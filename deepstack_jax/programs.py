@@ -50,13 +50,21 @@ class DecodeState:
     step: Leaf  # int32 []: tokens made so far
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 4))
 def encode(
-    config: ModelConfig, params: Params, pixel_values: Float[Array, "P C"], geometry: PatchGeometry
+    config: ModelConfig,
+    params: Params,
+    pixel_values: Float[Array, "P C"],
+    geometry: PatchGeometry,
+    num_rows: int | None = None,
 ) -> Float[Array, "M R"]:
-    """Rows [P / merge^2, (1+N)*D] of packed patches, in the parameters' dtype. Needs the `visual.` parameters alone."""
+    """Rows [P / merge^2, (1+N)*D] of packed patches, in the parameters' dtype. Needs the `visual.` parameters alone.
+
+    `num_rows` fills them up with zeros: the encoder's buckets are finer than those of prefill.
+    """
     with precision_of(params):
-        return build(config, params).visual(pixel_values, geometry)
+        rows = build(config, params).visual(pixel_values, geometry)
+    return rows if num_rows is None else jnp.pad(rows, [(0, num_rows - len(rows)), (0, 0)])
 
 
 @partial(jax.jit, static_argnums=0)

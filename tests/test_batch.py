@@ -6,6 +6,7 @@ import pytest
 import deepstack_jax as dsj
 from converters.random_checkpoint import tiny_config
 from deepstack_jax.config import parse_config
+from deepstack_jax.generation import encode_rows
 from deepstack_jax.models.qwen3_vl_moe import init_params
 from deepstack_jax.processing.batch import arrange, bucket
 from tests.cases import IMAGE, batch_of
@@ -21,6 +22,21 @@ def test_buckets_are_few_and_hold_their_length():
     assert len(sizes) == 28
     assert all(length <= bucket(length) < max(17, 1.5 * length) for length in range(1, 128))
     assert all(length <= bucket(length) < 1.25 * length for length in range(128, 5000))
+    assert all(length <= bucket(length, 8) < 1.125 * length for length in range(128, 5000))
+    assert all(bucket(bucket(length, 8)) == bucket(length) for length in range(1, 5000))
+
+
+def test_pictures_in_two_buckets_of_the_encoder_share_one_of_prefill():
+    model = dsj.Model(CONFIG, init_params(CONFIG))
+    rows = []
+    for grid in ((1, 20, 26), (1, 20, 30)):  # 130 and 150 visual tokens
+        arrays = batch_of(tiny_config(), [[4, (IMAGE, grid), 3]])
+        arrays.pop("mm_token_type_ids")
+        batch = arrange(CONFIG, **arrays)
+        rows.append((len(batch.pixel_values) // 4, encode_rows(model, batch)))
+    assert [(patches, len(made)) for patches, made in rows] == [(144, 160), (160, 160)]
+    assert all(np.abs(made[0]).max() > 0 for _, made in rows)
+    assert not rows[0][1][144:].any()
 
 
 @pytest.mark.parametrize(

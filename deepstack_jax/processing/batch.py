@@ -14,15 +14,19 @@ from deepstack_jax.models.vision import PatchGeometry, patch_geometry
 from deepstack_jax.processing.positions import rope_positions, visual_index
 
 SMALLEST_BUCKET = 16
-QUARTERS_FROM = 128  # from here on an octave has four buckets, before two
+FINER_FROM = 128  # from here on an octave has `parts` buckets, before two
+ENCODE_PARTS = 8  # the encoder's work grows with every patch of padding
 
 
-def bucket(length: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, ... that holds `length`."""
+def bucket(length: int, parts: int = 4) -> int:
+    """The smallest of 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, ... that holds `length`.
+
+    With `parts` 8, from 128 on the steps are half as long: 128, 144, 160, ...
+    """
     octave = SMALLEST_BUCKET
     while 2 * octave < length:
         octave *= 2
-    step = octave // 4 if octave >= QUARTERS_FROM else octave // 2
+    step = octave // parts if octave >= FINER_FROM else octave // 2
     return max(octave, -(-length // step) * step)
 
 
@@ -87,7 +91,7 @@ def arrange(
             patches = np.concatenate([pixels for pixels, _ in given])
             merge_unit = config.vision.merge_unit
             batch.num_visual_tokens = len(patches) // merge_unit
-            room = merge_unit * bucket(batch.num_visual_tokens)
+            room = merge_unit * bucket(batch.num_visual_tokens, ENCODE_PARTS)
             batch.pixel_values = np.pad(patches, [(0, room - len(patches)), (0, 0)])
             batch.geometry = patch_geometry(config.vision, np.concatenate([grid for _, grid in given]), room)
             batch.visual_index = np.pad(index, [(0, 0), (0, padding)], constant_values=-1)
