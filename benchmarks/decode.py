@@ -36,10 +36,10 @@ from measured import bandwidth, best_rate, chip_name
 from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.checkpoint import Model, load
 from deepstack_jax.config import parse_config
-from deepstack_jax.generation import prompt_of
+from deepstack_jax.generation import encode_rows, prompt_of
 from deepstack_jax.models.qwen3_vl_moe import abstract_params
 from deepstack_jax.processing.batch import arrange
-from deepstack_jax.programs import decode, encode, prefill, run_prompt
+from deepstack_jax.programs import decode, prefill, run_prompt
 from deepstack_jax.sampling import SamplingParams
 
 TEXT = {
@@ -211,7 +211,7 @@ def our_vision(model: Model, pixels: np.ndarray, grid: np.ndarray) -> float:
     ids = np.full((1, len(pixels) // 4 + 2), model.config.image_token_id)
     ids[0, 0] = ids[0, -1] = 0
     batch = arrange(model.config, ids, None, pixels, grid)
-    return timed(lambda: encode(model.config, model.vision_params, batch.pixel_values, batch.geometry))
+    return timed(lambda: encode_rows(model, batch))
 
 
 class HuggingFace:

@@ -33,6 +33,7 @@ from converters.orbax_checkpoint import (
     save_tree,
 )
 from converters.safetensors_file import CheckpointError, FiniteCheck
+from deepstack_jax.shipped import checkpoint_path
 
 Progress = Callable[[int, int], None]
 THREADS = 6  # more than cores: most of their time is waiting for the disk
@@ -75,7 +76,7 @@ def convert(
 
     Warns `NonFiniteWarning` for weights that hold NaN or infinity.
     """
-    hf_dir, out_dir = Path(hf_dir), Path(out_dir).absolute()
+    hf_dir, out_dir = checkpoint_path(hf_dir), Path(out_dir).absolute()
     kept = None if dtype is None else np.dtype(dtype)
     if kept is not None and kept.name not in ("float32", "bfloat16"):
         raise CheckpointError(f"dtype {kept.name!r} is not supported: expected float32 or bfloat16")

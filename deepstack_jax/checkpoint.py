@@ -16,6 +16,7 @@ from deepstack_jax.config import ModelConfig, read_config
 from deepstack_jax.models.qwen3_vl_moe import Params, abstract_params
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.sharding import param_shardings
+from deepstack_jax.shipped import checkpoint_path
 
 VISION, TEXT = "visual.", "language_model."
 
@@ -63,7 +64,7 @@ def load(
     """Loads a directory made by `deepstack-jax convert`, or a Hugging Face directory as it is.
 
     Args:
-        path: the directory.
+        path: the directory, or the name of a checkpoint that comes with the package (`tiny-vl`).
         dtype: float32 or bfloat16; None keeps the checkpoint's.
         mesh: places every parameter by its logical axes (sharding.py); None takes the default device.
         expert_layout: hf4 or hf5, for a Hugging Face directory whose layout can't be told from its shapes.
@@ -73,7 +74,7 @@ def load(
     Raises:
         ValueError: a directory that is no checkpoint of the four families, or is damaged; one line says what and where.
     """
-    path = Path(path)
+    path = checkpoint_path(path)
     if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype {jnp.dtype(dtype).name} is not supported: expected float32 or bfloat16")
     config = read_config(path)

@@ -1,7 +1,7 @@
 """Answers from prompts: `forward`, `generate` and its streaming form."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.processing.batch import Batch, arrange, bucket
+from deepstack_jax.processing.batch import Batch, Visual, arrange, bucket
 from deepstack_jax.processing.images import ImageSource
 from deepstack_jax.processing.processor import Prompt as UserPrompt
 from deepstack_jax.processing.videos import VideoSource
-from deepstack_jax.programs import Prompt, all_logits, encode, prefill
+from deepstack_jax.programs import Prompt, all_logits, encode, place, prefill
 from deepstack_jax.programs import decode as decode_tokens
 from deepstack_jax.sampling import SamplingParams
+
+ENCODE_TOGETHER = 4  # images that one run of the encoder takes at most
 
 
 @dataclass
@@ -134,10 +136,11 @@ def generate(
 
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
     batch = arrange(model.config, input_ids, attention_mask, *visuals)
-    sampling = _sampling(
+    plan = plan_answer(
         model,
         batch,
-        eos_token_id,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=eos_token_id,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -146,13 +149,12 @@ def generate(
         presence_penalty=presence_penalty,
         seed=seed,
     )
-    capacity = _capacity(model, batch, max_new_tokens)
     lap("arrange", None)
     prompt = prompt_of(model, batch)
     lap("encode", prompt.rows)
-    state = prefill(model.config, capacity, model.text_params, prompt, sampling)
+    state = prefill(model.config, plan.capacity, model.text_params, prompt, plan.sampling)
     lap("prefill", state)
-    state = decode_tokens(model.config, model.text_params, state, sampling, np.int32(max_new_tokens))
+    state = decode_tokens(model.config, model.text_params, state, plan.sampling, np.int32(max_new_tokens))
     lap("decode", state)
     return GenerateOutput(np.asarray(state.tokens)[:, :max_new_tokens], np.asarray(state.lengths), timings)
 
@@ -171,26 +173,88 @@ def stream(
     `generate` and yields the tokens that it returns.
     """
     batch = arrange(model.config, **{name: value for name, value in inputs.items() if name != "mm_token_type_ids"})
-    sampling = _sampling(model, batch, eos_token_id, **options)
-    capacity = _capacity(model, batch, max_new_tokens)
-    state = prefill(model.config, capacity, model.text_params, prompt_of(model, batch), sampling)
-    ended = np.zeros(len(batch.lengths), bool)
-    for made in range(1, max_new_tokens + 1):
-        # copies: the state is donated to the next step, and on CPU an array's view is its buffer
-        token, done = np.array(state.last), np.array(state.done)
-        yield np.where(ended, -1, token)
-        ended = done
-        if ended.all() or made == max_new_tokens:
+    plan = plan_answer(model, batch, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **options)
+    for tokens in answer(model, prompt_of(model, batch), plan):
+        yield tokens[:, 0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a prompt is answered, checked against the model: what the compiled programs take beside the prompt."""
+
+    sampling: SamplingParams
+    capacity: int  # slots of the cache, a row
+    max_new_tokens: int
+
+
+def plan_answer(
+    model: Model,
+    prompt: Batch | Prompt,
+    *,
+    max_new_tokens: int = 64,
+    eos_token_id: int | Sequence[int] | None = None,
+    **options: Any,
+) -> Plan:
+    """Checks the options of `generate` against the model and a prompt, before any work on the device.
+
+    Raises:
+        ValueError: a parameter out of its range, or a prompt and an answer that exceed the model's positions.
+    """
+    ends = model.eos_token_ids if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
+    rows = len(np.asarray(prompt.lengths))
+    sampling = SamplingParams.of(rows, end_token_ids=ends, pad_token_id=model.pad_token_id, **options)
+    return Plan(sampling, _capacity(model, prompt, max_new_tokens), max_new_tokens)
+
+
+def answer(model: Model, prompt: Prompt, plan: Plan, step: Callable[[], int] = lambda: 1) -> Iterator[np.ndarray]:
+    """The tokens of `generate` in pieces: yields int32 [B, n], -1 for rows that have ended.
+
+    `step` says before each run of the decode program how many tokens it makes; the first piece is one token. The
+    pieces together don't depend on it.
+    """
+    state = prefill(model.config, plan.capacity, model.text_params, prompt, plan.sampling)
+    made, tokens = 1, np.array(state.last)[:, None]
+    while True:
+        yield tokens
+        # copies, here and above: the state is donated to the next run, and on CPU an array's view is its buffer
+        if made == plan.max_new_tokens or np.array(state.done).all():
             return
-        state = decode_tokens(model.config, model.text_params, state, sampling, np.int32(made + 1))
+        until = min(made + max(step(), 1), plan.max_new_tokens)
+        state = decode_tokens(model.config, model.text_params, state, plan.sampling, np.int32(until))
+        columns = np.arange(made, made := int(state.step))  # fewer than asked for where all rows have ended
+        tokens = np.where(columns < np.array(state.lengths)[:, None], np.array(state.tokens)[:, columns], -1)
+
+
+def encode_visuals(model: Model, visuals: Sequence[Visual]) -> list[jax.Array]:
+    """Rows [bucket of m, (1+N)*D] of each image and video; those of one bucket run together, up to ENCODE_TOGETHER.
+
+    The number that runs together is a power of two, so that programs stay few; no image's bits depend on it.
+    """
+    rows: dict[int, jax.Array] = {}
+    waiting: dict[int, list[int]] = {}
+    for i, visual in enumerate(visuals):
+        waiting.setdefault(len(visual.pixel_values), []).append(i)
+    for numbers in waiting.values():
+        while numbers:
+            size = min(ENCODE_TOGETHER, 1 << (len(numbers).bit_length() - 1))
+            group, numbers[:] = numbers[:size], numbers[size:]
+            items = [(visuals[i].pixel_values, visuals[i].geometry) for i in group]
+            stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *items)
+            rows |= zip(group, encode(model.config, model.vision_params, *stacked), strict=True)
+    return [rows[i] for i in range(len(visuals))]
 
 
 def encode_rows(model: Model, batch: Batch) -> jax.Array | None:
     """The visual rows of a batch, [bucket of M, (1+N)*D], or None where it has no image and no video."""
-    if batch.pixel_values is None or batch.geometry is None:
+    if not batch.visuals:
         return None
-    num_rows = bucket(batch.num_visual_tokens)
-    return encode(model.config, model.vision_params, batch.pixel_values, batch.geometry, num_rows)
+    parts = encode_visuals(model, batch.visuals)
+    rows = jnp.zeros((bucket(batch.num_visual_tokens), parts[0].shape[1]), parts[0].dtype)
+    first = 0
+    for part, visual in zip(parts, batch.visuals, strict=True):
+        rows = place(rows, part, np.int32(first), np.int32(visual.num_rows))
+        first += visual.num_rows
+    return rows
 
 
 def prompt_of(model: Model, batch: Batch) -> Prompt:
@@ -199,19 +263,14 @@ def prompt_of(model: Model, batch: Batch) -> Prompt:
     return Prompt(batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows)
 
 
-def _capacity(model: Model, batch: Batch, max_new_tokens: int) -> int:
+def _capacity(model: Model, prompt: Batch | Prompt, max_new_tokens: int) -> int:
     """Slots a row: a function of the prompt's bucket and of max_new_tokens, so that prompts share programs."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} is out of range: expected 1 or more")
-    longest, limit = int(batch.lengths.max()), model.config.text.max_position_embeddings
+    longest, limit = int(np.max(prompt.lengths)), model.config.text.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"{longest} prompt tokens and max_new_tokens {max_new_tokens} exceed the model's {limit} positions: "
             f"shorten the prompt or ask for at most {max(limit - longest, 0)}"
         )
-    return bucket(batch.input_ids.shape[1] + max_new_tokens)
-
-
-def _sampling(model: Model, batch: Batch, eos_token_id: int | Sequence[int] | None, **options: Any) -> SamplingParams:
-    ends = model.eos_token_ids if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
-    return SamplingParams.of(len(batch.lengths), end_token_ids=ends, pad_token_id=model.pad_token_id, **options)
+    return bucket(np.shape(prompt.input_ids)[1] + max_new_tokens)

@@ -50,21 +50,33 @@ class DecodeState:
     step: Leaf  # int32 []: tokens made so far
 
 
-@partial(jax.jit, static_argnums=(0, 4))
+@partial(jax.jit, static_argnums=0)
 def encode(
-    config: ModelConfig,
-    params: Params,
-    pixel_values: Float[Array, "P C"],
-    geometry: PatchGeometry,
-    num_rows: int | None = None,
-) -> Float[Array, "M R"]:
-    """Rows [P / merge^2, (1+N)*D] of packed patches, in the parameters' dtype. Needs the `visual.` parameters alone.
+    config: ModelConfig, params: Params, pixel_values: Float[Array, "G P C"], geometry: PatchGeometry
+) -> Float[Array, "G M R"]:
+    """Rows [G, P / merge^2, (1+N)*D] of G images or videos of one bucket, in the parameters' dtype.
 
-    `num_rows` fills them up with zeros: the encoder's buckets are finer than those of prefill.
+    Needs the `visual.` parameters alone. Each is computed as if it were alone, so its rows are the same bits whatever
+    comes with it; the geometry's arrays have a leading G as well.
     """
+
+    def one(item: tuple[jax.Array, PatchGeometry]) -> jax.Array:
+        return build(config, params).visual(*item)
+
     with precision_of(params):
-        rows = build(config, params).visual(pixel_values, geometry)
-    return rows if num_rows is None else jnp.pad(rows, [(0, num_rows - len(rows)), (0, 0)])
+        if len(pixel_values) == 1:
+            return one(jax.tree.map(lambda x: x[0], (pixel_values, geometry)))[None]
+        return jax.lax.map(one, (pixel_values, geometry))
+
+
+@partial(jax.jit, donate_argnums=0)
+def place(
+    rows: Float[Array, "M R"], part: Float[Array, "m R"], first: Int[Array, ""], count: Int[Array, ""]
+) -> Float[Array, "M R"]:
+    """`rows` with rows `first` to `first + count` taken from the start of `part`."""
+    source = jnp.arange(len(rows)) - first
+    taken = part[jnp.clip(source, 0, len(part) - 1)]
+    return jnp.where(((source >= 0) & (source < count))[:, None], taken, rows)
 
 
 @partial(jax.jit, static_argnums=0)

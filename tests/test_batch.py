@@ -6,10 +6,10 @@ import pytest
 import deepstack_jax as dsj
 from converters.random_checkpoint import tiny_config
 from deepstack_jax.config import parse_config
-from deepstack_jax.generation import encode_rows
+from deepstack_jax.generation import encode_rows, encode_visuals
 from deepstack_jax.models.qwen3_vl_moe import init_params
 from deepstack_jax.processing.batch import arrange, bucket
-from tests.cases import IMAGE, batch_of
+from tests.cases import IMAGE, VIDEO, batch_of
 
 CONFIG = parse_config(tiny_config())
 GOOD = batch_of(tiny_config(), [[4, (IMAGE, (1, 4, 6)), 3]])
@@ -33,10 +33,25 @@ def test_pictures_in_two_buckets_of_the_encoder_share_one_of_prefill():
         arrays = batch_of(tiny_config(), [[4, (IMAGE, grid), 3]])
         arrays.pop("mm_token_type_ids")
         batch = arrange(CONFIG, **arrays)
-        rows.append((len(batch.pixel_values) // 4, encode_rows(model, batch)))
+        rows.append((len(batch.visuals[0].pixel_values) // 4, encode_rows(model, batch)))
     assert [(patches, len(made)) for patches, made in rows] == [(144, 160), (160, 160)]
     assert all(np.abs(made[0]).max() > 0 for _, made in rows)
-    assert not rows[0][1][144:].any()
+    assert not rows[0][1][130:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_image_has_the_same_rows_bit_for_bit_whatever_comes_with_it(dtype: str):
+    """What a cache of rows by image, and encode nodes that batch several requests, rely on."""
+    model = dsj.Model(CONFIG, init_params(CONFIG, dtype=dtype))
+    grids = [(1, 8, 6), (1, 20, 30), (1, 10, 6), (1, 6, 8), (1, 4, 6), (1, 8, 8), (3, 4, 6)]
+    arrays = batch_of(tiny_config(), [[4, *((VIDEO if grid[0] > 1 else IMAGE, grid) for grid in grids), 3]])
+    arrays.pop("mm_token_type_ids")
+    visuals = arrange(CONFIG, **arrays).visuals
+    together = encode_visuals(model, visuals)
+    for visual, rows in zip(visuals, together, strict=True):
+        np.testing.assert_array_equal(rows, encode_visuals(model, [visual])[0])
+    # five images share a bucket: four run together, then one
+    assert sorted(len(rows) for rows in together) == [16] * 5 + [24, 160]
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,12 @@ def one_dimensional_rope(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prom
 
 def first_grid_for_every_image(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
     assert model.config.vision is not None
-    grids = CASE.inputs["image_grid_thw"].copy()
-    patches, room = int(grids.prod(axis=1).sum()), len(batch.pixel_values)
+    grids = CASE.inputs["image_grid_thw"]
+    patches = int(grids.prod(axis=1).sum())
     repeated = np.repeat(grids[:1], -(-patches // int(grids[0].prod())), axis=0)
-    geometry = patch_geometry(model.config.vision, repeated)
-    cut = jax.tree.map(lambda x: np.pad(x[:patches], [(0, room - patches)] + [(0, 0)] * (x.ndim - 1)), geometry)
-    return replace(prompt, rows=encode(model.config, model.vision_params, batch.pixel_values, cut))
+    geometry = jax.tree.map(lambda x: x[None, :patches], patch_geometry(model.config.vision, repeated))
+    rows = encode(model.config, model.vision_params, CASE.inputs["pixel_values"][None], geometry)[0]
+    return replace(prompt, rows=jnp.pad(rows, [(0, len(prompt.rows) - len(rows)), (0, 0)]))
 
 
 def images_in_the_wrong_order(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:

@@ -33,8 +33,10 @@ def run(
 
     from converters.mapping import group_of
     from deepstack_jax.config import read_config
+    from deepstack_jax.shipped import checkpoint_path
 
     jax.config.update("jax_platforms", "cpu")  # looking needs no accelerator
+    checkpoint = checkpoint_path(checkpoint)
     config = read_config(checkpoint)
     kind, leaves = _leaves(checkpoint, config, expert_layout)
     table = Table("group", "tensors", "parameters", "dtype", "bytes", box=None)

@@ -41,7 +41,9 @@ def run(
 
     import deepstack_jax as dsj
     from deepstack_jax.cli.progress import loading
+    from deepstack_jax.shipped import checkpoint_path
 
+    checkpoint = checkpoint_path(checkpoint)
     with loading(f"loading {checkpoint}") as progress:
         model = dsj.load(checkpoint, jnp.float32, expert_layout=expert_layout, progress=progress)
     if image is None:
@@ -96,11 +98,12 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
         return taps
 
     found: dict[str, np.ndarray] = {}
-    if batch.pixel_values is not None:
-        patches = sum(len(inputs[name]) for name in ("pixel_values", "pixel_values_videos") if name in inputs)
-        unit = config.vision.merge_unit
-        for name, value in stages_of_vision(model.vision_params, batch.pixel_values, batch.geometry).items():
-            found[name] = np.asarray(value)[: patches if name.startswith("blocks") else patches // unit]
+    parts: dict[str, list[np.ndarray]] = {}
+    for visual in batch.visuals:
+        for name, value in stages_of_vision(model.vision_params, visual.pixel_values, visual.geometry).items():
+            count = visual.num_rows * (config.vision.merge_unit if name.startswith("blocks") else 1)
+            parts.setdefault(name, []).append(np.asarray(value)[:count])
+    found |= {name: np.concatenate(part) for name, part in parts.items()}
     taps = stages_of_text(model.text_params, prompt_of(model, batch))
     found |= {name: np.asarray(value)[:, : batch.lengths[0]] for name, value in taps.items()}
     return found, dsj.generate(model, **inputs, max_new_tokens=max_new_tokens, eos_token_id=[]).tokens

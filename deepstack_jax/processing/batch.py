@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from deepstack_jax.config import ModelConfig
+from deepstack_jax.config import ModelConfig, VisionConfig
 from deepstack_jax.models.vision import PatchGeometry, patch_geometry
 from deepstack_jax.processing.positions import rope_positions, visual_index
 
@@ -31,8 +31,17 @@ def bucket(length: int, parts: int = 4) -> int:
 
 
 @dataclass
+class Visual:
+    """One image or one video, padded to a bucket of P patches."""
+
+    pixel_values: np.ndarray  # float32 [P, C*Tp*p*p]
+    geometry: PatchGeometry
+    num_rows: int  # visual tokens
+
+
+@dataclass
 class Batch:
-    """One call's prompts, compacted and padded to buckets: B rows of T, P patches."""
+    """One call's prompts, compacted and padded to buckets: B rows of T."""
 
     input_ids: np.ndarray  # int32 [B, T]
     position_ids: np.ndarray  # int32 [3, B, T]
@@ -40,9 +49,12 @@ class Batch:
     rope_deltas: np.ndarray  # int32 [B]: M-RoPE position minus slot, of the tokens after the prompt
     columns: list[np.ndarray]  # where each row's tokens stood in the caller's input_ids
     visual_index: np.ndarray | None = None  # int32 [B, T]: row of each visual token, -1 for text
-    pixel_values: np.ndarray | None = None  # float32 [P, C*Tp*p*p]
-    geometry: PatchGeometry | None = None
-    num_visual_tokens: int = 0
+    visuals: tuple[Visual, ...] = ()  # the images, then the videos
+
+    @property
+    def num_visual_tokens(self) -> int:
+        """Rows that `visual_index` counts through."""
+        return sum(visual.num_rows for visual in self.visuals)
 
 
 def arrange(
@@ -86,16 +98,23 @@ def arrange(
     )
     if config.vision:
         index = visual_index(compact, compact_mask, image_grid, video_grid, config)
-        given = [(pixels, grid) for pixels, grid in visuals if pixels is not None and grid is not None]
-        if given:
-            patches = np.concatenate([pixels for pixels, _ in given])
-            merge_unit = config.vision.merge_unit
-            batch.num_visual_tokens = len(patches) // merge_unit
-            room = merge_unit * bucket(batch.num_visual_tokens, ENCODE_PARTS)
-            batch.pixel_values = np.pad(patches, [(0, room - len(patches)), (0, 0)])
-            batch.geometry = patch_geometry(config.vision, np.concatenate([grid for _, grid in given]), room)
+        batch.visuals = tuple(
+            _one_visual(config.vision, part, one_grid)
+            for pixels, grid in visuals
+            if pixels is not None and grid is not None
+            for part, one_grid in zip(np.split(pixels, np.cumsum(grid.prod(axis=1))[:-1]), grid, strict=True)
+        )
+        if batch.visuals:
             batch.visual_index = np.pad(index, [(0, 0), (0, padding)], constant_values=-1)
     return batch
+
+
+def _one_visual(config: VisionConfig, patches: np.ndarray, grid: np.ndarray) -> Visual:
+    num_rows = len(patches) // config.merge_unit
+    room = config.merge_unit * bucket(num_rows, ENCODE_PARTS)
+    return Visual(
+        np.pad(patches, [(0, room - len(patches)), (0, 0)]), patch_geometry(config, grid[None], room), num_rows
+    )
 
 
 def _checked_tokens(

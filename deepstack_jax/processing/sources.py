@@ -13,14 +13,16 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 URL_TIMEOUT_SECONDS = 20.0
 
 
-def open_source(source: str | Path, max_bytes: int, error: type[ValueError]) -> Path | io.BytesIO:
+def open_source(source: str | Path | io.BytesIO, max_bytes: int, error: type[ValueError]) -> Path | io.BytesIO:
     """Gives the path of a local file as it is, and the bytes behind a URL or a data URI as a file object.
 
     Args:
-        source: a path, a `file:`, `http:` or `https:` URL, or a `data:` URI.
+        source: a path, a `file:`, `http:` or `https:` URL, or a `data:` URI; bytes already read are given back.
         max_bytes: the most that is read from a URL or a data URI.
         error: the exception raised, with one line naming the source, when it can't be read.
     """
+    if isinstance(source, io.BytesIO):
+        return source
     if isinstance(source, Path):
         return _existing(source, error)
     scheme = source[:8].lower()
@@ -35,7 +37,7 @@ def open_source(source: str | Path, max_bytes: int, error: type[ValueError]) -> 
 
 def describe(source: object) -> str:
     """A short name of a source for messages: never the whole of a data URI."""
-    text = str(source)
+    text = f"file of {len(source.getbuffer())} bytes" if isinstance(source, io.BytesIO) else str(source)
     return text if len(text) <= 120 else text[:60] + "..."
 
 

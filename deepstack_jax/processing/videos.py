@@ -37,7 +37,7 @@ from deepstack_jax.processing.sources import describe, open_source
 MAX_VIDEO_BYTES = 1 << 30
 DEFAULT_FPS = 24.0
 
-VideoSource = str | Path | np.ndarray | Sequence[ImageSource]
+VideoSource = str | Path | io.BytesIO | np.ndarray | Sequence[ImageSource]
 
 
 class VideoError(ValueError):
@@ -85,8 +85,8 @@ def load_video(
     """Samples a video and resizes the sampled frames to the budget; no other frame is kept.
 
     Args:
-        source: a path, an http(s) URL or data URI of a video file, an array `[F, H, W, 3]` uint8, or a sequence of
-            images as `load_image` takes them.
+        source: a path, an http(s) URL or data URI of a video file, its bytes, an array `[F, H, W, 3]` uint8, or a
+            sequence of images as `load_image` takes them.
         fps: of a file, how many frames a second to sample; of given frames, how many of them make a second (24).
         do_sample_frames: False keeps every frame.
 
@@ -96,7 +96,7 @@ def load_video(
     if fps is not None and not fps > 0:
         raise VideoError(f"fps {fps} of a video must be above 0")
     sample = settings.do_sample_frames if do_sample_frames is None else do_sample_frames
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path | io.BytesIO):
         return _load_file(source, settings, fps or settings.fps, sample)
     frames = _frames(source)
     fps = fps or DEFAULT_FPS
@@ -161,7 +161,7 @@ def read_video_settings(directory: Path, vision: VisionConfig) -> VideoSettings:
     return VideoSettings(**common_settings(raw, vision, size, (0.5,) * 3, (0.5,) * 3), **chosen)
 
 
-def _load_file(source: str | Path, settings: VideoSettings, fps: float, sample: bool) -> Video:
+def _load_file(source: str | Path | io.BytesIO, settings: VideoSettings, fps: float, sample: bool) -> Video:
     name = describe(source)
     file = open_source(source, MAX_VIDEO_BYTES, VideoError)
     try:
