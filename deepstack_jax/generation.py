@@ -246,12 +246,15 @@ def encode_visuals(model: Model, visuals: Sequence[Visual]) -> list[jax.Array]:
 
 def encode_rows(model: Model, batch: Batch) -> jax.Array | None:
     """The visual rows of a batch, [bucket of M, (1+N)*D], or None where it has no image and no video."""
-    if not batch.visuals:
-        return None
-    parts = encode_visuals(model, batch.visuals)
-    rows = jnp.zeros((bucket(batch.num_visual_tokens), parts[0].shape[1]), parts[0].dtype)
+    return join_rows(encode_visuals(model, batch.visuals), batch.visuals) if batch.visuals else None
+
+
+def join_rows(parts: Sequence[jax.Array], visuals: Sequence[Visual]) -> jax.Array:
+    """[bucket of M, (1+N)*D]: the rows of one image after another, filled up with zeros."""
+    count = sum(visual.num_rows for visual in visuals)
+    rows = jnp.zeros((bucket(count), parts[0].shape[1]), parts[0].dtype)
     first = 0
-    for part, visual in zip(parts, batch.visuals, strict=True):
+    for part, visual in zip(parts, visuals, strict=True):
         rows = place(rows, part, np.int32(first), np.int32(visual.num_rows))
         first += visual.num_rows
     return rows

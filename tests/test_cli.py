@@ -14,7 +14,7 @@ import deepstack_jax as dsj
 from converters.random_checkpoint import tiny_config, write_random_checkpoint
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.jpg"
-COMMANDS = ("convert", "export", "verify", "inspect", "generate", "demo")
+COMMANDS = ("convert", "export", "verify", "inspect", "generate", "serve", "keygen", "demo")
 
 
 def deepstack(*args: object) -> subprocess.CompletedProcess[str]:

@@ -7,13 +7,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
+MODEL = tuple(
+    f"deepstack_jax.{name}" for name in ("checkpoint", "config", "generation", "models", "processing", "programs")
+)
 # What each part may import of this project. Parts that are not named here may import anything.
 ALLOWED = {
     "pallas_kernels": ("pallas_kernels",),
     "deepstack_jax/config.py": (),
     "deepstack_jax/models": ("deepstack_jax.models", "deepstack_jax.config", "pallas_kernels"),
     "deepstack_jax/processing": ("deepstack_jax.processing", "deepstack_jax.config", "deepstack_jax.models"),
-    "converters": ("converters", "deepstack_jax.config", "deepstack_jax.models"),
+    "converters": ("converters", "deepstack_jax.config", "deepstack_jax.models", "deepstack_jax.shipped"),
+    "deepstack_jax/disagg": ("deepstack_jax.disagg", *MODEL),
+    "deepstack_jax/engine": ("deepstack_jax.engine", "deepstack_jax.disagg", *MODEL),
+    "deepstack_jax/serving": ("deepstack_jax.serving", "deepstack_jax.engine", "deepstack_jax.disagg", *MODEL),
 }
 PROJECT = ("deepstack_jax", "pallas_kernels", "converters")
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
+
 from tiny_vl.changes import Clip, Pair
 from tiny_vl.questions import WORDINGS, describe
 from tiny_vl.rendering import render

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import typer
 
-COMMANDS = ("convert", "export", "verify", "inspect", "generate", "demo")
+COMMANDS = ("convert", "export", "verify", "inspect", "generate", "serve", "keygen", "demo")
 
 app = typer.Typer(
     name="deepstack-jax",

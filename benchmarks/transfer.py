@@ -1,0 +1,247 @@
+"""Rows from one process's device to another's through the bridge, beside plain Mooncake writes of the same bytes.
+
+    python benchmarks/transfer.py [--tokens 256 1024 4096 16384] [--rounds 7] [--pool-blocks N] [--json FILE]
+
+The bridge's time runs from rows on the sender's device (CPU backend) to rows on the receiver's, checksums, grants and
+all. Plain writes are large pieces from the rows' own memory to one buffer, waited for both with the engine's blocking
+call and as the bridge waits; the faster is the peer. Runs alternate; medians. Hidden by overlap is the share of the
+stages' times that the wall time leaves out. Two cores are busy throughout: what else runs shows in the figures.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from measured import chip_name
+
+from deepstack_jax.disagg import MultimodalDataBuffers
+from deepstack_jax.disagg.bridge import BlockWrite, ReceiveBridge, SendBridge
+from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt, OutgoingPrompt
+from deepstack_jax.disagg.transport import MooncakeTransport, Piece
+from deepstack_jax.disagg.wire import BufferLayout, checksum
+
+HIDDEN, LEVELS, BLOCK = 2048, 3, int(os.environ.get("BLOCK", "128"))
+ROW_BYTES = (1 + LEVELS) * HIDDEN * 2
+IMAGE_TOKEN, TEXT_TOKENS = 151655, 16
+PIECE_BYTES = 4 << 20  # of a plain write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], help="visual tokens")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pool-blocks", type=int, help="default: the whole prompt; fewer make windows")
+    parser.add_argument("--json", type=Path, help="writes the figures to this file too")
+    parser.add_argument("--receive", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    blocks = options.pool_blocks or -(-(max(options.tokens) + 2 * TEXT_TOKENS) // BLOCK)
+    if options.receive:
+        receive(blocks, max(options.tokens) * ROW_BYTES)
+        return
+    print(f"{chip_name()}; jax {jax.__version__}, Mooncake {version('mooncake-transfer-engine-non-cuda')}")
+    print(f"D={HIDDEN}, N={LEVELS}, bfloat16, blocks of {BLOCK} tokens, a pool of {blocks}; tcp over loopback\n")
+    print("visual          bridge  plain GB/s, waited for    bridge to plain       milliseconds of")
+    print("tokens     MB     GB/s   blocking   polled     blocking     best", end="")
+    print("    device  staging     wire  copying     wall   hidden")
+    command = [sys.executable, __file__, *sys.argv[1:], "--receive"]
+    figures = []
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        sender = Sender(child)
+        for tokens in options.tokens:
+            figures.append(measure(sender, tokens, options.rounds))
+        sender.close()
+    if options.json:
+        options.json.write_text(
+            json.dumps({"machine": chip_name(), "jax": jax.__version__, "figures": figures}, indent=1)
+        )
+
+
+class Sender:
+    """This process's half of the measurement; the other is `receive`, at the ends of two pipes."""
+
+    def __init__(self, child: subprocess.Popen[str]):
+        self.child = child
+        self._write_lock = threading.Lock()
+        hello = self.answer()
+        self.session, self.raw = hello["session"], hello["raw"]
+        self.transport = MooncakeTransport("127.0.0.1")
+        self.layout = BufferLayout(BLOCK, *map(tuple, hello["infos"]))
+        self.bridge = SendBridge(self.transport, self.session, self.layout)
+
+    def say(self, message: dict[str, Any]) -> None:
+        with self._write_lock:
+            assert self.child.stdin
+            self.child.stdin.write(json.dumps(message) + "\n")
+            self.child.stdin.flush()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.child.stdout
+        return json.loads(self.child.stdout.readline())
+
+    def send(self, prompt: OutgoingPrompt) -> float:
+        """Sends a prompt as pool blocks become free; the receiver's seconds of copying, once its rows are there."""
+
+        def written(blocks: list[BlockWrite]) -> None:
+            self.say({"written": [(b.token_block, b.pool_block, b.checksum.hex(), b.num_bytes) for b in blocks]})
+
+        assert prompt.rows is not None
+        tokens = len(prompt.fill_ids)
+        self.say({"begin": [tokens, len(prompt.rows)]})
+        blocks = range(-(-tokens // BLOCK))
+        seconds = 0.0
+        for start in range(0, len(blocks), self.layout.num_blocks):  # rounds; one if the pool holds the prompt
+            self.bridge.write(prompt, list(zip(blocks[start:], range(self.layout.num_blocks), strict=False)), written)
+            answer = self.answer()
+            if "error" in answer:
+                raise RuntimeError(answer["error"])
+            seconds = answer["seconds"]
+        return seconds
+
+    def write_blocking(self, rows: np.ndarray) -> None:
+        pieces = self.pieces(rows)
+        columns = map(list, zip(*pieces, strict=True))
+        assert self.transport._engine.batch_transfer_sync_write(self.session, *columns) == 0
+
+    def write_polled(self, rows: np.ndarray) -> None:
+        self.transport.submit(self.session, self.pieces(rows)).result()
+
+    def pieces(self, rows: np.ndarray) -> list[Piece]:
+        starts = range(0, rows.nbytes, PIECE_BYTES)
+        here = rows.ctypes.data
+        return [Piece(here + start, self.raw + start, min(PIECE_BYTES, rows.nbytes - start)) for start in starts]
+
+    def close(self) -> None:
+        self.bridge.close()
+        self.say({"stop": True})
+        self.child.wait()
+        self.transport.close()
+
+
+def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
+    rows = jax.random.normal(jax.random.key(tokens), (tokens, (1 + LEVELS) * HIDDEN), jnp.bfloat16)
+    host = np.asarray(rows)
+    total = tokens + 2 * TEXT_TOKENS
+    index = np.full(total, -1, np.int32)
+    index[TEXT_TOKENS:][:tokens] = np.arange(tokens)
+    prompt = OutgoingPrompt(
+        fill_ids=np.where(index < 0, 7, IMAGE_TOKEN).astype(np.int32),
+        mrope_positions=np.tile(np.arange(total, dtype=np.int32), (3, 1)),
+        aux_datas=np.zeros(16, np.int32),
+        visual_index=index,
+        rows=rows,
+    )
+    ways: dict[str, Callable[[], Any]] = {
+        "bridge": lambda: sender.send(prompt),
+        "blocking": lambda: sender.write_blocking(host),
+        "polled": lambda: sender.write_polled(host),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    stages: list[list[float]] = []
+    for round in range(rounds + 1):
+        for name, run in ways.items():
+            times = sender.bridge.times
+            before = times.device, times.host, times.wire
+            started = time.perf_counter()
+            received = run()
+            took = time.perf_counter() - started
+            if received is not None:
+                sender.say({"digest": True})
+                assert sender.answer()["digest"] == digest(host), "the rows arrived changed"
+            if round:  # the first warms up
+                seconds[name].append(took)
+                if received is not None:
+                    own = (times.device, times.host, times.wire)
+                    stages.append([*(now - then for now, then in zip(own, before, strict=True)), received, took])
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    device, staged, wire, copied, wall = (statistics.median(column) for column in zip(*stages, strict=True))
+    work = device + staged + wire + copied
+    figures = {
+        "tokens": tokens,
+        "bytes": host.nbytes,
+        **{f"{name}_gb_s": host.nbytes / value / 1e9 for name, value in median.items()},
+        "ratio": min(median["blocking"], median["polled"]) / median["bridge"],
+        "ratio_to_blocking": median["blocking"] / median["bridge"],
+        "stage_seconds": {"device": device, "staging": staged, "wire": wire, "copying_out": copied, "wall": wall},
+        "hidden": max(0.0, 1 - wall / work),
+    }
+    print(
+        f"{tokens:6} {host.nbytes / 2**20:6.0f} {figures['bridge_gb_s']:8.2f} {figures['blocking_gb_s']:10.2f}"
+        f" {figures['polled_gb_s']:8.2f} {figures['ratio_to_blocking']:12.0%} {figures['ratio']:9.0%}"
+        f" {device * 1e3:9.1f} {staged * 1e3:8.1f} {wire * 1e3:8.1f} {copied * 1e3:8.1f} {wall * 1e3:8.1f}"
+        f" {figures['hidden']:8.0%}",
+        flush=True,
+    )
+    return figures
+
+
+def receive(num_blocks: int, raw_bytes: int) -> None:
+    """The receiving process: pool and bridge, told on stdin what was written, answering on stdout."""
+    transport = MooncakeTransport("127.0.0.1")
+    pool = MultimodalDataBuffers(num_blocks, BLOCK, HIDDEN, LEVELS, ml_dtypes.bfloat16)
+    bridge = ReceiveBridge(transport, pool)
+    raw = np.zeros(raw_bytes, np.uint8)
+    raw.fill(1)
+    transport.register(raw)
+    prompt: IncomingPrompt | None = None
+    rows: jax.Array | None = None
+    before = 0.0
+
+    def say(message: dict[str, Any]) -> None:
+        print(json.dumps(message), flush=True)
+
+    def copied(token_block: int, expected: BlockCopy, copy: "Future[BlockCopy]") -> None:
+        """In the bridge's thread: a round ends with the prompt or with the pool."""
+        nonlocal rows
+        assert prompt
+        if copy.result() != expected:
+            say({"error": f"token block {token_block} arrived damaged"})
+        if prompt.complete:
+            rows = prompt.rows().block_until_ready()
+        if prompt.complete or (token_block + 1) % num_blocks == 0:
+            say({"seconds": bridge.times.host - before})
+
+    say({"session": transport.session, "raw": raw.ctypes.data, "infos": pool.get_buf_infos()})
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "begin" in message:
+            prompt = rows = None  # their memory is used again
+            before = bridge.times.host
+            prompt = bridge.expect(*message["begin"], visual_ids=[IMAGE_TOKEN])
+        elif "written" in message:
+            assert prompt
+            for token_block, pool_block, checksum, num_bytes in message["written"]:
+                expected = BlockCopy(bytes.fromhex(checksum), num_bytes)
+                copy = bridge.copy_out(prompt, token_block, pool_block, expected)
+                copy.add_done_callback(partial(copied, token_block, expected))
+        elif "digest" in message:
+            assert rows is not None
+            say({"digest": digest(np.asarray(rows))})
+        else:
+            break
+    bridge.close()
+    transport.close()
+
+
+def digest(rows: np.ndarray) -> str:
+    return checksum([rows]).hex()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""`deepstack-jax serve`: a node that answers over HTTP."""
+
+import asyncio
+import math
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from deepstack_jax.serving.http import Node
+    from deepstack_jax.serving.policy import MediaPolicy
+
+Role = Literal["unified", "encode", "language"]
+
+
+def run(
+    checkpoint: Annotated[Path, typer.Argument(help="converted or Hugging Face directory")],
+    role: Annotated[Role, typer.Option(help="the whole model, or one side of the split")] = "unified",
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    encoder: Annotated[
+        list[str] | None, typer.Option(help="of a language node: an encode node's control address, tcp://host:port")
+    ] = None,
+    control: Annotated[
+        str, typer.Option(help="of an encode node: where its control socket listens; * takes a free port")
+    ] = "tcp://127.0.0.1:*",
+    key: Annotated[Path | None, typer.Option(help="the cluster's key file, made with deepstack-jax keygen")] = None,
+    node_address: Annotated[
+        str | None, typer.Option(help="address under which other nodes reach this one; --host by default")
+    ] = None,
+    protocol: Annotated[Literal["tcp", "rdma"], typer.Option(help="what Mooncake carries rows over")] = "tcp",
+    device: Annotated[str, typer.Option(help="RDMA devices, with commas between; all by default")] = "",
+    block_size: Annotated[int, typer.Option(min=1, help="tokens a block; the same on all nodes")] = 128,
+    pool_blocks: Annotated[
+        int | None, typer.Option(min=1, help="of a language node: receive blocks; as many as 256 MB hold by default")
+    ] = None,
+    cache_bytes: Annotated[int, typer.Option(min=0, help="of an encode node: rows kept for images seen")] = 1 << 30,
+    encode_here: Annotated[
+        bool, typer.Option(help="a language node loads the vision weights too, and encodes where no encoder is left")
+    ] = False,
+    allow_domain: Annotated[
+        list[str] | None, typer.Option(help="fetch media from here: example.org, '*.example.org', '*'; none by default")
+    ] = None,
+    allow_folder: Annotated[Path | None, typer.Option(help="read media under this folder; none by default")] = None,
+    allow_network: Annotated[
+        list[str] | None, typer.Option(help="allowed domains may have addresses in this private network: 10.1.2.0/24")
+    ] = None,
+    allow_port: Annotated[list[int] | None, typer.Option(help="ports of URLs; 80 and 443 by default")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="of a request's media, as they come")] = 32 << 20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="of a request's images")] = 64 << 20,
+    max_frames: Annotated[int, typer.Option(min=1, help="of a request's videos, sampled or not")] = 7200,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds from a request to its last token")] = 600.0,
+    max_waiting: Annotated[int, typer.Option(min=1, help="requests in line; more get a 503")] = 64,
+    max_context: Annotated[int | None, typer.Option(min=2, help="tokens of prompt and answer; the model's own")] = None,
+    grace: Annotated[float, typer.Option(min=0, help="seconds for running requests to end after SIGTERM")] = 20.0,
+    name: Annotated[str | None, typer.Option(help="the model's name; the directory's by default")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
+    expert_layout: Annotated[Literal["hf4", "hf5"] | None, typer.Option(help="where shapes can't tell")] = None,
+) -> None:
+    """Answers over HTTP: POST /generate, GET /health, GET /v1/models. Prints one line when it is ready.
+
+    Example: deepstack-jax serve ckpt --port 8000 --allow-domain upload.wikimedia.org
+    """
+    try:
+        import fastapi  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError:
+        raise ValueError("serve needs FastAPI and uvicorn: pip install 'deepstack-jax[serve]'") from None
+    from deepstack_jax.serving.policy import MediaPolicy
+
+    if allow_folder is not None and not allow_folder.is_dir():
+        raise ValueError(f"--allow-folder {allow_folder} is no directory: give an existing one")
+    policy = MediaPolicy(
+        allowed_domains=tuple(allow_domain or ()),
+        allowed_folder=allow_folder,
+        max_bytes=max_bytes,
+        max_pixels=max_pixels,
+        max_frames=max_frames,
+        allowed_networks=tuple(allow_network or ()),
+        allowed_ports=tuple(allow_port or (80, 443)),
+    )
+    listener = _bind(host, port)  # before the weights are read: a port in use is told at once
+    if not _is_loopback(listener):
+        print(f"warning: {host} is open to others, and this server asks nobody who they are", file=sys.stderr)
+    from deepstack_jax.serving.http import create_app
+
+    split = SplitOptions(
+        tuple(encoder or ()),
+        control,
+        key,
+        node_address or host,
+        f"http://{_in_url(node_address or host)}:{listener.getsockname()[1]}",
+        protocol,
+        device,
+        block_size,
+        pool_blocks,
+        cache_bytes,
+        encode_here,
+    )
+    _check_split(role, split)
+    node = make_node(
+        role,
+        checkpoint,
+        policy,
+        split,
+        name=name or checkpoint.resolve().name,
+        max_waiting=max_waiting,
+        max_context=max_context,
+        dtype=dtype,
+        expert_layout=expert_layout,
+    )
+    app = create_app(node, policy, max_requests=2 * max_waiting, timeout=timeout)
+    asyncio.run(_serve(node, app, listener, grace))
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """What only encode and language nodes need; as the options say."""
+
+    encoders: tuple[str, ...]
+    control: str
+    key: Path | None
+    node_address: str
+    http_url: str
+    protocol: Literal["tcp", "rdma"]
+    device: str
+    block_size: int
+    pool_blocks: int | None
+    cache_bytes: int
+    encode_here: bool
+
+
+def make_node(
+    role: Role,
+    checkpoint: Path,
+    policy: "MediaPolicy",
+    split: SplitOptions,
+    *,
+    name: str,
+    max_waiting: int,
+    max_context: int | None,
+    dtype: str | None,
+    expert_layout: str | None,
+) -> "Node":
+    """Loads what a role needs and makes its node. The only place that tells the roles apart."""
+    import deepstack_jax as dsj
+    from deepstack_jax.cli.progress import loading
+    from deepstack_jax.serving.text_node import TextNode
+
+    parts = {"encode": ("visual.",), "language": None if split.encode_here else ("language_model.",), "unified": None}
+    with loading(f"loading {checkpoint}") as progress:
+        model = dsj.load(checkpoint, dtype, expert_layout=expert_layout, parts=parts[role], progress=progress)
+    if role == "unified":
+        return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context)
+
+    from deepstack_jax.disagg.control import read_key
+    from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
+
+    key = read_key(split.key) if split.key else None
+    mooncake: dict[str, Any] = {"host": split.node_address, "protocol": split.protocol, "device": split.device}
+    if role == "encode":
+        from deepstack_jax.serving.encode_node import EncodeNode
+
+        server = open_encode_server(
+            model,
+            endpoint=split.control,
+            key=key,
+            block_size=split.block_size,
+            cache_bytes=split.cache_bytes,
+            **mooncake,
+        )
+        return EncodeNode(model, server, name=name)
+    links = open_encoder_links(
+        model,
+        split.encoders,
+        key=key,
+        block_size=split.block_size,
+        num_blocks=split.pool_blocks,
+        http_url=split.http_url,
+        **mooncake,
+    )
+    return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context, encoders=links)
+
+
+def _check_split(role: Role, split: SplitOptions) -> None:
+    """Refuses options that don't belong together, before anything is loaded."""
+    if split.encoders and role != "language":
+        raise ValueError(f"--encoder {split.encoders[0]} is for --role language: leave it out")
+    if role == "unified":
+        return
+    if role == "language" and not split.encoders and not split.encode_here:
+        raise ValueError("--role language needs --encoder tcp://host:port of an encode node, or --encode-here")
+    if split.node_address in ("0.0.0.0", "::"):
+        raise ValueError(f"--host {split.node_address} is no address to reach: give --node-address as well")
+    try:
+        from deepstack_jax.disagg.control import check_endpoint, read_key
+    except ImportError as missing:
+        raise ValueError(f"the split needs {missing.name}: pip install 'deepstack-jax[mooncake,serve]'") from None
+    key = read_key(split.key) if split.key else None
+    for endpoint in split.encoders if role == "language" else (split.control,):
+        check_endpoint(endpoint, key)
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+async def _serve(node: "Node", app: object, listener: socket.socket, grace: float) -> None:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            host, port = listener.getsockname()[:2]
+            host = _in_url(host)
+            where = f"http://{host}:{port}" + (f", control {node.control}" if node.control else "")
+            print(f"ready: {node.role} node of {', '.join(node.model_names)} on {where}", flush=True)
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            node.stop(grace)
+            await super().shutdown(sockets)
+
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=1024,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=math.ceil(grace) + 2,  # the node says why first
+    )
+    try:
+        await node.start()
+        # uvicorn raises the signal again once it has ended cleanly: this is the end of it
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        await Server(config).serve([listener])
+    finally:
+        node.stop(0.0)
+        await node.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A bound socket that doesn't listen yet: until the node is ready, connections are refused."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ValueError(f"{host} port {port} can't be used ({error.strerror}): choose another one") from None
+    return listener
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    import ipaddress
+
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback

@@ -1,0 +1,164 @@
+"""The thread that owns an encode node's device: images of several requests run together, and none is encoded twice."""
+
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import xxhash
+
+from deepstack_jax.checkpoint import Model
+from deepstack_jax.generation import encode_visuals, join_rows
+from deepstack_jax.processing.batch import Visual
+
+MAX_TOGETHER = 16  # requests whose images are encoded together
+
+
+class Encoded(NamedTuple):
+    """Rows of a request's images, and how long their encoding took."""
+
+    rows: jax.Array  # [bucket of M, (1+N)*D]
+    seconds: float
+
+
+class RowCache:
+    """Rows of images by content, the least recently used ones given up first. For one thread."""
+
+    def __init__(self, max_bytes: int):
+        self.max_bytes, self.num_bytes = max_bytes, 0
+        self._rows: OrderedDict[bytes, jax.Array] = OrderedDict()
+
+    def get(self, key: bytes) -> jax.Array | None:
+        """The rows, which are then the most recently used; None if they aren't there."""
+        if key in self._rows:
+            self._rows.move_to_end(key)
+        return self._rows.get(key)
+
+    def put(self, key: bytes, rows: jax.Array) -> None:
+        """Keeps the rows, unless they alone are larger than the bound."""
+        if key in self._rows or rows.nbytes > self.max_bytes:
+            return
+        while self.num_bytes + rows.nbytes > self.max_bytes:
+            self.num_bytes -= self._rows.popitem(last=False)[1].nbytes
+        self._rows[key] = rows
+        self.num_bytes += rows.nbytes
+
+
+@dataclass(frozen=True)
+class _Job:
+    visuals: Sequence[Visual]
+    cached: bool
+    future: "Future[Encoded]" = field(default_factory=Future)
+
+
+class EncodeWorker:
+    """Encodes what requests bring, in the order in which they came.
+
+    Attributes:
+        encoded: images and videos that went through the encoder so far.
+        found: those whose rows were in the cache, or were asked for twice at once.
+        last_work: time.monotonic() when the device last gave rows back, None before the first.
+        error: the line of the newest failure, None if the newest work went well.
+    """
+
+    def __init__(self, model: Model, cache_bytes: int = 1 << 30):
+        """`model` needs its vision parameters alone."""
+        self.cache = RowCache(cache_bytes)
+        self.encoded = self.found = 0
+        self.last_work: float | None = None
+        self.error: str | None = None
+        self._model = model
+        self._busy_since: float | None = None
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
+        self._thread.start()
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the device has been at work on what runs now; 0 when nothing runs."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def submit(self, visuals: Sequence[Visual], cached: bool = True) -> "Future[Encoded]":
+        """Rows of one request's images and videos, one or more. Cancelling the future takes them out of the line.
+
+        `cached` False runs the encoder in any case, and keeps nothing: it shows whether the device works.
+        """
+        job = _Job(visuals, cached)
+        self._jobs.put(job)
+        return job.future
+
+    def close(self) -> None:
+        """Ends the thread after what is running."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            jobs, last = [job], False
+            while len(jobs) < MAX_TOGETHER and not self._jobs.empty():
+                if (job := self._jobs.get()) is None:
+                    last = True
+                    break
+                jobs.append(job)
+            wanted = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            for group in ([job for job in wanted if job.cached], *([job] for job in wanted if not job.cached)):
+                if group:
+                    self._answer(group)
+            if last:
+                return
+
+    def _answer(self, jobs: list["_Job"]) -> None:
+        started = self._busy_since = time.monotonic()
+        try:
+            if not jobs[0].cached:
+                made = [join_rows(encode_visuals(self._model, jobs[0].visuals), jobs[0].visuals)]
+                jax.block_until_ready(made)
+            else:
+                made = self._encode([job.visuals for job in jobs])
+            for job, rows in zip(jobs, made, strict=True):
+                job.future.set_result(Encoded(rows, time.monotonic() - started))
+            self.last_work, self.error = time.monotonic(), None
+        except Exception as error:
+            self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if len(jobs) == 1:
+                jobs[0].future.set_exception(error)
+            else:  # one of them is to blame: the others shall not pay for it
+                for job in jobs:
+                    self._answer([job])
+        finally:
+            self._busy_since = None
+
+    def _encode(self, requests: list[Sequence[Visual]]) -> list[jax.Array]:
+        keys = [[content_key(visual) for visual in visuals] for visuals in requests]
+        wanted = {
+            key: visual
+            for visuals, of_request in zip(requests, keys, strict=True)
+            for visual, key in zip(visuals, of_request, strict=True)
+        }
+        there = {key: rows for key in wanted if (rows := self.cache.get(key)) is not None}
+        missing = {key: visual for key, visual in wanted.items() if key not in there}
+        there |= zip(missing, encode_visuals(self._model, list(missing.values())), strict=True)
+        joined = [
+            join_rows([there[key] for key in of_request], visuals)
+            for visuals, of_request in zip(requests, keys, strict=True)
+        ]
+        jax.block_until_ready(joined)
+        for key in missing:
+            self.cache.put(key, there[key])
+        self.encoded += len(missing)
+        self.found += sum(len(of_request) for of_request in keys) - len(missing)
+        return joined
+
+
+def content_key(visual: Visual) -> bytes:
+    """Equal for images and videos of equal patches and equal grids."""
+    digest = xxhash.xxh3_128(visual.pixel_values.data)
+    for array in (visual.geometry.coordinates, visual.geometry.segment_stop):
+        digest.update(array.data)
+    return digest.digest()

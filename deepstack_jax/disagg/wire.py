@@ -1,0 +1,94 @@
+"""What of a token block crosses the wire, and where in a pool it lands.
+
+A block's fill_ids, its positions, aux_datas with token block 0 alone, and the rows of its visual tokens: no row of a
+text token. Both sides take parts and order from here.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+INPUT_EMBEDDINGS, FILL_IDS, MROPE_POSITIONS, AUX_DATAS, DEEPSTACK_EMBEDDINGS = range(5)
+NAMES = ("input_embeddings", "fill_ids", "mrope_positions", "aux_datas", "deepstack_embeddings")
+
+AUX_LENGTH = 16
+AUX_TOTAL_TOKENS, AUX_ROPE_DELTA, AUX_VISUAL_ROWS, AUX_FORMAT_VERSION = range(4)  # places in aux_datas
+FORMAT_VERSION = 1  # of the buffers and of what crosses the wire; stands in aux_datas
+
+
+class Span(NamedTuple):
+    """Tokens `start` to `stop` of a block in one buffer. Of aux_datas: integers `start` to `stop`."""
+
+    buffer: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class BufferLayout:
+    """Where the rows of a pool of blocks are, in this process or in another one."""
+
+    block_size: int
+    ptrs: tuple[int, ...]
+    total_lens: tuple[int, ...]  # bytes of each buffer
+    item_lens: tuple[int, ...]  # bytes of one row of it
+
+    @property
+    def num_blocks(self) -> int:
+        return self.total_lens[FILL_IDS] // self.item_lens[FILL_IDS]
+
+    def piece(self, block: int, span: Span) -> tuple[int, int]:
+        """(address, bytes) of `span` in `block`.
+
+        Raises:
+            ValueError: there is no such block, buffer or token.
+        """
+        units = AUX_LENGTH if span.buffer == AUX_DATAS else self.block_size
+        if not 0 <= span.buffer < len(self.ptrs):
+            raise ValueError(f"buffer {span.buffer} does not exist: there are {len(self.ptrs)}")
+        if not 0 <= block < self.num_blocks:
+            raise ValueError(f"block {block} is outside the pool of {self.num_blocks} blocks")
+        if not 0 <= span.start <= span.stop <= units:
+            raise ValueError(f"{NAMES[span.buffer]} {span.start} to {span.stop} is outside a row of {units}")
+        row = self.item_lens[span.buffer]
+        unit = row // units
+        return self.ptrs[span.buffer] + block * row + span.start * unit, (span.stop - span.start) * unit
+
+
+def checksum(parts: Iterable[np.ndarray]) -> bytes:
+    """XXH3-64 over the bytes of contiguous arrays, as 8 bytes, most significant first.
+
+    Both sides give the parts of a token block in this order: fill_ids, mrope_positions [n, 3], aux_datas if it is token
+    block 0, rows of visual tokens [v, (1+N)*D], embeddings and deepstack side by side. How the arrays are cut, and how
+    the rows lie in the pool, makes no difference.
+    """
+    digest = xxhash.xxh3_64()
+    for part in parts:
+        digest.update(part.reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+def fingerprint(model: str, fill_ids: np.ndarray, mrope_positions: np.ndarray, content: bytes = b"") -> bytes:
+    """16 bytes that are equal when two encoders have prepared the same prompt for the same model.
+
+    Args:
+        model: the model's identity.
+        fill_ids: int32 [T].
+        mrope_positions: int32 [3, T].
+        content: a digest of the pixels; an address may have served another picture of the same size.
+    """
+    digest = xxhash.xxh3_128()
+    for part in (model.encode(), content):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    for array in (fill_ids, mrope_positions):
+        digest.update(np.ascontiguousarray(array, np.int32).reshape(-1).view(np.uint8).data)
+    return digest.digest()
+
+
+def visual_runs(visual: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Ranges (start, stop) of neighbouring True in bool [n]."""
+    edges = np.flatnonzero(np.diff(np.asarray(visual, bool), prepend=False, append=False)).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))

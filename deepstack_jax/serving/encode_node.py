@@ -1,0 +1,132 @@
+"""The encode role over HTTP: it encodes for language nodes, and passes requests of its own to one of them."""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+import httpx
+import msgspec
+
+from deepstack_jax.checkpoint import Model
+from deepstack_jax.disagg.encode import EncodeServer
+from deepstack_jax.engine.runner import Chunk, DeadlineError, tiny_prompt
+from deepstack_jax.processing.processor import DecodeStream
+from deepstack_jax.serving.requests import GenerateRequest, RequestError
+
+IDLE_SECONDS = 30.0  # after which the encoder is tested before it is called healthy
+TEST_SECONDS = 10.0
+
+
+class EncodeNode:
+    """An encode node (see `http.Node`)."""
+
+    role = "encode"
+
+    def __init__(self, model: Model, server: EncodeServer, *, name: str, stuck_after: float = 300.0):
+        """
+        Args:
+            model: with vision parameters; no others are used.
+            server: not yet started; closed by `close`.
+            name: the model's name in `/v1/models`.
+            stuck_after: seconds after which a program that hasn't come back makes the node unhealthy.
+        """
+        self.model_names: Sequence[str] = [name]
+        self.control: str | None = server.listener.endpoint
+        self._model, self._server, self._stuck_after = model, server, stuck_after
+        self._client = httpx.AsyncClient(timeout=None, trust_env=False)
+        self._turns = itertools.count()
+        self._stopping = False
+
+    async def start(self) -> None:
+        """Reads the tokenizer, encodes a tiny picture, then opens to language nodes.
+
+        Raises:
+            ValueError: the encoder failed; with the reason.
+        """
+        await asyncio.to_thread(lambda: self._model.processor.tokenizer)
+        if (reason := await self._self_test(None)) is not None:
+            raise ValueError(reason)
+        await self._server.start()
+
+    async def generate(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Chunk]:
+        """The chunks that a language node answers with.
+
+        Raises:
+            RequestError: that node's refusal, or 503 where none is connected.
+        """
+        urls = [peer.hello.http_url for peer in self._server.peers.values() if peer.hello.http_url]
+        if self._stopping or not urls:
+            reason = "the server is stopping" if self._stopping else "no language node is connected"
+            raise RequestError(f"{reason}: try again later", 503, headers={"retry-after": "1"})
+        url = f"{urls[next(self._turns) % len(urls)]}/generate"
+        body = msgspec.json.encode(msgspec.structs.replace(request, stream=True))
+        taken = 0
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                async with self._client.stream("POST", url, content=body) as response:
+                    if response.status_code != 200:
+                        raise _refusal(response.status_code, await response.aread())
+                    async for line in response.aiter_lines():
+                        if not line.startswith("data: {"):
+                            continue
+                        event = msgspec.json.decode(line[6:])
+                        if "error" in event:
+                            raise _refusal(500, msgspec.json.encode(event))
+                        ids, meta = event["output_ids"], event["meta_info"]
+                        finish = meta["finish_reason"] and meta["finish_reason"]["type"]
+                        yield Chunk(tuple(ids[taken:]), meta["prompt_tokens"], finish, meta.get("timings", {}))
+                        taken = len(ids)
+                        if finish:
+                            return
+        except TimeoutError:
+            raise DeadlineError("no answer in time from the language node: ask for less, or try again") from None
+        except httpx.HTTPError as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RequestError(f"the language node can't be reached ({reason}): try again later", 503) from None
+        raise RequestError("the language node ended its answer early: try again", 502)
+
+    async def health(self) -> str | None:
+        """None where the node is alive and able, else the reason."""
+        worker = self._server.worker
+        if self._stopping:
+            return "the server is stopping"
+        if worker.busy_seconds > self._stuck_after:
+            return f"the device has been busy with one program for {worker.busy_seconds:.0f} s"
+        old = worker.last_work is None or time.monotonic() - worker.last_work > IDLE_SECONDS
+        return await self._self_test(TEST_SECONDS) if old or worker.error else None
+
+    def decode_stream(self) -> DecodeStream:
+        """Turns an answer's tokens into text as they come."""
+        return self._model.processor.decode_stream()
+
+    def stop(self, grace: float) -> None:
+        """Takes no more requests of its own. Returns at once."""
+        self._stopping = True
+
+    async def close(self) -> None:
+        """Says goodbye to language nodes and frees everything."""
+        await self._client.aclose()
+        await self._server.close()
+
+    async def _self_test(self, timeout: float | None) -> str | None:
+        visuals = tiny_prompt(self._model).visuals
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(self._server.worker.submit(visuals, cached=False)), timeout)
+        except TimeoutError:
+            return f"the encoder has not come back within {timeout:g} s"
+        except Exception as error:
+            return f"the encoder failed ({type(error).__name__}): {' '.join(str(error).split())[:300]}"
+        return None
+
+
+def _refusal(status: int, body: bytes) -> RequestError:
+    """The error that another node answered with."""
+    fields: dict[str, Any] = {}
+    try:
+        fields = msgspec.json.decode(body)["error"]
+        message = str(fields["message"])
+    except (msgspec.DecodeError, KeyError, TypeError):
+        message = f"the language node answered {status}"
+    return RequestError(message, status, fields.get("param"), fields.get("code"), fields.get("type"))

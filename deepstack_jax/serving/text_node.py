@@ -1,0 +1,178 @@
+"""A node with the text model: the unified role, which encodes as well, and the language role, for which others do."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import replace
+
+import numpy as np
+
+from deepstack_jax.checkpoint import Model
+from deepstack_jax.disagg.language import Arrival, EncoderLinks, NoEncoderError, TransferFailedError
+from deepstack_jax.disagg.payload import pack
+from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
+from deepstack_jax.generation import Plan, plan_answer
+from deepstack_jax.processing.batch import Batch, arrange
+from deepstack_jax.processing.processor import DecodeStream
+from deepstack_jax.programs import Prompt
+from deepstack_jax.serving.policy import MediaPolicy
+from deepstack_jax.serving.requests import GenerateRequest, Inputs, RequestError, admit_media
+
+MAX_PREPARED = 2  # requests whose pixels are in memory, the one that is being encoded included
+START_SECONDS = 3600.0  # for the first programs of a large model to compile
+TEXT_BYTES_A_TOKEN = 64  # text longer than this times the context isn't tokenized at all
+
+
+class TextNode:
+    """Answers requests with a whole model, or with the text model and encode nodes (see `http.Node`)."""
+
+    def __init__(
+        self,
+        model: Model,
+        policy: MediaPolicy,
+        *,
+        name: str = "deepstack-jax",
+        max_waiting: int = 64,
+        max_context: int | None = None,
+        stuck_after: float = 300.0,
+        encoders: EncoderLinks | None = None,
+    ):
+        """
+        Args:
+            model: what `load` returned; with `encoders`, its vision parameters serve where no encoder is left.
+            policy: what media are taken.
+            name: the model's name in `/v1/models`.
+            max_waiting: prompts in line for the device.
+            max_context: tokens of prompt and answer together; None takes the model's own bound.
+            stuck_after: seconds after which a program that hasn't come back makes the node unhealthy.
+            encoders: make it a language node; not yet started, closed by `close`.
+        """
+        self.role = "language" if encoders else "unified"
+        self.control: str | None = None
+        self._encoders = encoders
+        self.model_names: Sequence[str] = [name]
+        self.runner = Runner(model, max_waiting)
+        self._model, self._policy, self._stuck_after = model, policy, stuck_after
+        most = model.config.text.max_position_embeddings
+        self._max_context = most if max_context is None else min(max_context, most)
+        self._prepared = asyncio.Semaphore(MAX_PREPARED)
+        # threads of their own: texts never wait for pictures
+        self._media = ThreadPoolExecutor(MAX_PREPARED, thread_name_prefix="media")
+        self._texts = ThreadPoolExecutor(MAX_PREPARED, thread_name_prefix="texts")
+
+    async def generate(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Chunk]:
+        """The chunks of the answer.
+
+        Args:
+            request: what `parse_request` returned.
+            deadline: on time.monotonic()'s clock.
+
+        Raises:
+            RequestError, MediaError, ValueError: what is wrong with the request.
+            WorkError: what went wrong with the work.
+        """
+        async with AsyncExitStack() as prepared:
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    self._check_text(request)
+                    inputs = await admit_media(request, self._policy)
+                    pool = self._media if inputs.has_media else self._texts
+                    loop = asyncio.get_running_loop()
+                    batch = arrival = None
+                    if inputs.has_media and self._encoders:
+                        payload = await loop.run_in_executor(pool, pack, inputs.prompt, inputs.images, inputs.videos)
+                        arrival = await self._fetch(payload, deadline)
+                    if arrival is not None:
+                        batch, plan = arrival.prompt, self._plan(request, arrival.prompt)
+                    else:
+                        if inputs.has_media:
+                            await prepared.enter_async_context(self._prepared)
+                        batch, plan = await loop.run_in_executor(pool, self._prepare, request, inputs)
+            except TimeoutError:
+                raise DeadlineError("no answer in time (preparing the request): ask for less, or try again") from None
+            chunks = self.runner.run(batch, plan, deadline)
+            del inputs, batch
+            try:
+                async for chunk in chunks:
+                    await prepared.aclose()  # the pixels are encoded
+                    if arrival and chunk.finish:
+                        chunk = replace(chunk, timings=chunk.timings | arrival.timings)
+                    yield chunk
+            finally:
+                await chunks.aclose()
+
+    async def start(self) -> None:
+        """Reads the tokenizer and runs a tiny prompt through every program.
+
+        Raises:
+            ValueError: one of them failed; with the reason.
+        """
+        await asyncio.to_thread(lambda: self._model.processor.tokenizer)
+        if (reason := await self.runner.self_test(START_SECONDS)) is not None:
+            raise ValueError(reason)
+        if self._encoders:
+            await self._encoders.start()
+
+    async def health(self) -> str | None:
+        """None where the node is alive and able, else the reason."""
+        return await self.runner.health(self._stuck_after)
+
+    def decode_stream(self) -> DecodeStream:
+        """Turns an answer's tokens into text as they come."""
+        return self._model.processor.decode_stream()
+
+    def stop(self, grace: float) -> None:
+        """Takes no more requests; those running have `grace` seconds to end. Returns at once."""
+        self.runner.stop(grace)
+
+    async def close(self) -> None:
+        """Ends the threads; call it after `stop`."""
+        if self._encoders:
+            await self._encoders.close()
+        for pool in (self._media, self._texts):
+            pool.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self.runner.join, 10.0)
+
+    async def _fetch(self, payload: bytes, deadline: float) -> Arrival | None:
+        """The prompt with its rows, from an encode node; None where none is left and this node encodes by itself."""
+        assert self._encoders is not None
+        try:
+            return await self._encoders.fetch(secrets.token_hex(16), payload, deadline)
+        except NoEncoderError:
+            return None
+        except TransferFailedError as error:
+            headers = {"retry-after": "1"} if error.status == 503 else {}
+            raise RequestError(" ".join(str(error).split()), error.status, headers=headers) from None
+
+    def _check_text(self, request: GenerateRequest) -> None:
+        """Refuses what can't fit before it is rendered and tokenized."""
+        size = len(request.text or "")
+        for message in request.messages or ():
+            parts = [message.content] if isinstance(message.content, str) else message.content
+            texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+            size += sum(len(text) for text in texts if isinstance(text, str))
+        if size > TEXT_BYTES_A_TOKEN * self._max_context:
+            raise RequestError(f"the text has {size} characters, too many for {self._max_context} tokens: shorten it")
+
+    def _prepare(self, request: GenerateRequest, inputs: Inputs) -> tuple[Batch, Plan]:
+        """Decodes pictures, tokenizes, and checks that prompt and answer fit."""
+        arrays = self._model.processor.prepare(inputs.prompt, images=inputs.images, videos=inputs.videos)
+        arrays.pop("mm_token_type_ids")
+        batch = arrange(self._model.config, **arrays)
+        return batch, self._plan(request, batch)
+
+    def _plan(self, request: GenerateRequest, prompt: Batch | Prompt) -> Plan:
+        """How the prompt is answered; checks that prompt and answer fit."""
+        options = request.sampling_params.options(self._model.eos_token_ids)
+        tokens, wanted = int(np.max(prompt.lengths)), request.sampling_params.max_new_tokens
+        if tokens + wanted > self._max_context:
+            raise RequestError(
+                f"{tokens} prompt tokens and max_new_tokens {wanted} exceed the {self._max_context} of this server: "
+                f"shorten the prompt or ask for at most {max(self._max_context - tokens, 0)}",
+                param="max_new_tokens",
+                code="context_length_exceeded",
+            )
+        return plan_answer(self._model, prompt, **options)

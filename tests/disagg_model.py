@@ -1,0 +1,518 @@
+"""A world of one Receiver, some Senders, a bad network and a pool, whose every state can be visited.
+
+The network delivers any message that is under way, in any order. A world's budget of faults pays for losing or doubling
+a message, a write that fails, lands late or is damaged, an encoder that dies or seems to, a client that goes away, and
+for time that passes while something else could happen. Everything else happens free of charge.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from deepstack_jax.disagg.messages import Abort, Message, WrittenBlock
+from deepstack_jax.disagg.receiver import Receiver, ReceiverSettings
+from deepstack_jax.disagg.sender import Sender, SenderSettings
+from deepstack_jax.disagg.transfer import (
+    Action,
+    Began,
+    CopyOut,
+    EncodeHere,
+    Ended,
+    Forget,
+    Key,
+    Prepare,
+    Send,
+    StartWrite,
+    State,
+)
+
+NODE = "node"  # the language node's name
+BLOCK_SIZE = 2
+TORN = b"torn    "  # what a damaged write leaves
+OF_NETWORK = ("drop", "double")
+FAULTS = (*OF_NETWORK, "wait", "fail", "damage", "crash", "suspect", "flap", "cut", "abort")
+
+
+class Violation(AssertionError):
+    """The protocol has broken a promise."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """One block of a StartWrite."""
+
+    key: Key
+    round: int
+    token_block: int
+    pool_block: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a world starts with. Times are whole seconds."""
+
+    blocks: tuple[int, ...]  # token blocks of each request
+    pool: int
+    share: int
+    encoders: int = 1
+    faults: int = 0
+    kinds: tuple[str, ...] = FAULTS
+    deadline: int = 12
+    retry: int = 2
+    timeout: int = 5
+    slow_copies: bool = False  # copying out takes time, in which other things happen
+    slow_preparation: bool = False
+    slow_starts: bool = False  # writes stand in a queue before they start
+    own_prompts: bool = False  # every encoder prepares another prompt
+    encodes_here: bool = False
+    receiver: type[Receiver] = Receiver
+    sender: type[Sender] = Sender
+
+
+class World:
+    """One state. `steps` lists what may happen next; `take` does one of them."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.now = 0
+        self.used = 0  # faults
+        self.harmless = True  # none but of the network
+        settings = ReceiverSettings(
+            num_blocks=case.pool,
+            block_size=BLOCK_SIZE,
+            share=case.share,
+            max_tokens=99,
+            retry=case.retry,
+            transfer_timeout=case.timeout,
+            max_attempts=2,
+            max_damaged=1,
+            encodes_here=case.encodes_here,
+        )
+        self.machines: dict[str, Any] = {NODE: case.receiver(settings)}
+        self.machines |= {f"e{index}": case.sender(SenderSettings(BLOCK_SIZE)) for index in range(case.encoders)}
+        self.hashes: dict[str, int] = {}  # of machines; those without one belong to this world alone
+        self.mail: Counter[tuple[str, str, Message]] = Counter()  # (from, to, what)
+        self.preparing: dict[Prepare, str] = {}
+        self.queued: dict[Write, str] = {}  # writes that have been asked for and have not started
+        self.writing: dict[Write, str] = {}
+        self.lost_writes: set[Write] = set()  # that nobody waits for, and that may still land
+        self.copying: set[CopyOut] = set()
+        self.dead: set[str] = set()  # encoders whose death the receiver has yet to learn of
+        self.pool: dict[int, bytes] = {}  # what is in each block
+        self.arrived: dict[tuple[str, int], bytes] = {}  # what has been copied out and counted
+        self.ended: dict[str, str] = {}
+        self.expired: set[tuple[str, int]] = set()  # attempts whose quarantine ended by time
+        self.started: Counter[tuple[str, int]] = Counter()
+        for name in [*self.machines][1:]:
+            self.tell(NODE, "peer_up", name)
+            self.tell(name, "peer_up", NODE, case.pool)
+        for index in range(len(case.blocks)):
+            self.tell(NODE, "submit", f"r{index}", b"payload", case.deadline)
+        self.check()
+
+    @property
+    def receiver(self) -> Receiver:
+        return self.machines[NODE]
+
+    def copy(self) -> "World":
+        """Another world in this state. Machines are shared until something happens to them."""
+        self.key()
+        world = object.__new__(World)
+        for name, value in self.__dict__.items():
+            world.__dict__[name] = value.copy() if type(value) in (dict, set, Counter) else value
+        return world
+
+    def key(self) -> int:
+        """Equal for equal states: those from which the same can happen."""
+        for name, machine in self.machines.items():
+            if name not in self.hashes:
+                self.hashes[name] = hash(frozen(machine))
+        maps = (self.hashes, self.mail, self.preparing, self.queued, self.writing, self.pool)
+        maps += (self.arrived, self.ended, self.started)
+        sets = (self.lost_writes, self.copying, self.dead, self.expired)
+        return hash((self.now, self.used, self.harmless, *(frozenset(m.items()) for m in maps), *map(frozenset, sets)))
+
+    # what may happen
+
+    def steps(self) -> Iterator[tuple[str, Any]]:
+        yield from (("deliver", letter) for letter in self.mail)
+        yield from (("prepare", prepare) for prepare in self.preparing)
+        yield from (("start", write) for write in self.queued)
+        yield from (("write", write) for write in self.writing)
+        yield from (("copy", copy) for copy in self.copying)
+        yield from (("learn", name) for name in self.dead)
+        yield from (("land", write) for write in self.lost_writes)
+        if not self.busy() and self.timers():
+            yield "time", None
+        if self.used < self.case.faults:
+            yield from (step for step in self.faults() if step[0] in self.case.kinds)
+
+    def faults(self) -> Iterator[tuple[str, Any]]:
+        for letter in self.mail:
+            yield "drop", letter
+            yield "double", letter
+        for write in self.writing:
+            yield "fail", write
+            yield "damage", write
+        for name in self.receiver.peers:
+            if name not in self.dead:
+                yield "crash", name
+                yield "suspect", name
+                yield "flap", name
+                yield "cut", name
+        for request_id in self.receiver.requests:
+            yield "abort", request_id
+        if self.busy() and self.timers():
+            yield "wait", None
+
+    def busy(self) -> bool:
+        return bool(self.mail or self.preparing or self.queued or self.writing or self.copying or self.dead)
+
+    def timers(self) -> list[float]:
+        return [time for machine in self.machines.values() if (time := machine.next_timer()) is not None]
+
+    def take(self, step: tuple[str, Any]) -> None:
+        kind, what = step
+        if kind in FAULTS:
+            self.used += 1
+            self.harmless &= kind in OF_NETWORK
+        getattr(self, f"do_{kind}")(what)
+        self.sweep()
+        self.check()
+
+    def do_deliver(self, letter: tuple[str, str, Message]) -> None:
+        self.do_drop(letter)
+        self.do_double(letter)
+
+    def do_drop(self, letter: tuple[str, str, Message]) -> None:
+        self.mail[letter] -= 1
+        if not self.mail[letter]:
+            del self.mail[letter]
+
+    def do_double(self, letter: tuple[str, str, Message]) -> None:
+        source, target, message = letter
+        self.tell(target, "receive", source, message)
+
+    def do_prepare(self, prepare: Prepare) -> None:
+        name = self.preparing.pop(prepare)
+        tokens = self.case.blocks[int(prepare.key.request_id[1:])] * BLOCK_SIZE - 1  # the last block is not full
+        prompt = self.prompt(prepare.key.request_id, name).ljust(8)
+        self.tell(name, "prepared", prepare.key, tokens, tokens, 0, prompt)
+
+    def do_write(self, write: Write, content: bytes | None = None) -> None:
+        name = self.writing.pop(write)
+        right = self.content(write, name)
+        self.land(write, right if content is None else content)
+        self.tell(name, "written", write.key, write.round, [WrittenBlock(write.token_block, right, len(right))])
+
+    def do_start(self, write: Write) -> None:
+        name = self.queued.pop(write)
+        if self.machines[name].may_write(write.key, self.now):
+            self.writing[write] = name
+        else:
+            self.tell(name, "write_skipped", write.key, write.round, [write.token_block])
+
+    def do_damage(self, write: Write) -> None:
+        self.do_write(write, TORN)
+
+    def do_fail(self, write: Write) -> None:
+        self.lost_writes.add(write)
+        name = self.writing.pop(write)
+        self.tell(name, "write_failed", write.key, write.round, [write.token_block], "failed")
+
+    def do_land(self, write: Write) -> None:
+        self.lost_writes.remove(write)
+        self.land(write, TORN)
+
+    def do_copy(self, copy: CopyOut) -> None:
+        self.copying.remove(copy)
+        content = self.pool.get(copy.pool_block, b"")
+        index = (copy.request_id, copy.token_block)
+
+        def count(receiver: Receiver, before: Receiver) -> None:
+            """Keeps what the receiver takes for good, and says if it shouldn't have."""
+            was = before.requests.get(copy.request_id)
+            request = receiver.requests.get(copy.request_id)
+            if was is None or copy.token_block in was.received:
+                return
+            if request and copy.token_block not in request.received:
+                return
+            name = was.peer
+            right = self.content(Write(Key(NODE, *index), copy.round, copy.token_block, copy.pool_block), name)
+            if request is None and content != right:
+                return  # the request has failed, as `ended` says
+            if content != right or index in self.arrived:
+                raise Violation(f"{copy} counted {content!r}: expected {right!r}, once")
+            self.arrived[index] = content
+
+        args = (copy.request_id, copy.attempt, copy.round, copy.token_block, content, len(content))
+        self.tell(NODE, "copied", *args, then=count)
+
+    def do_crash(self, name: str) -> None:
+        del self.machines[name]
+        self.hashes.pop(name, None)
+        self.dead.add(name)
+        self.preparing = {prepare: at for prepare, at in self.preparing.items() if at != name}
+        self.queued = {write: at for write, at in self.queued.items() if at != name}
+        self.lost_writes |= {write for write, at in self.writing.items() if at == name}
+        self.writing = {write: at for write, at in self.writing.items() if at != name}
+
+    def do_learn(self, name: str) -> None:
+        self.dead.remove(name)
+        self.do_suspect(name)
+
+    def do_suspect(self, name: str) -> None:
+        self.tell(NODE, "peer_down", name, "heartbeats stopped")
+
+    def do_flap(self, name: str) -> None:
+        """The receiver takes the encoder for dead and finds it again; the encoder has noticed nothing."""
+        self.do_suspect(name)
+        self.tell(NODE, "peer_up", name)
+
+    def do_cut(self, name: str) -> None:
+        """The encoder takes the receiver for dead and finds it again; the receiver has noticed nothing."""
+        self.tell(name, "peer_down", NODE)
+        self.tell(name, "peer_up", NODE, self.case.pool)
+
+    def do_abort(self, request_id: str) -> None:
+        self.tell(NODE, "abort", request_id, "the client has gone")
+
+    def do_time(self, _: None) -> None:
+        self.now = min(self.timers())
+        closing = {key: closing.until for key, closing in self.receiver.closing.items()}
+        self.expired |= {key for key, until in closing.items() if until <= self.now}
+        for name in self.machines:
+            self.tell(name, "tick")
+
+    do_wait = do_time
+
+    # what it takes
+
+    def tell(self, name: str, event: str, *args: Any, then: Callable[[Any, Any], None] | None = None) -> None:
+        """An event for one machine, and what comes of it."""
+        before = self.machines[name]
+        machine = self.machines[name] = cloned(before)
+        self.hashes.pop(name, None)
+        actions = getattr(machine, event)(*args, self.now)
+        if then:
+            then(machine, before)
+        old, new = (m.requests if name == NODE else m.outgoing for m in (before, machine))
+        for key in old.keys() & new.keys():
+            if new[key].state < old[key].state:
+                raise Violation(f"{key} went back to {new[key].state.name}")
+        for action in actions:
+            self.carry_out(name, action)
+
+    def carry_out(self, name: str, action: Action) -> None:
+        match action:
+            case Send(peer, message):
+                msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message))  # it is within bounds
+                self.mail[name, peer, message] += 1
+            case Began(request_id):
+                self.arrived = {index: content for index, content in self.arrived.items() if index[0] != request_id}
+            case CopyOut():
+                self.copying.add(action)
+                if not self.case.slow_copies:
+                    self.do_copy(action)
+            case EncodeHere(request_id):
+                self.end(request_id, "encode here")
+            case Ended(request_id, state, status):
+                if state == State.SUCCESS:
+                    arrived = {index[1]: what for index, what in self.arrived.items() if index[0] == request_id}
+                    if sorted(arrived) != list(range(self.case.blocks[int(request_id[1:])])):
+                        raise Violation(f"{request_id} ended with blocks {sorted(arrived)} alone")
+                    if len({content[:5] for content in arrived.values()}) != 1:
+                        raise Violation(f"{request_id} has blocks of two prompts")
+                self.end(request_id, f"{state.name} {status}")
+            case Prepare():
+                self.preparing[action] = name
+                if not self.case.slow_preparation:
+                    self.do_prepare(action)
+            case StartWrite(key, round, blocks):
+                for block in blocks:
+                    self.queue(Write(key, round, *block), name)
+            case Forget(key):
+                if any(write.key == key and at == name for write, at in self.writing.items()):
+                    raise Violation(f"{key} forgotten while it is being written")
+                self.preparing = {p: at for p, at in self.preparing.items() if (p.key, at) != (key, name)}
+
+    def queue(self, write: Write, name: str) -> None:
+        index = (write.key.request_id, write.token_block)
+        self.started[index] += 1
+        if write in self.queued or write in self.writing or (self.harmless and self.started[index] > 1):
+            raise Violation(f"{write}: written twice though nothing that was written was lost")
+        self.queued[write] = name
+        if not self.case.slow_starts:
+            self.do_start(write)
+
+    def sweep(self) -> None:
+        """Delivers at once what can have no effect, now or later: of attempts that are over, or to the dead.
+
+        This leaves fewer states. That it has no effect is checked, not believed.
+        """
+        for letter in list(self.mail):
+            source, target, message = letter
+            key = (message.request_id, message.attempt)
+            machine = self.machines.get(target)
+            if target == NODE:
+                request = self.receiver.requests.get(message.request_id)
+                current = request and (request.attempt, request.peer) == (message.attempt, source)
+                useless = not current and key not in self.receiver.closing
+            else:
+                over = machine and machine.over.get(Key(NODE, *key))
+                useless = not machine or (over and not over.error and not isinstance(message, Abort))
+            if useless:
+                del self.mail[letter]
+                if machine and machine.receive(source, message, self.now):
+                    raise Violation(f"{message} of an attempt that is over had an effect")
+        if not self.harmless:
+            self.started.clear()
+
+    def prompt(self, request_id: str, name: str) -> bytes:
+        return f"{request_id}{name if self.case.own_prompts else ''}".encode()
+
+    def content(self, write: Write, name: str) -> bytes:
+        return self.prompt(write.key.request_id, name).ljust(5) + f"b{write.token_block:<2}".encode()
+
+    def land(self, write: Write, content: bytes) -> None:
+        """A write reaches the pool: its own block, or, after the quarantine's time alone, one that is another's."""
+        request_id, attempt = write.key.request_id, write.key.attempt
+        request = self.receiver.requests.get(request_id)
+        own = request and request.attempt == attempt and request.granted.get(write.token_block) == write.pool_block
+        closing = self.receiver.closing.get((request_id, attempt))
+        aside = closing and write.pool_block in closing.blocks
+        if not (own or aside or (request_id, attempt) in self.expired):
+            raise Violation(f"{write} landed in a block that was free or another's")
+        self.pool[write.pool_block] = content
+
+    def end(self, request_id: str, how: str) -> None:
+        if request_id in self.ended:
+            raise Violation(f"{request_id} ended twice: {self.ended[request_id]} and {how}")
+        self.ended[request_id] = how
+
+    def check(self) -> None:
+        """What holds in every state."""
+        receiver, pool = self.receiver, self.receiver.pool
+        held = [block for request in receiver.requests.values() for block in request.granted.values()]
+        aside = [block for closing in receiver.closing.values() for block in closing.blocks]
+        if sorted(held + aside + pool._free) != list(range(self.case.pool)):
+            raise Violation(f"blocks: granted {held}, in quarantine {aside}, free {pool._free}")
+        if (pool.num_used, pool.num_quarantined) != (len(held), len(aside)):
+            raise Violation("the allocator counts otherwise than the receiver")
+        for request_id, request in receiver.requests.items():
+            if len(request.granted) > self.case.share or request.deadline < self.now:
+                raise Violation(f"{request_id} holds more than its share, or is there after its deadline")
+
+    def check_end(self) -> None:
+        """What holds when nothing more happens."""
+        if len(self.ended) != len(self.case.blocks):
+            raise Violation(f"deadlock: {self.ended} ended, and nothing can happen")
+        if self.receiver.pool.num_free != self.case.pool or self.receiver.requests or self.receiver.closing:
+            raise Violation("blocks or requests are left over")
+        if any(name != NODE and machine.outgoing for name, machine in self.machines.items()):
+            raise Violation("an encoder has not forgotten an attempt")
+        if self.harmless and set(self.ended.values()) != {"SUCCESS 200"}:
+            raise Violation(f"without faults other than of the network: {self.ended}")
+
+
+@dataclass
+class Explored:
+    """What a search has seen."""
+
+    states: int
+    steps: int
+    ends: Counter[str]
+
+
+def explore(case: Case, most: int = 10**9) -> Explored:
+    """Visits every state that the case can reach, each once.
+
+    No state leads back to itself and in every last one all requests have ended: so every run ends, and none is stuck.
+
+    Raises:
+        Violation: with the steps that lead to it.
+        RuntimeError: there are more than `most` states.
+    """
+    start = World(case)
+    done = {start.key(): False}  # whether everything after a state has been visited
+    path = [(start.key(), start, start.steps(), ("start", case))]
+    ends: Counter[str] = Counter()
+    steps = 0
+    while path:
+        key, world, rest, _ = path[-1]
+        step = next(rest, None)
+        if step is None:
+            done[key] = True
+            path.pop()
+            continue
+        steps += 1
+        after = world.copy()
+        try:
+            after.take(step)
+            reached = after.key()
+            if not done.get(reached, True):
+                raise Violation("a circle: the run needs not end")
+            if reached not in done and not after.busy() and not after.timers():
+                after.check_end()
+                ends[", ".join(after.ended[request_id] for request_id in sorted(after.ended))] += 1
+        except Violation as violation:
+            story = [*(entry[-1] for entry in path), step]
+            raise Violation("\n".join([str(violation), *(f"  {kind} {what}" for kind, what in story)])) from None
+        if reached not in done:
+            done[reached] = False
+            path.append((reached, after, after.steps(), step))
+            if len(done) > most:
+                raise RuntimeError(f"more than {most} states")
+    return Explored(len(done), steps, ends)
+
+
+_LEAVES = (int, str, bytes, float, bool, tuple, type(None), State)
+_CONSTANT = ("settings",)
+_IGNORED = ("settings", "dropped")  # make no difference to what follows
+_ORDERED = ("requests", "peers")  # whose order the machines heed
+
+
+def cloned(value: Any) -> Any:
+    """A copy of a machine that shares what can't change."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return value
+    if kind is dict:
+        return {key: cloned(item) for key, item in value.items()} if value else {}
+    if kind in (list, set, Counter):
+        return value.copy()
+    if _unchanging(value):
+        return value
+    copy = object.__new__(kind)
+    for name, item in value.__dict__.items():
+        copy.__dict__[name] = item if name in _CONSTANT else cloned(item)
+    return copy
+
+
+def frozen(value: Any) -> Any:
+    """A machine's state as something hashable."""
+    kind = type(value)
+    if kind in _LEAVES:
+        return value
+    if kind is dict:
+        return frozenset([(key, frozen(item)) for key, item in value.items()]) if value else ()
+    if kind is set:
+        return frozenset(value)
+    if kind is list:
+        return tuple(value)
+    if _unchanging(value):
+        return value
+    return tuple([
+        (tuple(item), frozen(item)) if name in _ORDERED else frozen(item)
+        for name, item in value.__dict__.items()
+        if name not in _IGNORED
+    ])  # fmt: skip
+
+
+def _unchanging(value: Any) -> bool:
+    """Messages and frozen dataclasses."""
+    parameters = getattr(value, "__dataclass_params__", None)
+    return isinstance(value, msgspec.Struct) or (parameters is not None and parameters.frozen)

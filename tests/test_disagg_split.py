@@ -1,0 +1,257 @@
+"""The split against the whole model: the same rows, logits and tokens bit for bit, over Mooncake between processes."""
+
+import asyncio
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import deepstack_jax as dsj
+from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.disagg.language import Arrival, EncoderLinks, TransferFailedError
+from deepstack_jax.disagg.nodes import open_encoder_links
+from deepstack_jax.disagg.payload import pack
+from deepstack_jax.generation import answer, plan_answer, prompt_of
+from deepstack_jax.processing.batch import arrange
+from deepstack_jax.programs import Prompt, all_logits
+
+BLOCK = 16  # tokens
+VIDEO = "an .mp4 of eight frames"
+CASES: dict[str, list[Any]] = {  # sizes of images, or VIDEO
+    "one image": [(160, 96)],
+    "three images": [(64, 64), (200, 90), (64, 128)],
+    "video": [VIDEO],
+    "video and image": [(96, 64), VIDEO],
+}
+
+
+class EncodeProcess:
+    """`tests.encode_process`, running."""
+
+    def __init__(self, checkpoint: Path, dtype: str):
+        command = [sys.executable, "-m", "tests.encode_process", str(checkpoint), dtype, str(BLOCK)]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        assert self.process.stdout is not None
+        self.endpoint = self.process.stdout.readline().strip()
+
+    def counters(self) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("split") / "model"
+    write_random_checkpoint(path, tiny_config(), seed=2)
+    return path
+
+
+@contextmanager
+def encode_process(checkpoint: Path, dtype: str) -> Iterator[EncodeProcess]:
+    process = EncodeProcess(checkpoint, dtype)
+    try:
+        yield process
+    finally:
+        process.close()
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def pair(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[tuple[dsj.Model, EncodeProcess]]:
+    """The whole model, and a process that encodes with the same checkpoint."""
+    with encode_process(checkpoint, request.param) as process:
+        yield dsj.load(checkpoint, request.param), process
+
+
+def media(case: str) -> tuple[list[Image.Image], list[io.BytesIO]]:
+    """Images opened from bytes, and videos, as HTTP would bring them."""
+    images, videos = [], []
+    for number, what in enumerate(CASES[case]):
+        rng = np.random.default_rng(number)
+        if what == VIDEO:
+            videos.append(_video(rng.integers(0, 255, (8, 64, 96, 3), np.uint8)))
+            continue
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (what[1], what[0], 3), np.uint8)).save(file, "PNG")
+        images.append(Image.open(file))
+    return images, videos
+
+
+def _video(frames: np.ndarray) -> io.BytesIO:
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    file.seek(0)
+    return file
+
+
+async def with_links(links: EncoderLinks, work: Coroutine[Any, Any, Any]) -> Any:
+    """Runs `work` while the links are up."""
+    await links.start()
+    try:
+        async with asyncio.timeout(60):
+            while not links.num_encoders:
+                assert not links.refused, links.refused
+                await asyncio.sleep(0.02)
+        return await work
+    finally:
+        await links.close()
+
+
+def fetched(model: dsj.Model, process: EncodeProcess, payloads: list[bytes], **options: Any) -> list[Arrival]:
+    """What arrives for each payload, all asked for at once."""
+    text_alone = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
+    links = open_encoder_links(text_alone, [process.endpoint], block_size=BLOCK, **options)
+
+    async def work() -> list[Arrival]:
+        deadline = time.monotonic() + 100
+        return await asyncio.gather(*(links.fetch(f"r{i}", data, deadline) for i, data in enumerate(payloads)))
+
+    return asyncio.run(with_links(links, work()))
+
+
+def whole_prompt(model: dsj.Model, case: str) -> Prompt:
+    images, videos = media(case)
+    arrays = dsj.prepare(model, "What is this?", images=images, videos=videos)
+    arrays.pop("mm_token_type_ids")
+    return prompt_of(model, arrange(model.config, **arrays))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3, 64])
+@pytest.mark.parametrize("case", CASES)
+def test_the_split_gives_the_bits_of_the_whole(pair: tuple[dsj.Model, EncodeProcess], case: str, num_blocks: int):
+    model, process = pair
+    whole = whole_prompt(model, case)
+    (arrival,) = fetched(model, process, [pack("What is this?", *media(case))], num_blocks=num_blocks)
+    split = arrival.prompt
+    rows = int((np.asarray(whole.visual_index) >= 0).sum())
+    for name in ("input_ids", "position_ids", "lengths", "rope_deltas", "visual_index"):
+        np.testing.assert_array_equal(getattr(split, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_array_equal(np.asarray(split.rows)[:rows], np.asarray(whole.rows)[:rows])
+    assert split.rows.shape == whole.rows.shape  # the same programs
+    assert split.rows.dtype == whole.rows.dtype
+    np.testing.assert_array_equal(
+        *(np.asarray(all_logits(model.config, model.text_params, p))[:, : whole.lengths[0]] for p in (whole, split))
+    )
+    plan = plan_answer(model, whole, max_new_tokens=8, eos_token_id=[])
+    np.testing.assert_array_equal(
+        *(np.concatenate(list(answer(model, prompt, plan)), axis=1) for prompt in (whole, split))
+    )
+    blocks = -(-int(whole.lengths[0]) // BLOCK)
+    assert len(arrival.rounds) == -(-blocks // max(1, num_blocks // 4))
+
+
+def test_only_visual_rows_and_sixteen_bytes_a_token_cross_the_wire(pair: tuple[dsj.Model, EncodeProcess]):
+    """Counted by the sender; and nothing is sent twice, however many rounds it takes."""
+    model, process = pair
+    text = "a long story " * 400
+    payload = pack(text, *media("one image"))
+    itemsize = next(iter(model.params.values())).dtype.itemsize
+    for num_blocks in (1, 64):
+        before = process.counters()["bytes"]
+        (arrival,) = fetched(model, process, [payload], num_blocks=num_blocks)
+        tokens = int(arrival.prompt.lengths[0])
+        visual = int((np.asarray(arrival.prompt.visual_index) >= 0).sum())
+        rows = visual * (1 + model.config.num_deepstack_levels) * model.config.text.hidden_size * itemsize
+        assert tokens > 500
+        assert arrival.num_bytes == rows + 16 * tokens + 64  # and aux_datas, once
+        del before
+
+
+def test_one_image_is_encoded_once_and_the_cache_keeps_its_bound(checkpoint: Path):
+    model = dsj.load(checkpoint, "float32")
+    with encode_process(checkpoint, "float32") as process:
+        payload = pack("What is this?", *media("three images"))
+        other = pack("Another question?", *media("three images"))
+        fetched(model, process, [payload, other, payload])
+        fetched(model, process, [other])
+        counters = process.counters()
+        assert (counters["encoded"], counters["found"]) == (3, 9)
+        assert all(name.startswith("visual.") for name in counters["parameters"])
+        row = model.config.text.hidden_size * (1 + model.config.num_deepstack_levels) * 4
+        for side in range(64, 1000, 64):  # more than the megabyte that the process was given
+            file = io.BytesIO()
+            Image.new("RGB", (side, 96), (side % 255, 0, 0)).save(file, "PNG")
+            fetched(model, process, [pack("What is this?", [Image.open(file)], [])])
+            assert process.counters()["cached_bytes"] <= 1 << 20
+        assert process.counters()["cached_bytes"] > (1 << 20) - 400 * row
+
+
+def test_sixty_four_requests_share_a_pool_for_three(pair: tuple[dsj.Model, EncodeProcess]):
+    model, process = pair
+    payloads = [pack(f"What is number {i}?", *media("one image")) for i in range(64)]
+    arrivals = fetched(model, process, payloads, num_blocks=12, share=4)
+    texts = [model.processor.tokenizer.decode(arrival.prompt.input_ids[0]) for arrival in arrivals]
+    assert all(f"number {i}?" in text for i, text in enumerate(texts))
+
+
+def test_what_a_request_is_refused_for_is_told(pair: tuple[dsj.Model, EncodeProcess]):
+    model, process = pair
+    images, _ = media("one image")
+    with pytest.raises(TransferFailedError, match="placeholder") as error:
+        fetched(model, process, [pack("<|vision_start|><|image_pad|><|image_pad|><|vision_end|>", images, [])])
+    assert error.value.status == 400
+
+
+def test_a_node_with_another_model_is_refused_with_the_reason(checkpoint: Path, tmp_path: Path):
+    write_random_checkpoint(tmp_path / "other", tiny_config(), seed=3)
+    other = dsj.load(tmp_path / "other", "float32")
+    with encode_process(checkpoint, "float32") as process:
+        links = open_encoder_links(other, [process.endpoint], block_size=BLOCK)
+
+        async def until_refused() -> str:
+            await links.start()
+            try:
+                async with asyncio.timeout(20):
+                    while not links.refused:
+                        await asyncio.sleep(0.02)
+                return links.refused[process.endpoint]
+            finally:
+                await links.close()
+
+        assert "load the same checkpoint on both" in asyncio.run(until_refused())
+
+
+def test_without_an_encoder_a_request_fails_at_once_with_the_reason(checkpoint: Path):
+    model = dsj.load(checkpoint, "float32", parts=("language_model.",))
+    links = open_encoder_links(model, ["tcp://127.0.0.1:9"], block_size=BLOCK)
+
+    async def work() -> None:
+        await links.start()
+        try:
+            await links.fetch("r", b"", time.monotonic() + 60)
+        finally:
+            await links.close()
+
+    with pytest.raises(TransferFailedError, match="no encoder is left: no encoder is connected") as error:
+        asyncio.run(work())
+    assert error.value.status == 503

@@ -1,0 +1,292 @@
+"""The runner: the tokens of generate whatever the pace, in order, and no piece of work that goes wrong harms others."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import deepstack_jax as dsj
+from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.engine.runner import (
+    Chunk,
+    DeadlineError,
+    Event,
+    QueueFullError,
+    Runner,
+    StoppingError,
+    Work,
+    WorkError,
+)
+from deepstack_jax.generation import plan_answer, prompt_of
+from deepstack_jax.processing.batch import arrange
+from tests.cases import IMAGE, batch_of
+
+CONFIG = tiny_config(text_config={"num_hidden_layers": 1}, vision_config={"depth": 1, "deepstack_visual_indexes": [0]})
+LONG = 1500  # tokens: a second of work and more at one a step
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> dsj.Model:
+    path = tmp_path_factory.mktemp("checkpoint")
+    write_random_checkpoint(path, CONFIG, seed=3, tokenizer=False)
+    return dsj.load(path)
+
+
+@pytest.fixture
+def runner(model: dsj.Model) -> Iterator[Runner]:
+    runner = Runner(model, max_waiting=4)
+    yield runner
+    runner.stop()
+    assert runner.join(60)
+
+
+def inputs_of(seed: int = 0, image: bool = False) -> dict[str, np.ndarray]:
+    inputs = batch_of(CONFIG, [[3, (IMAGE, (1, 4, 4)), 4]] if image else [[12]], seed=seed)
+    inputs.pop("mm_token_type_ids", None)
+    return inputs
+
+
+def work_of(model: dsj.Model, inputs: dict[str, np.ndarray], **options: Any) -> tuple[Any, Any]:
+    batch = arrange(model.config, **inputs)
+    return batch, plan_answer(model, batch, **({"max_new_tokens": 8, "eos_token_id": []} | options))
+
+
+async def answer(runner: Runner, prompt: Any, plan: Any, seconds: float = 120.0) -> list[Chunk]:
+    return [chunk async for chunk in runner.run(prompt, plan, time.monotonic() + seconds)]
+
+
+def tokens_of(chunks: list[Chunk]) -> list[int]:
+    return [token for chunk in chunks for token in chunk.tokens]
+
+
+class Events:
+    """Takes what a runner emits, and waits for the last of it."""
+
+    def __init__(self) -> None:
+        self.all: list[Event] = []
+        self.first, self.ended = threading.Event(), threading.Event()
+
+    def __call__(self, event: Event) -> None:
+        self.all.append(event)
+        self.first.set()
+        if isinstance(event, WorkError) or event.finish:
+            self.ended.set()
+
+
+@pytest.mark.parametrize("step_seconds", [0.0, 0.03, 100.0])
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_k": 20, "seed": 5, "repetition_penalty": 1.2}])
+def test_tokens_are_those_of_generate(model: dsj.Model, step_seconds: float, image: bool, options: dict[str, Any]):
+    inputs = inputs_of(image=image)
+    out = dsj.generate(model, **inputs, max_new_tokens=8, eos_token_id=[], **options)
+    batch, plan = work_of(model, inputs, **options)
+    runner = Runner(model, step_seconds=step_seconds)
+    # pixels to encode, and rows that are there already
+    for prompt in (batch, prompt_of(model, batch)):
+        chunks = asyncio.run(answer(runner, prompt, plan))
+        assert tokens_of(chunks) == out.tokens[0].tolist()
+        assert [chunk.finish for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+        assert chunks[-1].timings.keys() == {"queue", "encode", "prefill", "decode"}
+        assert {chunk.prompt_tokens for chunk in chunks} == {inputs["input_ids"].shape[1]}
+        if step_seconds == 0.0:
+            assert [len(chunk.tokens) for chunk in chunks] == [1] * 8
+        if step_seconds == 100.0:
+            assert [len(chunk.tokens) for chunk in chunks] == [1, 1, 2, 4]
+    runner.stop()
+
+
+def test_an_end_token_ends_the_answer_and_is_part_of_it(model: dsj.Model, runner: Runner):
+    inputs, drawn = inputs_of(), {"temperature": 2.0, "seed": 1}
+    free = dsj.generate(model, **inputs, max_new_tokens=8, eos_token_id=[], **drawn).tokens[0].tolist()
+    new = [i for i, token in enumerate(free) if token not in free[:i]]
+    # the first token, one in the middle, and the last one allowed
+    for i, max_new_tokens in ((0, 8), (new[len(new) // 2], 8), (new[-1], new[-1] + 1)):
+        batch, plan = work_of(model, inputs, eos_token_id=[free[i], 299], max_new_tokens=max_new_tokens, **drawn)
+        chunks = asyncio.run(answer(runner, batch, plan))
+        assert tokens_of(chunks) == free[: i + 1]
+        assert chunks[-1].finish == "stop"
+
+
+def test_work_is_done_in_the_order_in_which_it_came(model: dsj.Model, runner: Runner):
+    finished = []
+
+    async def one(number: int) -> None:
+        await answer(runner, *work_of(model, inputs_of(number), max_new_tokens=1 + (7 * number + 7) % 8))
+        finished.append(number)
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*map(one, range(4)))
+
+    asyncio.run(all_of_them())
+    assert finished == [0, 1, 2, 3]
+
+
+def test_a_full_line_takes_no_more_until_a_place_is_given_back(model: dsj.Model):
+    runner = Runner(model, max_waiting=2, step_seconds=0)
+    batch, plan = work_of(model, inputs_of())
+    running, events = Events(), [Events() for _ in range(3)]
+    deadline = time.monotonic() + 120
+    long = runner.submit(*work_of(model, inputs_of(), max_new_tokens=LONG), deadline, running)
+    assert running.first.wait(60)  # it has left the line
+    first = runner.submit(batch, plan, deadline, events[0])
+    runner.submit(batch, plan, deadline, events[1])
+    with pytest.raises(QueueFullError, match="2 requests are waiting"):
+        runner.submit(batch, plan, deadline, events[2])
+    first.cancel()
+    runner.submit(batch, plan, deadline, events[2])
+    long.cancel()
+    assert events[1].ended.wait(60)
+    assert events[2].ended.wait(60)
+    assert not events[0].all  # nobody hears of what was cancelled
+    runner.stop()
+
+
+def test_cancelled_work_stops_and_the_next_begins(model: dsj.Model):
+    looks = []
+
+    class Watched(Runner):
+        def _wanted(self, work: Work, where: str) -> bool:
+            wanted = super()._wanted(work, where)
+            looks.append((where, wanted))
+            return wanted
+
+    runner = Watched(model, step_seconds=0)
+    long, short = work_of(model, inputs_of(), max_new_tokens=LONG), work_of(model, inputs_of())
+
+    async def leave_early() -> list[int]:
+        chunks = runner.run(*long, time.monotonic() + 120)
+        async for _ in chunks:
+            if "after 3 tokens" in dict(looks):
+                break
+        await chunks.aclose()
+        return tokens_of(await answer(runner, *short))
+
+    assert len(asyncio.run(leave_early())) == 8
+    # the look that found it cancelled was the last one at the long work
+    first_no = [wanted for _, wanted in looks].index(False)
+    assert looks[first_no + 1][0] == "in line"
+    assert 3 < first_no < LONG
+    assert runner.waiting == 0
+    runner.stop()
+
+
+def test_deadlines_pass_in_line_and_while_running(model: dsj.Model):
+    runner = Runner(model, step_seconds=0)
+    long, short = work_of(model, inputs_of(), max_new_tokens=LONG), work_of(model, inputs_of())
+    asyncio.run(answer(runner, *short))
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(
+            answer(runner, *long, seconds=0.3), answer(runner, *short, seconds=0.1), return_exceptions=True
+        )
+
+    running, waiting = asyncio.run(both())
+    assert isinstance(running, DeadlineError)
+    assert "no answer within 0.3 s" in str(running)
+    assert isinstance(waiting, DeadlineError)
+    assert len(tokens_of(asyncio.run(answer(runner, *short)))) == 8
+    runner.stop()
+
+
+def test_a_failure_ends_its_own_request_alone(model: dsj.Model, runner: Runner, caplog: pytest.LogCaptureFixture):
+    batch, plan = work_of(model, inputs_of(image=True))
+    prompt = prompt_of(model, batch)
+    narrow = replace(prompt, rows=np.asarray(prompt.rows)[:, :-5])  # not (1 + N) * D wide
+    good, good_plan = work_of(model, inputs_of())
+
+    async def three() -> list[Any]:
+        works = [(good, good_plan), (narrow, plan), (good, good_plan)]
+        return await asyncio.gather(*(answer(runner, *work) for work in works), return_exceptions=True)
+
+    before, failed, after = asyncio.run(three())
+    assert isinstance(failed, WorkError)
+    assert "\n" not in str(failed)
+    assert tokens_of(before) == tokens_of(after)
+    assert len(tokens_of(after)) == 8
+    assert runner.error is None  # what came after went well
+    assert "a request failed" in caplog.text
+
+
+def test_a_taker_that_fails_harms_nobody_else(model: dsj.Model, runner: Runner, caplog: pytest.LogCaptureFixture):
+    def fail(event: Event) -> None:
+        raise RuntimeError("the loop is closed")
+
+    batch, plan = work_of(model, inputs_of())
+    runner.submit(batch, plan, time.monotonic() + 60, fail)
+    assert len(tokens_of(asyncio.run(answer(runner, batch, plan)))) == 8
+    assert "the taker of an answer failed" in caplog.text
+
+
+def test_health_is_what_the_model_shows(model: dsj.Model, runner: Runner, caplog: pytest.LogCaptureFixture):
+    assert runner.last_work is None
+    assert asyncio.run(runner.health(timeout=120)) is None  # the self-test ran
+    first = runner.last_work
+    assert first is not None
+    assert asyncio.run(runner.health()) is None
+    assert runner.last_work == first  # it is recent enough
+    assert asyncio.run(runner.health(idle_after=0)) is None
+    assert runner.last_work > first
+
+    # the last request failed on the device: a self-test says whether it was the request
+    batch, plan = work_of(model, inputs_of(image=True))
+    prompt = prompt_of(model, batch)
+    narrow = replace(prompt, rows=np.asarray(prompt.rows)[:, :-5])
+    with pytest.raises(WorkError):
+        asyncio.run(answer(runner, narrow, plan))
+    assert runner.error is not None
+    assert asyncio.run(runner.health()) is None
+    assert runner.error is None
+
+    # a device that computes something else than before
+    other = {name: -array if name.endswith("lm_head.weight") else array for name, array in model.params.items()}
+    assert any(other[name] is not array for name, array in model.params.items())
+    runner.model = dsj.Model(model.config, other)
+    assert "before" in (asyncio.run(runner.health(idle_after=0)) or "")
+    # a model that can't run at all
+    runner.model = dsj.Model(model.config, {name: array[..., :3] for name, array in model.params.items()})
+    assert "the self-test failed" in (asyncio.run(runner.health(idle_after=0)) or "")
+
+
+def test_a_stuck_device_is_not_healthy(model: dsj.Model):
+    runner = Runner(model, step_seconds=100)  # 64 tokens a step
+    events = Events()
+    work = runner.submit(*work_of(model, inputs_of(), max_new_tokens=LONG), time.monotonic() + 120, events)
+    assert events.first.wait(60)
+    reason = None
+    while reason is None and not events.ended.is_set():
+        reason = asyncio.run(runner.health(stuck_after=0.0))
+    assert "busy with one program" in (reason or "")
+    work.cancel()
+    runner.stop()
+
+
+def test_stopping_refuses_ends_and_waits(model: dsj.Model):
+    runner = Runner(model, step_seconds=0)
+    batch, plan = work_of(model, inputs_of())
+    deadline = time.monotonic() + 120
+    running, waiting = Events(), Events()
+    runner.submit(*work_of(model, inputs_of(), max_new_tokens=LONG), deadline, running)
+    runner.submit(batch, plan, deadline, waiting)
+    assert running.first.wait(60)
+    runner.stop()
+    assert runner.join(60)
+    assert isinstance(running.all[-1], StoppingError)
+    assert isinstance(waiting.all[-1], StoppingError)
+    with pytest.raises(StoppingError):
+        runner.submit(batch, plan, deadline, Events())
+    assert asyncio.run(runner.health()) == "the server is stopping"
+
+    runner = Runner(model)
+    events = [Events(), Events()]
+    for one in events:
+        runner.submit(batch, plan, deadline, one)
+    runner.stop(grace=60)
+    assert runner.join(60)
+    for one in events:
+        assert isinstance(one.all[-1], Chunk)
+        assert one.all[-1].finish == "length"
