@@ -5,6 +5,11 @@ BIN := .venv/bin
 # GPU and TPU machines: make demo EXTRAS=cuda (or tpu)
 EXTRAS ?=
 comma := ,
+# Mooncake's wheel needs one library of the system
+LIBIBVERBS = @PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null | grep -q libibverbs.so.1 || { \
+	root=$$(test "$$(id -u)" = 0 || echo "sudo -n"); export DEBIAN_FRONTEND=noninteractive; \
+	{ $$root apt-get update && $$root apt-get install --yes --no-install-recommends libibverbs1; } >/dev/null 2>&1 || \
+	echo "libibverbs.so.1 is missing, so nothing is split: install the package that has it (Debian: libibverbs1)"; }
 PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
 
 .PHONY: demo test test-aot lint types clean
@@ -36,10 +41,12 @@ clean:
 	$@ -m pip install --quiet --upgrade pip
 
 .venv/demo-ready: pyproject.toml | .venv/bin/python
-	$(BIN)/python -m pip install --quiet --editable ".$(if $(EXTRAS),[$(EXTRAS)])"
+	$(LIBIBVERBS)
+	$(BIN)/python -m pip install --quiet --editable ".[mooncake,serve$(if $(EXTRAS),$(comma)$(EXTRAS))]"
 	@touch $@
 
 .venv/test-ready: pyproject.toml | .venv/bin/python
+	$(LIBIBVERBS)
 	$(BIN)/python -m pip install --quiet --editable ".[test$(if $(EXTRAS),$(comma)$(EXTRAS))]"
 	@touch $@ .venv/demo-ready
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -131,11 +132,62 @@ def test_debug_shows_the_traceback():
     assert "no config.json in nowhere" in done.stderr
 
 
-def test_demo_prints_one_json_object():
-    done = deepstack("demo", "--json", "--image", PHOTO, "--max-new-tokens", 5)
+def test_the_demo_answers_the_same_whole_and_split():
+    done = deepstack("demo", "--json", "--seed", 5, "--max-new-tokens", 12)
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
-    assert len(shown["tokens"]) == 5
-    assert {"make", "convert", "load", "prepare", "encode", "prefill", "decode"} <= {
-        s["stage"] for s in shown["stages"]
-    }
+    assert shown["missing"] is None
+    assert shown["seed"] == 5
+    assert len(shown["answers"]) == 3
+    assert all(answer.keys() == {"question", "answer", "truth", "tokens"} for answer in shown["answers"])
+    assert shown["tokens_split"] == shown["tokens_whole"] == [answer["tokens"] for answer in shown["answers"]]
+    assert len({tuple(tokens) for tokens in shown["tokens_whole"]}) == 3
+    assert shown["rounds"] > 1
+    # rows of (1 + 3) * 160 float32 a visual token, an id and three positions a token, aux_datas once
+    wire = shown["visual_tokens"] * 4 * 160 * 4 + 16 * shown["prompt_tokens"][0] + 64
+    assert shown["bytes_on_wire"] == wire
+    stages = [span["stage"] for span in shown["timeline"]]
+    rounds = [f"round {number}" for number in range(1, shown["rounds"] + 1)]
+    assert stages == ["prepare", "encode", *rounds, "prefill", "decode"]
+    times = [time for span in shown["timeline"] for time in (span["begin"], span["end"])]
+    assert times == sorted(times)
+    assert times[0] >= 0
+    assert {"prepare", "encode", "prefill", "decode"} <= shown["timings"]["whole"].keys()
+    assert {"prepare", "encode", "transfer", "prefill", "decode", "e2e"} <= shown["timings"]["split"].keys()
+
+
+def test_the_demo_shows_ones_own_picture_and_a_timeline():
+    done = deepstack("demo", "--image", PHOTO, "--prompt", "What is this?", "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    for words in ("What is this?", "round 1", "prefill", "the same 4 tokens as the whole model", "knows nothing"):
+        assert words in done.stdout
+
+
+def test_the_demo_runs_whole_where_mooncake_is_missing():
+    code = "import sys; sys.modules['mooncake'] = None; from deepstack_jax.cli import main; main(['demo', '--seed=5'])"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "mooncake" in done.stdout
+    assert "pip install 'deepstack-jax[mooncake,serve]'" in done.stdout
+    assert "round 1" not in done.stdout
+
+
+def test_nothing_of_the_demo_outlives_it(tmp_path: Path):
+    """Killed outright, which no handler sees: the kernel ends the two nodes."""
+    import psutil
+
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    demo = subprocess.Popen(
+        [sys.executable, "-m", "deepstack_jax", "demo", "--json"], env=env, stdout=subprocess.DEVNULL
+    )
+    watched = psutil.Process(demo.pid)
+    deadline = time.monotonic() + 120
+    while len(nodes := watched.children()) < 2:
+        assert demo.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    demo.kill()
+    demo.wait()
+    _, alive = psutil.wait_procs(nodes, timeout=30)
+    assert not alive

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 
 import deepstack_jax as dsj
 from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.disagg.encode_worker import MAX_TOGETHER
 from deepstack_jax.disagg.language import Arrival, EncoderLinks, TransferFailedError
 from deepstack_jax.disagg.nodes import open_encoder_links
 from deepstack_jax.disagg.payload import pack
@@ -212,6 +214,41 @@ def test_sixty_four_requests_share_a_pool_for_three(pair: tuple[dsj.Model, Encod
     arrivals = fetched(model, process, payloads, num_blocks=12, share=4)
     texts = [model.processor.tokenizer.decode(arrival.prompt.input_ids[0]) for arrival in arrivals]
     assert all(f"number {i}?" in text for i, text in enumerate(texts))
+
+
+def test_with_two_encoders_sixty_four_requests_end_about_in_order(
+    pair: tuple[dsj.Model, EncodeProcess], checkpoint: Path
+):
+    """No more than 16 later ones end before any of them: as many as an encoder encodes together."""
+    model, process = pair
+    dtype = next(iter(model.params.values())).dtype.name
+    payloads = [pack(f"What is number {i}?", *media("one image")) for i in range(64)]
+    ended: list[int] = []
+    with encode_process(checkpoint, dtype) as other:
+        text_alone = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
+        endpoints = [process.endpoint, other.endpoint]
+        links = open_encoder_links(text_alone, endpoints, block_size=BLOCK, num_blocks=12, share=4)
+
+        async def one(number: int) -> tuple[str, str]:
+            arrival = await links.fetch(f"r{number}", payloads[number], time.monotonic() + 100)
+            ended.append(number)
+            return arrival.encoder, model.processor.tokenizer.decode(arrival.prompt.input_ids[0])
+
+        async def work() -> list[tuple[str, str]]:
+            while links.num_encoders < 2:
+                await asyncio.sleep(0.02)
+            await asyncio.gather(
+                *(links.fetch(f"w{i}", payloads[0], time.monotonic() + 100) for i in range(4))
+            )  # compile
+            return await asyncio.gather(*map(one, range(64)))
+
+        answers = asyncio.run(with_links(links, work()))
+        assert all(f"number {i}?" in text for i, (_, text) in enumerate(answers))
+        assert sorted(Counter(encoder for encoder, _ in answers).values()) == [32, 32]
+        assert links.receiver.attempts == 4 + 64  # none had to be asked for twice
+        assert other.counters()["jobs"] == process.counters()["jobs"] == 0
+    overtaken = [sum(later > number for later in ended[:place]) for place, number in enumerate(ended)]
+    assert max(overtaken) <= MAX_TOGETHER, overtaken
 
 
 def test_what_a_request_is_refused_for_is_told(pair: tuple[dsj.Model, EncodeProcess]):

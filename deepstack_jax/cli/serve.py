@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from deepstack_jax.checkpoint import Model
     from deepstack_jax.serving.http import Node
     from deepstack_jax.serving.policy import MediaPolicy
 
@@ -84,38 +85,35 @@ def run(
         allowed_networks=tuple(allow_network or ()),
         allowed_ports=tuple(allow_port or (80, 443)),
     )
-    listener = _bind(host, port)  # before the weights are read: a port in use is told at once
-    if not _is_loopback(listener):
-        print(f"warning: {host} is open to others, and this server asks nobody who they are", file=sys.stderr)
-    from deepstack_jax.serving.http import create_app
+    with _bind(host, port) as listener:  # before the weights are read: a port in use is told at once
+        if not _is_loopback(listener):
+            print(f"warning: {host} is open to others, and this server asks nobody who they are", file=sys.stderr)
+        from deepstack_jax.serving.http import create_app
 
-    split = SplitOptions(
-        tuple(encoder or ()),
-        control,
-        key,
-        node_address or host,
-        f"http://{_in_url(node_address or host)}:{listener.getsockname()[1]}",
-        protocol,
-        device,
-        block_size,
-        pool_blocks,
-        cache_bytes,
-        encode_here,
-    )
-    _check_split(role, split)
-    node = make_node(
-        role,
-        checkpoint,
-        policy,
-        split,
-        name=name or checkpoint.resolve().name,
-        max_waiting=max_waiting,
-        max_context=max_context,
-        dtype=dtype,
-        expert_layout=expert_layout,
-    )
-    app = create_app(node, policy, max_requests=2 * max_waiting, timeout=timeout)
-    asyncio.run(_serve(node, app, listener, grace))
+        split = SplitOptions(
+            tuple(encoder or ()),
+            control,
+            key,
+            node_address or host,
+            f"http://{_in_url(node_address or host)}:{listener.getsockname()[1]}",
+            protocol,
+            device,
+            block_size,
+            pool_blocks,
+            cache_bytes,
+            encode_here,
+        )
+        _check_split(role, split)
+        model = _load(role, checkpoint, dtype, expert_layout, encode_here)
+        name = name or checkpoint.resolve().name
+
+        async def serve() -> None:
+            # in the loop that runs it: ZeroMQ's authenticator answers in the loop in which it was made
+            node = make_node(role, model, policy, split, name=name, max_waiting=max_waiting, max_context=max_context)
+            app = create_app(node, policy, max_requests=2 * max_waiting, timeout=timeout)
+            await _serve(node, app, listener, grace)
+
+        asyncio.run(serve())
 
 
 @dataclass(frozen=True)
@@ -137,24 +135,17 @@ class SplitOptions:
 
 def make_node(
     role: Role,
-    checkpoint: Path,
+    model: "Model",
     policy: "MediaPolicy",
     split: SplitOptions,
     *,
     name: str,
     max_waiting: int,
     max_context: int | None,
-    dtype: str | None,
-    expert_layout: str | None,
 ) -> "Node":
-    """Loads what a role needs and makes its node. The only place that tells the roles apart."""
-    import deepstack_jax as dsj
-    from deepstack_jax.cli.progress import loading
+    """The node of a role, in a running event loop."""
     from deepstack_jax.serving.text_node import TextNode
 
-    parts = {"encode": ("visual.",), "language": None if split.encode_here else ("language_model.",), "unified": None}
-    with loading(f"loading {checkpoint}") as progress:
-        model = dsj.load(checkpoint, dtype, expert_layout=expert_layout, parts=parts[role], progress=progress)
     if role == "unified":
         return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context)
 
@@ -185,6 +176,16 @@ def make_node(
         **mooncake,
     )
     return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context, encoders=links)
+
+
+def _load(role: Role, checkpoint: Path, dtype: str | None, expert_layout: str | None, encode_here: bool) -> "Model":
+    """The weights that a role needs."""
+    import deepstack_jax as dsj
+    from deepstack_jax.cli.progress import loading
+
+    parts = {"encode": ("visual.",), "language": None if encode_here else ("language_model.",), "unified": None}
+    with loading(f"loading {checkpoint}") as progress:
+        return dsj.load(checkpoint, dtype, expert_layout=expert_layout, parts=parts[role], progress=progress)
 
 
 def _check_split(role: Role, split: SplitOptions) -> None:

@@ -20,6 +20,8 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 
 from deepstack_jax.disagg.messages import MAX_MESSAGE, Message, decode, encode
 
+LINGER = 100  # milliseconds
+
 _ENDPOINT = re.compile(r"tcp://(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d+|\*)")
 
 # What a test puts between a message and the network: what is sent in its place, each after a delay in seconds.
@@ -128,10 +130,11 @@ class Listener:
         _send(self._socket, [connection], encode(message), self._tamper)
 
     def close(self) -> None:
-        self._socket.close(linger=0)
+        """What was sent last has a moment to leave."""
+        self._socket.close(linger=LINGER)
         if self._guard is not None:
             self._guard.stop()
-        self._context.destroy(linger=0)
+        self._context.destroy(linger=LINGER)
 
 
 class Connection:
@@ -175,8 +178,9 @@ class Connection:
         _send(self._socket, [], encode(message), self._tamper)
 
     def close(self) -> None:
-        self._socket.close(linger=0)
-        self._context.destroy(linger=0)
+        """What was sent last has a moment to leave."""
+        self._socket.close(linger=LINGER)
+        self._context.destroy(linger=LINGER)
 
 
 class _Members:
@@ -192,7 +196,6 @@ class _Members:
 def _socket(context: zmq.asyncio.Context, kind: int, endpoint: str) -> zmq.asyncio.Socket:
     socket = context.socket(kind)
     socket.setsockopt(zmq.IPV6, "[" in endpoint)
-    socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
     socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     return socket
@@ -209,8 +212,6 @@ def _send(socket: Any, prefix: list[bytes], data: bytes, tamper: Tamper | None) 
 def _send_now(socket: Any, prefix: list[bytes], data: bytes) -> None:
     if socket.closed:
         return
-    try:
-        # the plain socket's send: it never waits
-        zmq.Socket.send_multipart(socket, [*prefix, data], flags=zmq.DONTWAIT)
-    except zmq.ZMQError:
-        return
+    sent = socket.send_multipart([*prefix, data], flags=zmq.DONTWAIT)  # all or nothing, and over at once
+    if sent.done():
+        sent.exception()  # a peer that is gone is no news; unread, asyncio would log it

@@ -37,7 +37,7 @@ from deepstack_jax.disagg.payload import unpack
 from deepstack_jax.disagg.prompts import OutgoingPrompt
 from deepstack_jax.disagg.sender import Sender, SenderSettings
 from deepstack_jax.disagg.transfer import Action, Forget, Key, Prepare, Send, StartWrite
-from deepstack_jax.disagg.transport import Transport
+from deepstack_jax.disagg.transport import TransferError, Transport
 from deepstack_jax.disagg.wire import (
     AUX_FORMAT_VERSION,
     AUX_LENGTH,
@@ -50,6 +50,8 @@ from deepstack_jax.disagg.wire import (
 from deepstack_jax.processing.batch import arrange
 
 PEER_SILENCE = 10.0  # seconds without a message after which a language node counts as gone
+WATCH = 1.0  # seconds at most between two looks at timers and peers
+REMIND = 5.0  # seconds between two messages about an attempt that nothing is asked of
 PREPARERS = 2  # threads that decode pictures and tokenize
 
 _log = logging.getLogger(__name__)
@@ -96,8 +98,10 @@ class EncodeServer:
         self._closing: set[asyncio.Future[None]] = set()
 
     async def start(self) -> None:
-        """Begins to serve."""
+        """Reads the tokenizer, then begins to serve."""
         self._loop = asyncio.get_running_loop()
+        # here, and not in the threads that prepare: two of them at once can't import it
+        await asyncio.to_thread(lambda: self._model.processor.tokenizer)
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
 
     async def close(self) -> None:
@@ -154,7 +158,14 @@ class EncodeServer:
             return
         for old in [c for c, peer in self.peers.items() if c == connection or peer.name == name]:
             self._drop(old)
-        bridge = SendBridge(self._transport, hello.session, hello.layout)
+        try:
+            bridge = SendBridge(self._transport, hello.session, hello.layout)
+        except (TransferError, MemoryError) as error:
+            _log.exception("no bridge to %s", name)
+            self.listener.send(
+                connection, Refused(f"the encode node has no memory for another peer: {error}"[:MAX_REASON])
+            )
+            return
         self.peers[connection] = peer = _Peer(name, connection, hello, bridge, time.monotonic())
         self._names[name] = peer
         self._do(self.sender.peer_up(name, hello.layout.num_blocks, time.monotonic()))
@@ -170,34 +181,64 @@ class EncodeServer:
         closing.add_done_callback(self._closing.discard)
 
     async def _watch(self) -> None:
-        """Timers of the machine, and peers that have fallen silent."""
+        """Timers of the machine, peers that have fallen silent, and attempts that they may have forgotten."""
+        last = reminded = time.monotonic()
         while True:
             now = time.monotonic()
-            for connection in [c for c, peer in self.peers.items() if now - peer.heard > PEER_SILENCE]:
-                self._drop(connection)
-            self._do(self.sender.tick(now))
-            due = self.sender.next_timer()
+            due = None
+            try:
+                if now - last > 2 * WATCH:  # this process was held up: what they said waits to be read
+                    for peer in self.peers.values():
+                        peer.heard += now - last
+                last = now
+                for connection in [c for c, peer in self.peers.items() if now - peer.heard > PEER_SILENCE]:
+                    self._drop(connection)
+                self._do(self.sender.tick(now))
+                if now - reminded > REMIND:
+                    reminded = now
+                    self._remind()
+                due = self.sender.next_timer()
+            except Exception:  # deadlines hang on this loop
+                _log.exception("the timers failed")
             self._changed.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), 1.0 if due is None else min(max(due - now, 0), 1.0))
+                await asyncio.wait_for(self._changed.wait(), WATCH if due is None else min(max(due - now, 0), WATCH))
+
+    def _remind(self) -> None:
+        """Repeats what is known of attempts: where nobody waits for one, its language node answers with Abort."""
+        for key, outgoing in self.sender.outgoing.items():
+            if outgoing.prepared and not outgoing.writing and (peer := self._names.get(key.peer)):
+                self.listener.send(peer.connection, outgoing.prepared)
 
     # what goes out
 
     def _do(self, actions: Iterable[Action]) -> None:
         for action in actions:
-            match action:
-                case Send(peer, message):
-                    if known := self._names.get(peer):
-                        self.listener.send(known.connection, message)
-                case Prepare(key):
-                    self._jobs[key] = job = _Job()
-                    job.task = asyncio.create_task(self._prepare(action))
-                case StartWrite():
-                    self._write(action)
-                case Forget(key):
-                    if (job := self._jobs.pop(key, None)) and job.task:
-                        job.task.cancel()
+            try:
+                self._carry_out(action)
+            except Exception:  # one request's trouble must not be another's
+                _log.exception("an action of type %s failed", type(action).__name__)
         self._changed.set()
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Send(peer, message):
+                if known := self._names.get(peer):
+                    self.listener.send(known.connection, message)
+            case Prepare(key):
+                self._jobs[key] = job = _Job()
+                job.task = asyncio.create_task(self._prepare(action))
+            case StartWrite(key, round, blocks):
+                try:
+                    self._write(action)
+                except Exception as error:  # then nothing of it was started
+                    _log.exception("a write failed to start")
+                    now, reason = time.monotonic(), f"the write failed to start ({type(error).__name__})"
+                    self._do(self.sender.failed(key, 500, reason, now))
+                    self._do(self.sender.write_skipped(key, round, [block for block, _ in blocks], now))
+            case Forget(key):
+                if (job := self._jobs.pop(key, None)) and job.task:
+                    job.task.cancel()
 
     async def _prepare(self, action: Prepare) -> None:
         key, began = action.key, time.monotonic()
@@ -205,6 +246,9 @@ class EncodeServer:
             prompt, content, visuals = await self._loop.run_in_executor(self._pool, self._read, action.payload)
             prepared = time.monotonic()
             encoded = await asyncio.wrap_future(self.worker.submit(visuals)) if visuals else None
+            if (job := self._jobs.get(key)) is None:
+                return
+            job.prompt = OutgoingPrompt(**prompt, rows=encoded.rows if encoded else None)
         except asyncio.CancelledError:
             raise
         except ValueError as error:
@@ -215,9 +259,6 @@ class EncodeServer:
             reason = f"the encoder failed ({type(error).__name__}): {' '.join(str(error).split())[:300]}"
             self._do(self.sender.failed(key, 500, reason, time.monotonic()))
             return
-        if (job := self._jobs.get(key)) is None:
-            return
-        job.prompt = OutgoingPrompt(**prompt, rows=encoded.rows if encoded else None)
         aux, ids, positions = (prompt[name] for name in ("aux_datas", "fill_ids", "mrope_positions"))
         actions = self.sender.prepared(
             key,

@@ -21,8 +21,8 @@ class Fault:
     """What happens to one write.
 
     delay: it starts after `seconds`.  drop: reported as done, and nothing is written.  fail: reported as failed, and
-    nothing is written.  stall: it never ends.  late: reported as failed, and after `seconds` written all the same.
-    corrupt: one byte arrives changed.
+    nothing is written.  stall: nothing is written; it is reported as failed after `seconds`, and never if that is 0.
+    late: reported as failed, and after `seconds` written all the same.  corrupt: one byte arrives changed.
     """
 
     kind: FaultKind
@@ -93,7 +93,9 @@ class FaultyTransport:
                 outcome.add_done_callback(lambda _: memory)  # lives as long as the write
                 _forward(self._inner.submit(session, copies), outcome)
             case "stall":
-                pass
+                if fault.seconds:
+                    error = TransferError(f"write to {session} failed: injected fault 'stall'")
+                    self._after(fault.seconds, lambda: outcome.set_exception(error))
         return outcome
 
     def close(self) -> None:

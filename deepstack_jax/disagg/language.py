@@ -5,27 +5,27 @@
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.disagg.bridge import ReceiveBridge
 from deepstack_jax.disagg.control import ClusterKey, Connection, Tamper
+from deepstack_jax.disagg.link import Link
 from deepstack_jax.disagg.messages import (
+    Abort,
+    Accepted,
     Goodbye,
-    Heartbeat,
-    HeartbeatReply,
+    Grant,
     Hello,
     Message,
     Prepared,
-    Refused,
-    Welcome,
-    refusal,
+    Written,
 )
 from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt
 from deepstack_jax.disagg.receiver import Receiver, ReceiverSettings
@@ -41,9 +41,7 @@ from deepstack_jax.disagg.wire import (
 from deepstack_jax.processing.batch import bucket
 from deepstack_jax.programs import Prompt
 
-HEARTBEAT = 1.0  # seconds between two
-SILENCE = 5.0  # without an answer, after which an encoder counts as gone
-STUCK = 120.0  # of one program on an encoder's device, its compilation included
+REPLY = 0.1  # seconds
 
 _log = logging.getLogger(__name__)
 
@@ -134,11 +132,20 @@ class EncoderLinks:
         self.receiver = Receiver(settings)
         self.refused: dict[str, str] = {}  # endpoint -> why its node doesn't fit
         self._config, self._bridge, self._transport = config, bridge, transport
-        self._links = [_Link(self, Connection(endpoint, key, tamper)) for endpoint in endpoints]
-        self._by_peer: dict[str, _Link] = {}
+        self._links = [
+            # to one encoder under two names this node is two, rather than one that keeps changing its connection
+            Link(
+                self,
+                msgspec.structs.replace(hello, incarnation=f"{hello.incarnation}.{number}"),
+                Connection(endpoint, key, tamper),
+            )
+            for number, endpoint in enumerate(dict.fromkeys(endpoints))
+        ]
+        self._by_peer: dict[str, Link] = {}
         self._pending: dict[str, _Pending] = {}
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._closed = False
 
     async def start(self) -> None:
         """Connects, and keeps connected until `close`."""
@@ -148,13 +155,15 @@ class EncoderLinks:
 
     async def close(self) -> None:
         """Says goodbye; requests under way fail."""
-        for link in self._links:
-            link.connection.send(Goodbye("the language node is stopping"))
-        await asyncio.sleep(0)
+        self._closed = True
+        for request_id in list(self._pending):
+            self._settle(request_id, TransferFailedError(503, "the server is stopping: try again later"))
+            self._do(self.receiver.abort(request_id, "the server is stopping", time.monotonic()))
         for task in self._tasks:
             task.cancel()
-        for request_id in list(self._pending):
-            self._do(self.receiver.abort(request_id, "the server is stopping", time.monotonic()))
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for link in self._links:
+            link.connection.send(Goodbye("the language node is stopping"))
         for link in self._links:
             link.connection.close()
         await asyncio.to_thread(self._bridge.close)
@@ -168,13 +177,19 @@ class EncoderLinks:
     async def fetch(self, request_id: str, payload: bytes, deadline: float) -> Arrival:
         """The prompt of a request with its rows, as an encoder prepared it. Cancelling ends the work everywhere.
 
+        It ends REPLY seconds before `deadline` (on time.monotonic()'s clock), so that who waits until then can say why.
+
         Raises:
             TransferFailedError: with the reason.
             NoEncoderError: with the reason; where the settings say that this node encodes too.
+            ValueError: a request of this id is under way, or the id or the payload is too long.
         """
+        if self._closed:
+            raise TransferFailedError(503, "the server is stopping: try again later")
+        actions = self.receiver.submit(request_id, payload, deadline - REPLY, time.monotonic())
         self._pending[request_id] = pending = _Pending(self._loop.create_future())
         try:
-            self._do(self.receiver.submit(request_id, payload, deadline, time.monotonic()))
+            self._do(actions)
             return await pending.future
         finally:
             self._pending.pop(request_id, None)
@@ -186,13 +201,18 @@ class EncoderLinks:
         for action in actions:
             try:
                 self._carry_out(action)
-            except Exception:  # one request's trouble must not be another's
+            except Exception as error:  # one request's trouble must not be another's
                 _log.exception("an action of type %s failed", type(action).__name__)
+                if isinstance(action, Began | CopyOut):  # else it would be waited for until its deadline
+                    reason = f"what the encoder announced can't be taken: {type(error).__name__}: {error}"
+                    self._settle(action.request_id, TransferFailedError(502, " ".join(reason.split())))
         self._changed.set()
 
     def _carry_out(self, action: Action) -> None:
         match action:
             case Send(peer, message):
+                if isinstance(message, Grant) and (pending := self._pending.get(message.request_id)):
+                    pending.rounds.setdefault(message.round, Round(time.monotonic()))
                 if link := self._by_peer.get(peer):
                     link.connection.send(message)
             case Began(request_id, total_tokens, visual_rows):
@@ -276,18 +296,25 @@ class EncoderLinks:
 
     async def _watch(self) -> None:
         while True:
-            self._do(self.receiver.tick(time.monotonic()))
-            due = self.receiver.next_timer()
+            try:
+                self._do(self.receiver.tick(time.monotonic()))
+                due = self.receiver.next_timer()
+            except Exception:  # deadlines hang on this loop
+                _log.exception("the timers failed")
+                due = time.monotonic() + 1.0
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), None if due is None else max(due - time.monotonic(), 0))
 
     # called by links
 
-    def peer_up(self, link: "_Link", peer: str) -> None:
+    def peer_up(self, link: Link, peer: str) -> None:
         self._by_peer[peer] = link
         self.refused.pop(link.connection.endpoint, None)
         self._do(self.receiver.peer_up(peer, time.monotonic()))
+
+    def refuses(self, link: Link, reason: str) -> None:
+        self.refused[link.connection.endpoint] = reason
 
     def peer_down(self, peer: str, reason: str) -> None:
         self._do(self.receiver.peer_down(peer, reason, time.monotonic()))
@@ -296,77 +323,17 @@ class EncoderLinks:
     def receive(self, peer: str, message: Message) -> None:
         """A message about a request."""
         now = time.monotonic()
+        if self._is_over(message):  # the encoder would keep its rows: Release or Abort was lost
+            assert isinstance(message, Accepted | Prepared | Written)
+            self._by_peer[peer].connection.send(Abort(message.request_id, message.attempt))
+            return
         if isinstance(message, Prepared) and (pending := self._pending.get(message.request_id)):
             pending.prepared, pending.encoder = message, peer
         self._do(self.receiver.receive(peer, message, now))
-        for request_id, request in self.receiver.requests.items():
-            if request.granted and (pending := self._pending.get(request_id)):
-                pending.rounds.setdefault(request.round, Round(now))
 
-
-class _Link:
-    """The connection to one encode node: greets it, and watches that it lives."""
-
-    def __init__(self, links: EncoderLinks, connection: Connection):
-        self.connection = connection
-        self._links = links
-        self._peer: str | None = None
-        self._heard = 0.0
-        self._numbers = itertools.count()
-
-    async def listen(self) -> None:
-        async for message in self.connection.messages():
-            try:
-                self._receive(message)
-            except Exception:  # nothing that one message does may end the link
-                _log.exception("a message of type %s failed", type(message).__name__)
-
-    async def keep(self) -> None:
-        """Says hello until it is welcome, then asks for signs of life."""
-        while True:
-            if self._peer is None:
-                self.connection.send(self._links.hello)
-            elif time.monotonic() - self._heard > SILENCE:
-                self._lose(f"encoder {self.connection.endpoint} has been silent for {SILENCE:g} s")
-                continue
-            else:
-                self.connection.send(Heartbeat(next(self._numbers)))
-            await asyncio.sleep(HEARTBEAT)
-
-    def _receive(self, message: Message) -> None:
-        where = self.connection.endpoint
-        match message:
-            case Welcome(hello):
-                if reason := refusal(self._links.hello, hello):
-                    self._links.refused[where] = reason
-                    return
-                peer = f"{hello.node_id}/{hello.incarnation}"
-                if self._peer not in (None, peer):
-                    self._lose(f"encoder {where} was restarted")
-                self._heard = time.monotonic()
-                if self._peer is None:
-                    self._peer = peer
-                    self._links.peer_up(self, peer)
-            case Refused(reason):
-                self._links.refused[where] = reason
-                if self._peer is not None:
-                    self._lose(f"encoder {where} refuses this node: {reason}")
-            case Goodbye(reason):
-                if self._peer is not None:
-                    self._lose(f"encoder {where} has left: {reason}" if reason else f"encoder {where} has left")
-                    self.connection.send(self._links.hello)
-            case HeartbeatReply(_, incarnation, age) if self._peer is not None:
-                if not self._peer.endswith(f"/{incarnation}"):
-                    self._lose(f"encoder {where} was restarted")
-                    self.connection.send(self._links.hello)
-                elif age > STUCK * 1000:
-                    self._lose(f"the device of encoder {where} has been busy with one program for {age / 1000:.0f} s")
-                else:
-                    self._heard = time.monotonic()
-            case _ if self._peer is not None:
-                self._links.receive(self._peer, message)
-
-    def _lose(self, reason: str) -> None:
-        peer, self._peer = self._peer, None
-        assert peer is not None
-        self._links.peer_down(peer, reason)
+    def _is_over(self, message: Message) -> bool:
+        """Whether an encoder is at work for an attempt that nobody waits for."""
+        if not isinstance(message, Accepted | Prepared | Written):
+            return False
+        request = self.receiver.requests.get(message.request_id)
+        return request is None or request.attempt != message.attempt

@@ -35,6 +35,7 @@ def open_encode_server(
     block_size: int = BLOCK_SIZE,
     cache_bytes: int = 1 << 30,
     transport: Transport | None = None,
+    tamper: Tamper | None = None,
 ) -> EncodeServer:
     """An encode server of `model`, which needs its vision parameters alone.
 
@@ -45,13 +46,13 @@ def open_encode_server(
         protocol, device: Mooncake's.
         block_size: tokens.
         cache_bytes: most that the cache of rows takes on the device.
-        transport: in place of Mooncake's, for tests.
+        transport, tamper: in place of Mooncake's, and faults of messages, for tests.
 
     Raises:
         ValueError, TransferError: what can't be used, with the remedy.
     """
     hello = Hello(role="encode", node_id=_node_id(), incarnation=new_incarnation(), **_said(model, block_size))
-    listener = Listener(endpoint, key)
+    listener = Listener(endpoint, key, tamper)
     try:
         transport = transport or MooncakeTransport(host, protocol, device)
     except Exception:
@@ -85,7 +86,7 @@ def open_encoder_links(
         share: most blocks that a request gets at once; None takes a quarter of the pool.
         http_url: where this node takes requests, for encode nodes that pass theirs on.
         transfer_timeout: seconds without progress after which a transfer is given up.
-        transport, tamper: for tests.
+        transport, tamper: as of `open_encode_server`.
 
     Raises:
         ValueError, TransferError: what can't be used, with the remedy.

@@ -301,6 +301,9 @@ class Receiver:
         if message.total_tokens > limit:
             reason = f"the prompt has {message.total_tokens} tokens: expected up to {limit}"
             return self._fail(message.request_id, 400, reason, now)
+        if message.visual_rows > message.total_tokens:
+            reason = f"{request.peer} announced {message.visual_rows} visual rows for {message.total_tokens} tokens"
+            return self._next_attempt(message.request_id, reason, now)
         request.accepted = request.prepared = True
         request.state = max(request.state, State.WAITING_FOR_INPUT)
         if (message.fingerprint, message.total_tokens) == (request.fingerprint, request.total_tokens):

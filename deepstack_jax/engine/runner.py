@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -54,6 +54,7 @@ class Chunk:
     prompt_tokens: int
     finish: Literal["stop", "length"] | None = None  # at an end token, which `tokens` includes; at max_new_tokens
     timings: dict[str, float] = field(default_factory=dict)  # seconds of queue, encode, prefill, decode
+    split: dict[str, Any] | None = None  # of a last chunk whose rows came from an encode node: how, for `meta_info`
 
 
 Event = Chunk | WorkError

@@ -76,7 +76,8 @@ class EncodeNode:
                             raise _refusal(500, msgspec.json.encode(event))
                         ids, meta = event["output_ids"], event["meta_info"]
                         finish = meta["finish_reason"] and meta["finish_reason"]["type"]
-                        yield Chunk(tuple(ids[taken:]), meta["prompt_tokens"], finish, meta.get("timings", {}))
+                        new, timings = tuple(ids[taken:]), meta.get("timings", {})
+                        yield Chunk(new, meta["prompt_tokens"], finish, timings, meta.get("split"))
                         taken = len(ids)
                         if finish:
                             return

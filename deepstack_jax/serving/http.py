@@ -194,6 +194,8 @@ class _Answer:
         if chunk.finish is not None:
             self._meta["e2e_latency"] = round(time.monotonic() - self._started, 6)
             self._meta["timings"] = {stage: round(seconds, 6) for stage, seconds in chunk.timings.items()}
+            if chunk.split is not None:
+                self._meta["split"] = chunk.split
 
     def body(self) -> dict[str, Any]:
         return {"text": self._text, "output_ids": self._ids, "meta_info": self._meta}

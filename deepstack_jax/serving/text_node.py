@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,7 @@ class TextNode:
             RequestError, MediaError, ValueError: what is wrong with the request.
             WorkError: what went wrong with the work.
         """
+        started = time.monotonic()
         async with AsyncExitStack() as prepared:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
@@ -99,7 +101,8 @@ class TextNode:
                 async for chunk in chunks:
                     await prepared.aclose()  # the pixels are encoded
                     if arrival and chunk.finish:
-                        chunk = replace(chunk, timings=chunk.timings | arrival.timings)
+                        timings, split = chunk.timings | arrival.timings, _told(arrival, started)
+                        chunk = replace(chunk, timings=timings, split=split)
                     yield chunk
             finally:
                 await chunks.aclose()
@@ -176,3 +179,10 @@ class TextNode:
                 code="context_length_exceeded",
             )
         return plan_answer(self._model, prompt, **options)
+
+
+def _told(arrival: Arrival, started: float) -> dict[str, Any]:
+    """`meta_info.split` of an answer; each round as [begin, end] in seconds since `started`."""
+    begin_end = [(each.began - started, each.ended - started) for each in arrival.rounds if each.blocks]
+    rounds = [[round(begin, 6), round(end, 6)] for begin, end in begin_end]
+    return {"encoder": arrival.encoder, "rounds": rounds, "bytes": arrival.num_bytes}

@@ -1,0 +1,171 @@
+"""The demo's split: an encode process and a language process on this machine, asked over HTTP.
+
+Both are ordinary `deepstack-jax serve` processes. They end with the demo, even where it is killed outright.
+"""
+
+import base64
+import contextlib
+import io
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from deepstack_jax.cli.timeline import Span
+
+BLOCK_SIZE = 8  # tokens; a real cluster takes 128
+POOL_BLOCKS = 8  # a request gets a quarter of them at once, so that a small picture takes several rounds
+START_SECONDS = 300.0
+
+# The kernel ends the node when the demo is killed: 1 is PR_SET_PDEATHSIG.
+_RUN = "import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGTERM); from deepstack_jax.cli import main; main()"
+
+
+def missing() -> str | None:
+    """What the split needs and this environment lacks, with the remedy, in one line; None where nothing is."""
+    if not sys.platform.startswith("linux"):
+        return "Mooncake runs on Linux alone"
+    for name in ("mooncake.engine", "zmq", "xxhash", "fastapi", "uvicorn", "httpx", "h11"):
+        try:
+            import_module(name)
+        except ModuleNotFoundError as error:
+            return f"{error.name} is missing: pip install 'deepstack-jax[mooncake,serve]'"
+        except ImportError as error:
+            library = str(error).partition(":")[0]
+            return f"Mooncake needs {library}: install the system package that has it (Debian: libibverbs1)"
+    return None
+
+
+class SplitNodes:
+    """The two processes, from `with` to its end."""
+
+    def __init__(self, checkpoint: Path):
+        self._checkpoint = checkpoint
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "SplitNodes":
+        """Starts both at once; `ask` waits until they are ready."""
+        with contextlib.ExitStack() as stack:
+            # A socket that is bound and doesn't listen keeps the port from others but not from the encode node.
+            held = stack.enter_context(socket.socket())
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(("127.0.0.1", 0))
+            control = f"tcp://127.0.0.1:{held.getsockname()[1]}"
+            # without a cache, so that a question asked again is encoded again
+            options = ["--role", "encode", "--control", control, "--cache-bytes", "0"]
+            self._encode = stack.enter_context(_node(self._checkpoint, "encode", options))
+            options = ["--role", "language", "--encoder", control, "--pool-blocks", str(POOL_BLOCKS)]
+            options += ["--max-bytes", str(1 << 30), "--max-pixels", str(1 << 30)]
+            self._language = stack.enter_context(_node(self._checkpoint, "language", options))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def wait(self) -> None:
+        """Until both nodes are ready.
+
+        Raises:
+            ValueError: one of them ended, with its own line, or was not ready in time.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        for node in (self._encode, self._language):
+            while node.url is None:
+                node.look()
+                if time.monotonic() > deadline:
+                    raise ValueError(f"the {node.role} process was not ready within {START_SECONDS:g} s: try again")
+                time.sleep(0.05)
+
+    def ask(self, question: str, picture: Any, max_new_tokens: int) -> dict[str, Any]:
+        """The language node's answer to a question about a picture, as `POST /generate` gives it.
+
+        Raises:
+            ValueError: it is no answer; with the node's reason.
+        """
+        import httpx
+
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        body = {
+            "text": question,
+            "image_data": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode(),
+            "sampling_params": {"max_new_tokens": max_new_tokens},
+        }
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            response = httpx.post(f"{self._language.url}/generate", json=body, timeout=START_SECONDS, trust_env=False)
+            # until the two have met there is no encoder
+            if response.status_code != 503 or time.monotonic() > deadline:
+                break
+            for node in (self._encode, self._language):
+                node.look()
+            time.sleep(0.1)
+        if response.status_code != 200:
+            raise ValueError(f"the language process answered {response.status_code}: {response.text[:300]}")
+        return response.json()
+
+
+def spans_of(meta: dict[str, Any]) -> list[Span]:
+    """The stages of an answer of the split, from its `meta_info`.
+
+    Rounds have the language node's clock. What was prepared and encoded before them is put right before the first, and
+    prefill and decode at the end: the gaps are messages, the queue and HTTP.
+    """
+    timings, rounds = meta["timings"], meta["split"]["rounds"]
+    first, end = rounds[0][0], meta["e2e_latency"]
+    encode = max(first - timings["encode"], 0.0)
+    decode = end - timings["decode"]
+    return [
+        Span("prepare", max(encode - timings["prepare"], 0.0), encode),
+        Span("encode", encode, first),
+        *(Span(f"round {number}", *seconds) for number, seconds in enumerate(rounds, 1)),
+        Span("prefill", max(decode - timings["prefill"], rounds[-1][1]), decode),
+        Span("decode", decode, end),
+    ]
+
+
+class _Node:
+    """A process of `deepstack-jax serve`, and what it has said."""
+
+    def __init__(self, role: str, process: subprocess.Popen[bytes], output: int):
+        self.role = role
+        self.url: str | None = None  # once it is ready
+        self._process, self._output = process, output
+
+    def look(self) -> None:
+        """Reads what it says.
+
+        Raises:
+            ValueError: it has ended.
+        """
+        lines = os.pread(self._output, 1 << 20, 0).decode(errors="replace").split("\n")
+        for line in lines:
+            if line.startswith("ready: "):
+                self.url = line.partition(" on ")[2].split(",")[0].strip()
+        if (code := self._process.poll()) is not None:
+            said = next((line for line in reversed(lines) if line.strip()), "nothing")
+            raise ValueError(f"the {self.role} process ended with code {code}: {said.removeprefix('error: ')}")
+
+
+@contextlib.contextmanager
+def _node(checkpoint: Path, role: str, options: list[str]) -> Iterator[_Node]:
+    shared = ["--port", "0", "--block-size", str(BLOCK_SIZE), "--dtype", "float32", "--grace", "0"]
+    command = [sys.executable, "-P", "-c", _RUN, "serve", str(checkpoint), *shared, *options]
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        try:
+            yield _Node(role, process, output.fileno())
+        finally:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,433 @@
+"""Requests through encode and language processes that are killed, stopped and lied to; what has to hold all the same.
+
+`run` is the whole of it: `benchmarks/faults.py` runs it for long, `tests/test_disagg_faults.py` for a minute.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import random
+import re
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+import deepstack_jax as dsj
+from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from tests.fault_node import MESSAGE_RATES, POOL_BLOCKS, WRITE_RATES
+
+ROOT = Path(__file__).parent.parent
+NEW_TOKENS = 5
+SLACK = 3.0  # seconds after a request's deadline in which its end must have reached the client
+RSS_BOUND = 64 << 20  # bytes that a process may have grown by
+FDS_BOUND, THREADS_BOUND = 12, 8
+ENCODER_FAULTS = (("kill", "before"), ("kill", "during"), ("kill", "after"), ("stop", "during"))
+LANGUAGE_FAULTS = (("kill", "granted"), ("stop", "granted"))
+CLEAR = (502, 503, 504)  # statuses that say whose fault it is, and that another try may do better
+# name of a prompt -> sizes of its pictures
+PROMPTS: dict[str, list[tuple[int, int]]] = {
+    "one": [(256, 256)],
+    "another": [(256, 256)],
+    "large": [(320, 352)],
+    "three": [(256, 256), (352, 224), (256, 320)],
+    "text": [],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much goes wrong, and for how long."""
+
+    requests: int  # at least; they go on until every fault has happened
+    seed: int
+    encoder_faults: tuple[tuple[str, str], ...] = ENCODER_FAULTS  # (how, when), one after another
+    language_faults: tuple[tuple[str, str], ...] = LANGUAGE_FAULTS  # beside those
+    encoders: int = 2
+    languages: int = 1
+    clients: int = 4
+    pause: float = 1.0  # most seconds that a client waits before its next request
+    timeout: float = 8.0  # seconds, of a request
+    transfer_timeout: float = 3.0
+
+
+@dataclass
+class Report:
+    """What has happened, and what should not have: `failures` is empty when all holds."""
+
+    plan: Plan
+    failures: list[str] = field(default_factory=list)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    process_faults: Counter[str] = field(default_factory=Counter)
+    message_faults: Counter[str] = field(default_factory=Counter)
+    write_faults: Counter[str] = field(default_factory=Counter)
+    seconds: list[float] = field(default_factory=list)  # of each request that was waited for
+    growth: dict[str, int] = field(default_factory=dict)  # bytes, of each process at the end
+    wall: float = 0.0
+
+    @property
+    def requests(self) -> int:
+        return sum(self.outcomes.values())
+
+    def table(self) -> str:
+        """For people."""
+        seconds = sorted(self.seconds) or [0.0]
+        rows = [
+            ("requests", f"{self.requests} in {self.wall:.0f} s, seed {self.plan.seed}"),
+            *((f"  {name}", str(count)) for name, count in self.outcomes.most_common()),
+            ("seconds", f"median {seconds[len(seconds) // 2]:.2f}, longest {seconds[-1]:.2f}"),
+            ("errors", ""),
+            *((f"  {count}", reason) for reason, count in self.reasons.most_common()),
+            ("processes", _listed(self.process_faults)),
+            ("messages", _listed(self.message_faults)),
+            ("writes", _listed(self.write_faults)),
+            ("memory", ", ".join(f"{name} {grown / 2**20:+.0f} MB" for name, grown in self.growth.items())),
+            *(("FAILED", failure) for failure in self.failures),
+        ]
+        return "\n".join(f"{name:<12}{value}" for name, value in rows)
+
+
+def run(plan: Plan, checkpoint: Path, folder: Path) -> Report:
+    """Starts the processes, breaks them as planned, and judges. `folder` takes their logs."""
+    return asyncio.run(_Run(plan, checkpoint, folder).run())
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """A tiny model whose answers depend on the pictures: random attention alone would be flat."""
+    vision = {"depth": 1, "deepstack_visual_indexes": [0]}
+    text = {"num_hidden_layers": 2, "max_position_embeddings": 2048}
+    path = folder / "model"
+    write_random_checkpoint(path, tiny_config(text_config=text, vision_config=vision), seed=3)
+    weights = load_file(path / "model.safetensors")
+    for name, scale in (("self_attn.o_proj.weight", 8), ("self_attn.q_norm.weight", 3)):
+        weights |= {key: scale * weight for key, weight in weights.items() if key.endswith(name)}
+    save_file(weights, path / "model.safetensors")
+    return path
+
+
+def expected_answers(checkpoint: Path) -> dict[str, list[int]]:
+    """The whole model's answer to each prompt.
+
+    Raises:
+        ValueError: two prompts have the same answer, so that one could be taken for the other.
+    """
+    model = dsj.load(checkpoint)
+    answers = {}
+    for name in PROMPTS:
+        inputs = dsj.prepare(model, _question(name), images=[Image.open(io.BytesIO(png)) for png in _pictures(name)])
+        out = dsj.generate(model, **inputs, max_new_tokens=NEW_TOKENS, eos_token_id=[])
+        answers[name] = np.asarray(out.tokens)[0].tolist()
+    if len({tuple(answer) for answer in answers.values()}) < len(answers):
+        raise ValueError(f"{answers} are not all different: choose other pictures or another checkpoint")
+    return answers
+
+
+class Node:
+    """One node: the process of `tests.fault_node` that runs now, after others under the same address."""
+
+    def __init__(self, name: str, options: dict[str, Any], log: Path):
+        self.name, self.options, self.log = name, options, log
+        self.up = False
+        self.starts = 0
+        self.down: list[tuple[str, float, float]] = []  # (kill or stop, from, to)
+        self.past: list[dict[str, Any]] = []  # the last state of each former process
+        self.state: dict[str, Any] = {}
+
+    async def start(self) -> None:
+        """A new process under the same address; returns when it is ready."""
+        options = self.options | {"seed": self.options["seed"] + 1000 * self.starts}
+        self.starts += 1
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(self.log.parent / "programs")}
+        env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+        command = [sys.executable, "-m", "tests.fault_node", json.dumps(options)]
+        with self.log.open("ab") as log:
+            self.process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=log, cwd=ROOT, env=env
+            )
+        self.url = (await self._read())["url"]
+        self.up = True
+
+    async def command(self, **command: Any) -> dict[str, Any]:
+        """Its state, after it has done what it is told."""
+        assert self.process.stdin
+        self.process.stdin.write(json.dumps(command).encode() + b"\n")
+        self.state = await self._read()
+        return self.state
+
+    async def close(self) -> str | None:
+        """Ends it as its operator would; says what went wrong."""
+        if self.process.returncode is not None:
+            return f"{self.name} had ended already, with {self.process.returncode}"
+        assert self.process.stdin
+        self.process.stdin.close()
+        try:
+            code = await asyncio.wait_for(self.process.wait(), 30)
+        except TimeoutError:
+            self.process.kill()
+            await self.process.wait()
+            return f"{self.name} did not end within 30 s"
+        return f"{self.name} ended with {code}" if code else None
+
+    def seconds_down(self, how: str, since: float, until: float) -> float:
+        """Of a span of time: how much of it the node was killed or stopped."""
+        return sum(max(0.0, min(stop, until) - max(start, since)) for kind, start, stop in self.down if kind == how)
+
+    async def _read(self) -> dict[str, Any]:
+        assert self.process.stdout
+        line = await asyncio.wait_for(self.process.stdout.readline(), 120)
+        if not line:
+            raise RuntimeError(f"{self.name} has ended: see {self.log}")
+        return json.loads(line)
+
+
+class _Run:
+    def __init__(self, plan: Plan, checkpoint: Path, folder: Path):
+        self.plan, self.report = plan, Report(plan)
+        self.random = random.Random(plan.seed)
+        self.expected = expected_answers(checkpoint)
+        self.bodies = {name: _body(name) for name in PROMPTS}
+        self.breaking = True
+        common = {"checkpoint": str(checkpoint), "timeout": plan.timeout, "transfer_timeout": plan.transfer_timeout}
+
+        def node(role: str, number: int, **options: Any) -> Node:
+            name = f"{role} {number}"
+            seed = plan.seed + 100 * number + (role == "language")
+            return Node(name, common | {"role": role, "seed": seed, **options}, folder / f"{role}{number}.log")
+
+        addresses = [f"tcp://127.0.0.1:{_free_port()}" for _ in range(plan.encoders)]
+        self.encoders = [node("encode", i, endpoint=address) for i, address in enumerate(addresses)]
+        self.languages = [node("language", i, encoders=addresses) for i in range(plan.languages)]
+        self.nodes = self.encoders + self.languages
+        self.baseline: dict[Node, dict[str, Any]] = {}
+
+    async def run(self) -> Report:
+        try:
+            # a connection a request: one kept alive may be closed by the server just as it is used again
+            limits = httpx.Limits(max_keepalive_connections=0)
+            async with httpx.AsyncClient(timeout=None, trust_env=False, limits=limits) as self.http:
+                await asyncio.gather(*(node.start() for node in self.nodes))
+                await self.work()
+            ends = await asyncio.gather(*(node.close() for node in self.nodes))
+            self.report.failures += [end for end in ends if end]
+        finally:
+            for node in self.nodes:
+                if node.process.returncode is None:
+                    node.process.kill()
+                    await node.process.wait()
+        return self.report
+
+    async def work(self) -> None:
+        await self.warm_up()
+        began = time.monotonic()
+        for node in self.nodes:
+            self.baseline[node] = await node.command(wild=True)
+        clients = [asyncio.create_task(self.client()) for _ in range(self.plan.clients)]
+        await asyncio.gather(
+            self.break_all(self.encoders, self.plan.encoder_faults),
+            self.break_all(self.languages, self.plan.language_faults),
+        )
+        self.breaking = False
+        await asyncio.gather(*clients)
+        for node in self.nodes:
+            await node.command(wild=False)
+        self.report.wall = time.monotonic() - began
+        await self.settle()
+        for name in PROMPTS:  # and nothing is broken that shows only later
+            for node in self.languages:
+                if (outcome := await self.request(node, name)) != "answered":
+                    self.report.failures.append(f"after the faults: {name} on {node.name} ended {outcome}")
+        self.judge()
+
+    async def warm_up(self) -> None:
+        """Every program compiled, and every buffer as large as it gets, before memory is measured."""
+        for node in self.languages:
+            while (await node.command())["encoders"] < len(self.encoders):
+                await asyncio.sleep(0.1)
+        for _ in range(2):
+            for name in PROMPTS:  # a server that compiles is slow: a few answers may be late here
+                await asyncio.gather(*(self.ask(node, name) for node in self.languages for _ in range(2)))
+
+    # requests
+
+    async def client(self) -> None:
+        while self.breaking or self.report.requests < self.plan.requests:
+            ready = [node for node in self.languages if node.up]
+            if ready:
+                node, name = self.random.choice(ready), self.random.choice(list(PROMPTS))
+                leaves = self.random.random() * 0.5 if self.random.random() < 0.1 else None
+                outcome = await self.request(node, name, leaves, stream=self.random.random() < 0.3)
+                self.report.outcomes[outcome] += 1
+            await asyncio.sleep(self.random.random() * self.plan.pause)
+
+    async def request(self, node: Node, name: str, leaves: float | None = None, stream: bool = False) -> str:
+        """How a request ends; a client that `leaves` does so after as many seconds."""
+        began, plan = time.monotonic(), self.plan
+        try:
+            async with asyncio.timeout(leaves):
+                status, tokens, reason = await self.ask(node, name, stream)
+        except TimeoutError:
+            return "left by the client"
+        took = time.monotonic() - began
+        # what a node can't help: it was stopped, or this process had no time to read
+        late = took - node.seconds_down("stop", began, time.monotonic()) - plan.timeout - SLACK
+        self.report.seconds.append(took)
+        if late > 0:
+            self.report.failures.append(f"{name} on {node.name} ended after {took:.1f} s: {status} {reason}")
+        if tokens is not None:
+            if tokens == self.expected[name]:
+                return "answered"
+            self.report.failures.append(f"WRONG ANSWER to {name}: {tokens}, expected {self.expected[name]}")
+            return "answered wrongly"
+        self.report.reasons[f"{status}: {re.sub(r'[0-9a-f]{8,}|[0-9]+', '#', reason)}"] += 1
+        if status is None:
+            await asyncio.sleep(0.5)  # the process's end is known a little later
+            killed = node.seconds_down("kill", began - 1, time.monotonic() + 1) or node.process.returncode is not None
+            if not killed:
+                self.report.failures.append(f"{name} on {node.name}: the connection broke, and nobody had killed it")
+            return "lost with its node"
+        if status not in CLEAR or not reason or "\n" in reason:
+            self.report.failures.append(f"{name} on {node.name} got no clear error: {status} {reason!r}")
+        return "refused with a reason"
+
+    async def ask(self, node: Node, name: str, stream: bool = False) -> tuple[int | None, list[int] | None, str]:
+        """(status, tokens, reason): tokens of an answer that is whole. No status: the connection broke."""
+        body = self.bodies[name] | {"stream": stream}
+        try:
+            response = await self.http.post(f"{node.url}/generate", json=body)
+            if response.status_code != 200:
+                return response.status_code, None, response.json()["error"]["message"]
+            if not stream:
+                return 200, response.json()["output_ids"], ""
+            events = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+            if "error" in events[-1]:  # the status was sent before
+                late = "no answer" in events[-1]["error"]["message"]
+                return 504 if late else 500, None, events[-1]["error"]["message"]
+            return 200, events[-1]["output_ids"], ""
+        except httpx.TransportError as error:
+            return None, None, type(error).__name__
+
+    # faults of whole processes
+
+    async def break_all(self, nodes: list[Node], faults: tuple[tuple[str, str], ...]) -> None:
+        for how, moment in faults:
+            await asyncio.sleep(self.random.random())
+            await self.break_one(self.random.choice(nodes), how, moment)
+
+    async def break_one(self, node: Node, how: str, moment: str) -> None:
+        """Kills the node and starts it again, or stops it until after the deadline of what it was doing."""
+        state = await node.command(arm=[how, moment])
+        process = psutil.Process(node.process.pid)
+        async with asyncio.timeout(120):  # until a request comes its way
+            while node.process.returncode is None and process.status() != psutil.STATUS_STOPPED:
+                await asyncio.sleep(0.02)
+        since = time.monotonic()
+        if how == "kill":
+            node.up = False
+            await node.process.wait()
+            node.past.append(state)
+            node.down.append((how, since, float("inf")))
+            await asyncio.sleep(self.random.random())
+            await node.start()
+            node.down[-1] = how, since, time.monotonic()
+            await node.command(wild=True)
+        else:
+            node.down.append((how, since, float("inf")))
+            await asyncio.sleep(self.plan.timeout + 1)
+            process.send_signal(signal.SIGCONT)
+            node.down[-1] = how, since, time.monotonic()
+        kind = "encode" if node in self.encoders else "language"
+        self.report.process_faults[f"{kind} {how} {moment}"] += 1
+
+    # what has to hold in the end
+
+    async def settle(self) -> None:
+        """Waits until nothing is under way and every node knows who is there; what doesn't end is a failure."""
+        until = time.monotonic() + self.plan.timeout + self.plan.transfer_timeout + 20
+        while left := [problem for node in self.nodes for problem in self.unsettled(node, await node.command())]:
+            if time.monotonic() > until:
+                self.report.failures += left
+                return
+            await asyncio.sleep(0.5)
+
+    def unsettled(self, node: Node, state: dict[str, Any]) -> list[str]:
+        """What is still under way on a node, or will be for ever."""
+        threads = Counter(re.split(r"[^A-Za-z]", name)[0] for name in state["threads"])
+        if node in self.encoders:
+            want = {"outgoing": 0, "jobs": 0, "closing": 0, "peers": len(self.languages)}
+            bound = {"send": len(self.languages), "mooncake": 0, "prepare": 2, "encode": 1, "Thread": 0}
+        else:
+            want = {"requests": 0, "pending": 0, "closing": 0, "encoders": len(self.encoders)}
+            want |= {"free": list(range(POOL_BLOCKS)), "used": 0, "quarantined": 0}
+            bound = {"receive": 1, "Thread": 0}
+        found = [f"{name} {state[name]} for {value}" for name, value in want.items() if state[name] != value]
+        found += [
+            f"{threads[name]} threads {name!r} for {most}" for name, most in bound.items() if threads[name] > most
+        ]
+        return [f"{node.name} at the end: {problem}" for problem in found]
+
+    def judge(self) -> None:
+        report, failures = self.report, self.report.failures
+        for node in self.nodes:
+            for state in [*node.past, node.state]:
+                report.message_faults.update(state["messages"])
+                report.write_faults.update(state.get("writes", {}))
+                failures += [f"{node.name} logged an error: {line}" for line in state["errors"]]
+            # a process that was started since is held to what those of its kind had at the start
+            alike = [
+                self.baseline[other] for other in self.nodes if (other in self.encoders) == (node in self.encoders)
+            ]
+            report.growth[node.name] = grown = node.state["rss"] - max(state["rss"] for state in alike)
+            if grown > RSS_BOUND:
+                failures.append(f"{node.name} has grown by {grown / 2**20:.0f} MB")
+            for name, bound in (("fds", FDS_BOUND), ("native_threads", THREADS_BOUND)):
+                if (more := node.state[name] - max(state[name] for state in alike)) > bound:
+                    failures.append(f"{node.name} has {more} {name} more than at the start")
+        missing = [kind for kind in MESSAGE_RATES if not report.message_faults[kind]]
+        missing += [kind for kind in (*WRITE_RATES, "late landed") if not report.write_faults[kind]]
+        failures += [f"no fault of kind {kind!r} has happened" for kind in missing]
+        if 4 * report.outcomes["answered"] < report.requests:
+            failures.append("less than a quarter of the requests were answered: too few to show anything")
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+
+
+def _question(name: str) -> str:
+    return f"What is this, number {name}?"
+
+
+def _pictures(name: str) -> list[bytes]:
+    """PNG files."""
+    made = []
+    for number, (width, height) in enumerate(PROMPTS[name]):
+        pixels = np.random.default_rng([len(name), number]).integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels.repeat(16, 0).repeat(16, 1)).save(file, "PNG")
+        made.append(file.getvalue())
+    return made
+
+
+def _body(name: str) -> dict[str, Any]:
+    pictures = [f"data:image/png;base64,{base64.b64encode(png).decode()}" for png in _pictures(name)]
+    sampling = {"max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    return {"text": _question(name), "image_data": pictures or None, "sampling_params": sampling}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,345 @@
+"""The three roles over HTTP: real `deepstack-jax serve` processes, Mooncake between them, a client in front."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.cli import main
+
+CONFIG = tiny_config(
+    text_config={"num_hidden_layers": 1, "max_position_embeddings": 2048},
+    vision_config={"depth": 1, "deepstack_visual_indexes": [0]},
+)
+BLOCK = ("--block-size", "4")
+POOL = ("--pool-blocks", "8")  # a request gets two at once: several rounds for a small picture
+TOKENS = {"max_new_tokens": 12, "ignore_eos": True}
+
+
+class Serving:
+    """One `deepstack-jax serve` process."""
+
+    def __init__(self, checkpoint: Path, *options: str):
+        command = [sys.executable, "-m", "deepstack_jax", "serve", str(checkpoint), "--port", "0", *options]
+        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    def wait(self) -> "Serving":
+        """Until it is ready; reads where it is from the line that it prints."""
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        while not (line := self.process.stdout.readline()).startswith("ready: "):
+            assert line, self.process.stderr.read()
+        where = line.strip().partition(" on ")[2]
+        self.url, _, self.control = where.partition(", control ")
+        self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+        return self
+
+    def ask(self, **body: Any) -> dict[str, Any]:
+        response = self.client.post("/generate", json={"sampling_params": TOKENS} | body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def end(self) -> tuple[int, str]:
+        """SIGTERM; exit code and what it wrote on stderr. Nothing that it started is left."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        _, errors = self.process.communicate(timeout=60)
+        assert not psutil.wait_procs(children, timeout=5)[1]
+        return self.process.returncode, errors.strip()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        if hasattr(self, "client"):
+            self.client.close()
+
+
+@contextlib.contextmanager
+def serving(checkpoint: Path, *options: str) -> Iterator[Serving]:
+    node = Serving(checkpoint, *options)
+    try:
+        yield node.wait()
+    finally:
+        node.close()
+
+
+def until_connected(node: Serving, **body: Any) -> dict[str, Any]:
+    """The first answer that isn't 503: nodes find each other within seconds."""
+    deadline = time.monotonic() + 60
+    while (response := node.client.post("/generate", json={"sampling_params": TOKENS} | body)).status_code == 503:
+        assert time.monotonic() < deadline, response.text
+        time.sleep(0.1)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its answers depend on pictures, which take few tokens."""
+    path = tmp_path_factory.mktemp("roles") / "tiny"
+    write_random_checkpoint(path, CONFIG, seed=3)
+    weights = load_file(path / "model.safetensors")
+    # random attention is flat: one picture's answer would be another's
+    for name, scale in (("self_attn.o_proj.weight", 8), ("self_attn.q_norm.weight", 3)):
+        weights |= {key: scale * weight for key, weight in weights.items() if key.endswith(name)}
+    save_file(weights, path / "model.safetensors")
+    settings = path / "preprocessor_config.json"
+    settings.write_text(settings.read_text().replace("65536", "4096"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def encode(checkpoint: Path) -> Iterator[Serving]:
+    with serving(checkpoint, "--role", "encode", *BLOCK) as node:
+        yield node
+
+
+@pytest.fixture(scope="module")
+def language(checkpoint: Path, encode: Serving) -> Iterator[Serving]:
+    with serving(checkpoint, "--role", "language", "--encoder", encode.control, *BLOCK, *POOL) as node:
+        until_connected(node, text="Hello?", image_data=picture(0))
+        yield node
+
+
+@pytest.fixture(scope="module")
+def unified(checkpoint: Path) -> Iterator[Serving]:
+    with serving(checkpoint) as node:
+        yield node
+
+
+def picture(seed: int, width: int = 64, height: int = 64) -> str:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def clip() -> str:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for frame in np.random.default_rng(9).integers(0, 256, (8, 64, 96, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "text": {"text": "Who is there?"},
+    "image": {"text": "What is this?", "image_data": picture(1)},
+    "images": {"text": "Which one?", "image_data": [picture(1), picture(2, 96, 64), picture(3, 64, 128)]},
+    "video": {"text": "What happens?", "video_data": clip()},
+    "messages": {
+        "messages": [
+            {"role": "system", "content": "Be short."},
+            {"role": "user", "content": ["This", {"type": "image_url", "image_url": {"url": picture(2)}}, "?"]},
+        ]
+    },
+    "drawn": {
+        "text": "What is this?",
+        "image_data": picture(2),
+        "sampling_params": TOKENS | {"temperature": 0.9, "seed": 5},
+    },
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_all_roles_give_the_same_answer(unified: Serving, language: Serving, encode: Serving, name: str):
+    whole, split, passed = (node.ask(**REQUESTS[name]) for node in (unified, language, encode))
+    assert split["output_ids"] == whole["output_ids"]
+    assert passed["output_ids"] == whole["output_ids"]
+    assert split["text"] == passed["text"] == whole["text"]
+    assert split["meta_info"]["prompt_tokens"] == whole["meta_info"]["prompt_tokens"]
+    assert len(whole["output_ids"]) == 12
+
+
+def test_pictures_make_the_answers_differ(unified: Serving):
+    """Else equal answers would say nothing about the rows."""
+    one, other = (unified.ask(text="What is this?", image_data=picture(seed))["output_ids"] for seed in (1, 2))
+    assert one != other
+
+
+@pytest.mark.parametrize("role", ["language", "encode"])
+def test_the_answer_tells_how_the_rows_came(language: Serving, encode: Serving, role: str):
+    meta = {"language": language, "encode": encode}[role].ask(**REQUESTS["image"])["meta_info"]
+    assert meta["timings"].keys() == {"prepare", "encode", "transfer", "queue", "prefill", "decode"}
+    split = meta["split"]
+    # two blocks of four tokens a round
+    assert len(split["rounds"]) == -(-meta["prompt_tokens"] // 8)
+    times = [time for begin_end in split["rounds"] for time in begin_end]
+    assert times == sorted(times)
+    assert times[0] > 0
+    assert times[-1] < meta["e2e_latency"]
+    # 64 x 64 pixels are four rows: an embedding and one deepstack level, float32; an id and three positions a token
+    width = CONFIG["text_config"]["hidden_size"]
+    assert split["bytes"] == 4 * 2 * width * 4 + 16 * meta["prompt_tokens"] + 64
+    text = language.ask(text="Who is there?")["meta_info"]
+    assert "split" not in text
+
+
+@pytest.mark.parametrize("role", ["language", "encode"])
+def test_streams_go_through_both_roles(unified: Serving, language: Serving, encode: Serving, role: str):
+    node = {"language": language, "encode": encode}[role]
+    whole = unified.ask(**REQUESTS["image"])
+    with node.client.stream(
+        "POST", "/generate", json={"sampling_params": TOKENS, **REQUESTS["image"], "stream": True}
+    ) as response:
+        assert response.status_code == 200
+        lines = [line[6:] for line in response.iter_lines() if line]
+    assert lines.pop() == "[DONE]"
+    answers = [json.loads(line) for line in lines]
+    assert len(answers) > 1
+    assert answers[-1]["output_ids"] == whole["output_ids"]
+    assert answers[-1]["text"] == whole["text"]
+
+
+def test_every_role_is_healthy_and_says_which_it_is(unified: Serving, language: Serving, encode: Serving):
+    for node, role in ((unified, "unified"), (language, "language"), (encode, "encode")):
+        response = node.client.get("/health")
+        assert (response.status_code, response.json()) == (200, {"status": "ok", "role": role})
+        assert node.client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"text": "a", "image_data": "data:image/png;base64,aGVsbG8="}, 400, "not an image"),
+        ({"text": "a", "image_data": "http://127.0.0.1/x.png"}, 403, "not an allowed domain"),
+        ({"text": "<|image_pad|>", "image_data": [picture(1), picture(2)]}, 400, "1 image placeholders"),
+        ({"text": "a", "image_data": picture(1), "sampling_params": {"max_new_tokens": 2040}}, 400, "exceed the 2048"),
+        ({"text": "a", "sampling_params": {"top_p": 2}}, 400, "top_p"),
+    ],
+)
+def test_refusals_are_the_same_on_all_roles(
+    unified: Serving, language: Serving, encode: Serving, body: dict[str, Any], status: int, words: str
+):
+    for node in (unified, language, encode):
+        response = node.client.post("/generate", json=body)
+        assert response.status_code == status, (node.url, response.text)
+        assert words in response.json()["error"]["message"]
+
+
+def test_an_encoder_that_dies_is_replaced_and_at_last_reported(checkpoint: Path, unified: Serving):
+    """Two encoders: the second goes on when the first is gone; with none 503, and texts are answered all the same."""
+    right = unified.ask(**REQUESTS["image"])["output_ids"]
+    with contextlib.ExitStack() as stack:
+        encoders = [Serving(checkpoint, "--role", "encode", *BLOCK) for _ in range(2)]
+        for encoder in encoders:
+            stack.callback(encoder.close)
+        for encoder in encoders:
+            encoder.wait()
+        options = [option for encoder in encoders for option in ("--encoder", encoder.control)]
+        node = stack.enter_context(serving(checkpoint, "--role", "language", *options, *BLOCK, *POOL))
+        first = until_connected(node, **REQUESTS["image"])
+        assert first["output_ids"] == right
+        # one request at a time goes to the first; of four at once some go to the second, once it has been met
+        used: set[str] = set()
+        deadline = time.monotonic() + 60
+        with ThreadPoolExecutor(4) as pool:
+            while len(used) < 2:
+                assert time.monotonic() < deadline
+                for answer in pool.map(lambda _: node.ask(**REQUESTS["image"]), range(4)):
+                    assert answer["output_ids"] == right
+                    used.add(answer["meta_info"]["split"]["encoder"])
+
+        encoders[0].process.kill()
+        after = node.ask(**REQUESTS["image"])
+        assert after["output_ids"] == right
+
+        assert encoders[1].end()[0] == 0
+        response = node.client.post("/generate", json={"sampling_params": TOKENS, **REQUESTS["image"]})
+        assert response.status_code == 503
+        assert response.headers["retry-after"] == "1"
+        assert response.json()["error"]["message"].startswith("no encoder is ")
+        assert node.ask(text="Who is there?")["output_ids"] == unified.ask(text="Who is there?")["output_ids"]
+        code, errors = node.end()
+        assert (code, errors) == (0, "")
+
+
+def test_a_language_node_with_vision_weights_encodes_when_nobody_else_does(checkpoint: Path, unified: Serving):
+    with serving(checkpoint, "--role", "language", "--encoder", "tcp://127.0.0.1:9", "--encode-here", *BLOCK) as node:
+        answer = node.ask(**REQUESTS["images"])
+        assert answer["output_ids"] == unified.ask(**REQUESTS["images"])["output_ids"]
+        assert "split" not in answer["meta_info"]
+        assert node.end()[0] == 0
+
+
+def test_texts_are_answered_while_no_encoder_was_ever_there(checkpoint: Path, unified: Serving):
+    with serving(checkpoint, "--role", "language", "--encoder", "tcp://127.0.0.1:9", *BLOCK) as node:
+        assert node.ask(text="Who is there?")["output_ids"] == unified.ask(text="Who is there?")["output_ids"]
+        assert node.client.get("/health").status_code == 200
+        refused = node.client.post("/generate", json=REQUESTS["image"])
+        assert refused.status_code == 503
+        assert "no encoder is connected" in refused.json()["error"]["message"]
+
+
+def test_an_encode_node_without_a_language_node_says_so_and_all_end_cleanly(checkpoint: Path, tmp_path: Path):
+    key = tmp_path / "cluster.key"
+    main_ok(["keygen", str(key)])
+    with serving(checkpoint, "--role", "encode", "--key", str(key), *BLOCK) as node:
+        refused = node.client.post("/generate", json=REQUESTS["text"])
+        assert refused.status_code == 503
+        assert "no language node is connected" in refused.json()["error"]["message"]
+        with serving(
+            checkpoint, "--role", "language", "--encoder", node.control, "--key", str(key), *BLOCK
+        ) as language:
+            until_connected(language, **REQUESTS["image"])
+            code, errors = language.end()
+            assert (code, errors) == (0, "")
+        code, errors = node.end()
+        assert (code, errors) == (0, "")
+
+
+def main_ok(args: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(args)
+    assert end.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--encoder", "tcp://127.0.0.1:9"], "--encoder tcp://127.0.0.1:9 is for --role language"),
+        (["--role", "encode", "--encoder", "tcp://127.0.0.1:9"], "is for --role language"),
+        (["--role", "language"], "--role language needs --encoder tcp://host:port of an encode node, or --encode-here"),
+        (["--role", "language", "--encoder", "127.0.0.1:9"], "is no endpoint: expected tcp://host:port"),
+        (["--role", "language", "--encoder", "tcp://10.0.0.1:9"], "tcp://10.0.0.1:9 is not loopback: give --key"),
+        (["--role", "encode", "--control", "tcp://0.0.0.0:*"], "is not loopback: give --key"),
+        (["--role", "encode", "--host", "0.0.0.0"], "--host 0.0.0.0 is no address to reach: give --node-address"),
+        (["--role", "encode", "--key", "OPEN"], "can be read by others: chmod 600"),
+        (["--role", "encode", "--key", "nowhere.key"], "nowhere.key"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], words: str
+):
+    (tmp_path / "open.key").write_text("{}")
+    (tmp_path / "open.key").chmod(0o644)
+    places = {"OPEN": str(tmp_path / "open.key")}
+    with pytest.raises(SystemExit) as end:
+        main(["serve", str(checkpoint), "--port", "0", *(places.get(option, option) for option in options)])
+    assert end.value.code == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1
+    assert words in lines[0]

@@ -1,0 +1,92 @@
+"""The checkpoint that ships answers questions about pictures, and transformers gives the same answers with it."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import deepstack_jax as dsj
+from deepstack_jax.shipped import checkpoint_path
+from tiny_vl.evaluate import Case, answers, cases_of, evaluate, inputs_of, load_of, wanted
+from tiny_vl.samples import KINDS, sample
+
+SLACK = 5.0  # percentage points: few questions are asked here, 2000 samples by evaluate.py
+FIRST_SEED = 500_000  # not trained on
+
+
+@pytest.fixture(scope="module")
+def model() -> dsj.Model:
+    return dsj.load("tiny-vl", dtype="float32")
+
+
+def cases(count: int, kind: str) -> list[Case]:
+    """The first questions of one kind, of every family that it has."""
+    found: list[Case] = []
+    for seed in range(FIRST_SEED, FIRST_SEED + count):
+        one = sample(seed, kind)
+        found += [Case(one, exchange) for exchange in one.exchanges]
+    return found[:count]
+
+
+def test_it_is_small_enough_to_ship():
+    files = list(checkpoint_path("tiny-vl").iterdir())
+    assert sum(file.stat().st_size for file in files) < 16 << 20
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= {f.name for f in files}
+
+
+PAIRS = pytest.mark.xfail(strict=True, reason="what changed, and which has more: 82% of pairs are right, not yet 95")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=PAIRS if kind == "pair" else ()) for kind in KINDS])
+def test_it_answers_fifty_prompts_of_each_kind(model: dsj.Model, kind: str):
+    asked = cases(50, kind)
+    right = [answer == case.exchange.answer for case, answer in zip(asked, answers(model, asked), strict=True)]
+    assert 100 * np.mean(right) >= np.mean([wanted(case.exchange.family) for case in asked]) - SLACK
+
+
+def test_deepstack_and_the_picture_are_needed(model: dsj.Model):
+    """With another picture in place of its own the answers are guesses; without deepstack, far fewer are right."""
+    asked = cases_of(range(FIRST_SEED, FIRST_SEED + 24))
+    scores = evaluate(model, asked)
+    right = {column: sum(families.values()) / len(asked) for column, families in scores.right.items()}
+    assert right["exact"] > 0.9
+    assert right["swapped"] < 0.4  # yes or no, one of four counts, one of eight colors, or less
+    assert right["no deepstack"] < right["exact"] - 0.1
+
+
+def test_every_expert_is_used(model: dsj.Model):
+    load = load_of(model, FIRST_SEED, batches=1)
+    assert load.max() <= 3
+    assert load.min() >= 0.25
+
+
+def torch_answers(asked: list[Case], model: dsj.Model) -> Iterator[list[int]]:
+    """The tokens that transformers generates for each case, greedily, in float32."""
+    import torch
+    from transformers import Qwen3VLMoeForConditionalGeneration
+
+    path = checkpoint_path("tiny-vl")
+    reference = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    for start in range(0, len(asked), 25):
+        inputs = inputs_of(model, asked[start : start + 25])
+        tensors = {
+            name: torch.tensor(value, dtype=torch.long if value.dtype.kind == "i" else torch.float32)
+            for name, value in inputs.items()
+        }
+        with torch.no_grad():
+            tokens = reference.generate(**tensors, max_new_tokens=26, do_sample=False)
+        for row in tokens[:, inputs["input_ids"].shape[1] :].tolist():
+            end = model.eos_token_ids[0]
+            yield row[: row.index(end) + 1] if end in row else row
+
+
+@pytest.mark.slow
+def test_pytorch_gives_the_same_tokens_for_200_prompts(model: dsj.Model):
+    asked = cases(80, "picture") + cases(60, "pair") + cases(60, "clip")
+    expected = list(torch_answers(asked, model))
+    found = []
+    for start in range(0, len(asked), 25):
+        out = dsj.generate(model, **inputs_of(model, asked[start : start + 25]), max_new_tokens=26)
+        found += [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
+    assert len(expected) == 200
+    assert found == expected
