@@ -90,7 +90,7 @@ def train_step(
     decay = jnp.minimum(AVERAGE, (1.0 + state.step) / (10.0 + state.step))
     average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state.average, params)
     seen = {name: seen[name] for name in ("answers", "balance", "load", "sight")}
-    return TrainState(params, average, opt_state, state.step + 1), seen | {"gradient": optax.global_norm(gradient)}
+    return TrainState(params, average, opt_state, state.step + 1), seen | {"gradient": optax.tree.norm(gradient)}
 
 
 @partial(jax.jit, static_argnums=0)
