@@ -172,7 +172,7 @@ def stream(
     `inputs` are the arrays of `forward`, `options` the sampling options of `generate`. It runs the programs of
     `generate` and yields the tokens that it returns.
     """
-    batch = arrange(model.config, **{name: value for name, value in inputs.items() if name != "mm_token_type_ids"})
+    batch = arrange(model.config, **inputs)
     plan = plan_answer(model, batch, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **options)
     for tokens in answer(model, prompt_of(model, batch), plan):
         yield tokens[:, 0]
@@ -239,7 +239,8 @@ def encode_visuals(model: Model, visuals: Sequence[Visual]) -> list[jax.Array]:
             size = min(ENCODE_TOGETHER, 1 << (len(numbers).bit_length() - 1))
             group, numbers[:] = numbers[:size], numbers[size:]
             items = [(visuals[i].pixel_values, visuals[i].geometry) for i in group]
-            stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *items)
+            # one alone needs no copy of its pixels
+            stacked = jax.tree.map(lambda *arrays: np.stack(arrays) if arrays[1:] else arrays[0][None], *items)
             rows |= zip(group, encode(model.config, model.vision_params, *stacked), strict=True)
     return [rows[i] for i in range(len(visuals))]
 

@@ -13,7 +13,6 @@ from tests.cases import IMAGE, VIDEO, batch_of
 
 CONFIG = parse_config(tiny_config())
 GOOD = batch_of(tiny_config(), [[4, (IMAGE, (1, 4, 6)), 3]])
-GOOD.pop("mm_token_type_ids")
 
 
 def test_buckets_are_few_and_hold_their_length():
@@ -31,7 +30,6 @@ def test_pictures_in_two_buckets_of_the_encoder_share_one_of_prefill():
     rows = []
     for grid in ((1, 20, 26), (1, 20, 30)):  # 130 and 150 visual tokens
         arrays = batch_of(tiny_config(), [[4, (IMAGE, grid), 3]])
-        arrays.pop("mm_token_type_ids")
         batch = arrange(CONFIG, **arrays)
         rows.append((len(batch.visuals[0].pixel_values) // 4, encode_rows(model, batch)))
     assert [(patches, len(made)) for patches, made in rows] == [(144, 160), (160, 160)]
@@ -45,7 +43,6 @@ def test_an_image_has_the_same_rows_bit_for_bit_whatever_comes_with_it(dtype: st
     model = dsj.Model(CONFIG, init_params(CONFIG, dtype=dtype))
     grids = [(1, 8, 6), (1, 20, 30), (1, 10, 6), (1, 6, 8), (1, 4, 6), (1, 8, 8), (3, 4, 6)]
     arrays = batch_of(tiny_config(), [[4, *((VIDEO if grid[0] > 1 else IMAGE, grid) for grid in grids), 3]])
-    arrays.pop("mm_token_type_ids")
     visuals = arrange(CONFIG, **arrays).visuals
     together = encode_visuals(model, visuals)
     for visual, rows in zip(visuals, together, strict=True):

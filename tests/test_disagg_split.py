@@ -144,7 +144,6 @@ def fetched(model: dsj.Model, process: EncodeProcess, payloads: list[bytes], **o
 def whole_prompt(model: dsj.Model, case: str) -> Prompt:
     images, videos = media(case)
     arrays = dsj.prepare(model, "What is this?", images=images, videos=videos)
-    arrays.pop("mm_token_type_ids")
     return prompt_of(model, arrange(model.config, **arrays))
 
 

@@ -46,9 +46,7 @@ def runner(model: dsj.Model) -> Iterator[Runner]:
 
 
 def inputs_of(seed: int = 0, image: bool = False) -> dict[str, np.ndarray]:
-    inputs = batch_of(CONFIG, [[3, (IMAGE, (1, 4, 4)), 4]] if image else [[12]], seed=seed)
-    inputs.pop("mm_token_type_ids", None)
-    return inputs
+    return batch_of(CONFIG, [[3, (IMAGE, (1, 4, 4)), 4]] if image else [[12]], seed=seed)
 
 
 def work_of(model: dsj.Model, inputs: dict[str, np.ndarray], **options: Any) -> tuple[Any, Any]:
@@ -144,6 +142,22 @@ def test_a_full_line_takes_no_more_until_a_place_is_given_back(model: dsj.Model)
     assert events[2].ended.wait(60)
     assert not events[0].all  # nobody hears of what was cancelled
     runner.stop()
+
+
+def test_who_hears_the_end_finds_the_place_given_back(model: dsj.Model, runner: Runner):
+    batch, plan = work_of(model, inputs_of())
+    narrow = replace(prompt_of(model, batch), input_ids=np.zeros((1, 0), np.int32))
+    for prompt in (batch, narrow):
+        ended, busy = threading.Event(), []
+
+        def emit(event: Event) -> None:
+            if isinstance(event, WorkError) or event.finish:
+                busy.append((runner.waiting, runner.busy_seconds))  # noqa: B023
+                ended.set()  # noqa: B023
+
+        runner.submit(prompt, plan, time.monotonic() + 120, emit)
+        assert ended.wait(120)
+        assert busy == [(0, 0.0)]
 
 
 def test_cancelled_work_stops_and_the_next_begins(model: dsj.Model):

@@ -95,11 +95,10 @@ def rows_of_both(
     directory: Path, case: Case, torch_dtype: torch.dtype, jax_dtype: jnp.dtype
 ) -> tuple[np.ndarray, np.ndarray]:
     """float32 rows of PyTorch and of JAX."""
-    arrays = {name: value for name, value in case.inputs.items() if name != "mm_token_type_ids"}
     reference, model = load_reference(directory, torch_dtype), dsj.load(directory, jax_dtype)
     parts = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-    expected = [reference_rows(reference, arrays[p], arrays[g]) for p, g in parts if p in arrays]
-    batch = arrange(model.config, **arrays)
+    expected = [reference_rows(reference, case.inputs[p], case.inputs[g]) for p, g in parts if p in case.inputs]
+    batch = arrange(model.config, **case.inputs)
     rows = np.asarray(encode_rows(model, batch), np.float32)[: batch.num_visual_tokens]
     return np.concatenate(expected), rows
 

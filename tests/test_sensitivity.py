@@ -56,8 +56,7 @@ def images_in_the_wrong_order(model: dsj.Model, batch: Batch, prompt: Prompt) ->
 def test_a_well_known_mistake_shows(mistake: Callable, tmp_path):
     write_random_checkpoint(tmp_path, CASE.config, seed=CASE.seed, tokenizer=False)
     model = dsj.load(tmp_path, jnp.float32)
-    arrays = {name: value for name, value in CASE.inputs.items() if name != "mm_token_type_ids"}
-    batch = arrange(model.config, **arrays)
+    batch = arrange(model.config, **CASE.inputs)
     prompt = prompt_of(model, batch)
     right = all_logits(model.config, model.text_params, prompt)
     wrong = all_logits(model.config, model.text_params, mistake(model, batch, prompt))

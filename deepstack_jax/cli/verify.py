@@ -78,8 +78,7 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
     from deepstack_jax.processing.batch import arrange
     from deepstack_jax.programs import precision_of, run_prompt
 
-    arrays = {name: value for name, value in inputs.items() if name != "mm_token_type_ids"}
-    batch = arrange(model.config, **arrays)
+    batch = arrange(model.config, **inputs)
     config = model.config
 
     @jax.jit

@@ -47,7 +47,8 @@ from deepstack_jax.disagg.wire import (
     FORMAT_VERSION,
     fingerprint,
 )
-from deepstack_jax.processing.batch import arrange
+from deepstack_jax.processing.batch import Visual, arrange
+from deepstack_jax.processing.sources import one_line
 
 PEER_SILENCE = 10.0  # seconds without a message after which a language node counts as gone
 WATCH = 1.0  # seconds at most between two looks at timers and peers
@@ -243,20 +244,20 @@ class EncodeServer:
     async def _prepare(self, action: Prepare) -> None:
         key, began = action.key, time.monotonic()
         try:
-            prompt, content, visuals = await self._loop.run_in_executor(self._pool, self._read, action.payload)
+            prompt, visuals, keys = await self._loop.run_in_executor(self._pool, self._read, action.payload)
             prepared = time.monotonic()
-            encoded = await asyncio.wrap_future(self.worker.submit(visuals)) if visuals else None
+            encoded = await asyncio.wrap_future(self.worker.submit(visuals, keys)) if visuals else None
             if (job := self._jobs.get(key)) is None:
                 return
             job.prompt = OutgoingPrompt(**prompt, rows=encoded.rows if encoded else None)
         except asyncio.CancelledError:
             raise
         except ValueError as error:
-            self._do(self.sender.failed(key, 400, " ".join(str(error).split()), time.monotonic()))
+            self._do(self.sender.failed(key, 400, one_line(error), time.monotonic()))
             return
         except Exception as error:
             _log.exception("encoding failed")
-            reason = f"the encoder failed ({type(error).__name__}): {' '.join(str(error).split())[:300]}"
+            reason = f"the encoder failed ({type(error).__name__}): {one_line(error)[:300]}"
             self._do(self.sender.failed(key, 500, reason, time.monotonic()))
             return
         aux, ids, positions = (prompt[name] for name in ("aux_datas", "fill_ids", "mrope_positions"))
@@ -265,32 +266,30 @@ class EncodeServer:
             len(ids),
             int(aux[AUX_VISUAL_ROWS]),
             int(aux[AUX_ROPE_DELTA]),
-            fingerprint(self.hello.model, ids, positions, content),
+            fingerprint(self.hello.model, ids, positions, xxhash.xxh3_128(b"".join(keys)).digest()),
             time.monotonic(),
             prepare_us=int((prepared - began) * 1e6),
             encode_us=int((time.monotonic() - prepared) * 1e6),
         )
         self._do(actions)
 
-    def _read(self, payload: bytes) -> tuple[dict[str, Any], bytes, tuple[Any, ...]]:
-        """(an OutgoingPrompt's arrays, a digest of the pixels, the images and videos)."""
+    def _read(self, payload: bytes) -> tuple[dict[str, Any], tuple[Visual, ...], list[bytes]]:
+        """(an OutgoingPrompt's arrays, the images and videos, their keys)."""
         prompt, images, videos = unpack(payload)
         arrays = self._model.processor.prepare(prompt, images=images, videos=videos)
-        arrays.pop("mm_token_type_ids")
         batch = arrange(self._model.config, **arrays)
         count = int(batch.lengths[0])
         aux = np.zeros(AUX_LENGTH, np.int32)
         aux[AUX_TOTAL_TOKENS], aux[AUX_ROPE_DELTA] = count, batch.rope_deltas[0]
         aux[AUX_VISUAL_ROWS], aux[AUX_FORMAT_VERSION] = batch.num_visual_tokens, FORMAT_VERSION
         index = np.full(count, -1, np.int32) if batch.visual_index is None else batch.visual_index[0, :count]
-        content = xxhash.xxh3_128(b"".join(content_key(visual) for visual in batch.visuals)).digest()
         prompt_arrays = {
             "fill_ids": batch.input_ids[0, :count],
             "mrope_positions": np.ascontiguousarray(batch.position_ids[:, 0, :count]),
             "aux_datas": aux,
             "visual_index": index,
         }
-        return prompt_arrays, content, batch.visuals
+        return prompt_arrays, batch.visuals, [content_key(visual) for visual in batch.visuals]
 
     def _write(self, action: StartWrite) -> None:
         """Hands blocks to the peer's bridge."""
@@ -316,7 +315,7 @@ class EncodeServer:
         elif isinstance(error, WriteSkippedError):
             self._do(self.sender.write_skipped(key, round, numbers, now))
         else:
-            self._do(self.sender.write_failed(key, round, numbers, " ".join(str(error).split()), now))
+            self._do(self.sender.write_failed(key, round, numbers, one_line(error), now))
 
 
 def new_incarnation() -> str:

@@ -15,6 +15,7 @@ import xxhash
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.generation import encode_visuals, join_rows
 from deepstack_jax.processing.batch import Visual
+from deepstack_jax.processing.sources import one_line
 
 MAX_TOGETHER = 16  # requests whose images are encoded together
 
@@ -52,7 +53,7 @@ class RowCache:
 @dataclass(frozen=True)
 class _Job:
     visuals: Sequence[Visual]
-    cached: bool
+    keys: Sequence[bytes] | None
     future: "Future[Encoded]" = field(default_factory=Future)
 
 
@@ -84,12 +85,13 @@ class EncodeWorker:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def submit(self, visuals: Sequence[Visual], cached: bool = True) -> "Future[Encoded]":
+    def submit(self, visuals: Sequence[Visual], keys: Sequence[bytes] | None = None) -> "Future[Encoded]":
         """Rows of one request's images and videos, one or more. Cancelling the future takes them out of the line.
 
-        `cached` False runs the encoder in any case, and keeps nothing: it shows whether the device works.
+        `keys` are their `content_key`s. Without them the encoder runs in any case, and nothing is kept: that shows
+        whether the device works.
         """
-        job = _Job(visuals, cached)
+        job = _Job(visuals, keys)
         self._jobs.put(job)
         return job.future
 
@@ -107,7 +109,7 @@ class EncodeWorker:
                     break
                 jobs.append(job)
             wanted = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            for group in ([job for job in wanted if job.cached], *([job] for job in wanted if not job.cached)):
+            for group in ([job for job in wanted if job.keys], *([job] for job in wanted if not job.keys)):
                 if group:
                     self._answer(group)
             if last:
@@ -116,16 +118,11 @@ class EncodeWorker:
     def _answer(self, jobs: list["_Job"]) -> None:
         started = self._busy_since = time.monotonic()
         try:
-            if not jobs[0].cached:
-                made = [join_rows(encode_visuals(self._model, jobs[0].visuals), jobs[0].visuals)]
-                jax.block_until_ready(made)
-            else:
-                made = self._encode([job.visuals for job in jobs])
-            for job, rows in zip(jobs, made, strict=True):
+            for job, rows in zip(jobs, self._encode(jobs), strict=True):
                 job.future.set_result(Encoded(rows, time.monotonic() - started))
             self.last_work, self.error = time.monotonic(), None
         except Exception as error:
-            self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
             if len(jobs) == 1:
                 jobs[0].future.set_exception(error)
             else:  # one of them is to blame: the others shall not pay for it
@@ -134,25 +131,23 @@ class EncodeWorker:
         finally:
             self._busy_since = None
 
-    def _encode(self, requests: list[Sequence[Visual]]) -> list[jax.Array]:
-        keys = [[content_key(visual) for visual in visuals] for visuals in requests]
-        wanted = {
-            key: visual
-            for visuals, of_request in zip(requests, keys, strict=True)
-            for visual, key in zip(visuals, of_request, strict=True)
-        }
+    def _encode(self, jobs: list["_Job"]) -> list[jax.Array]:
+        """Each job's rows: of jobs that have keys, or of a single one that has none."""
+        if not jobs[0].keys:
+            return jax.block_until_ready([join_rows(encode_visuals(self._model, jobs[0].visuals), jobs[0].visuals)])
+        keys = [job.keys or () for job in jobs]
+        wanted = {key: visual for job in jobs for key, visual in zip(job.keys or (), job.visuals, strict=True)}
         there = {key: rows for key in wanted if (rows := self.cache.get(key)) is not None}
         missing = {key: visual for key, visual in wanted.items() if key not in there}
         there |= zip(missing, encode_visuals(self._model, list(missing.values())), strict=True)
         joined = [
-            join_rows([there[key] for key in of_request], visuals)
-            for visuals, of_request in zip(requests, keys, strict=True)
+            join_rows([there[key] for key in of_job], job.visuals) for job, of_job in zip(jobs, keys, strict=True)
         ]
         jax.block_until_ready(joined)
         for key in missing:
             self.cache.put(key, there[key])
         self.encoded += len(missing)
-        self.found += sum(len(of_request) for of_request in keys) - len(missing)
+        self.found += sum(len(of_job) for of_job in keys) - len(missing)
         return joined
 
 

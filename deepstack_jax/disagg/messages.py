@@ -83,7 +83,7 @@ class HeartbeatReply(Message, frozen=True):
 
     sequence: Counter
     incarnation: Name
-    work_age_ms: Milliseconds  # since the worker, not the thread that answers, last did real work
+    work_age_ms: Milliseconds  # how long the worker has been busy with one piece of work, 0 when idle
 
 
 class Goodbye(Message, frozen=True):

@@ -20,6 +20,7 @@ import numpy as np
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.generation import Plan, answer, plan_answer, prompt_of
 from deepstack_jax.processing.batch import Batch, arrange
+from deepstack_jax.processing.sources import one_line
 from deepstack_jax.programs import Prompt
 
 STEP_SECONDS = 0.03  # of decoding between two looks at the world: cancellations, deadlines, tokens given out
@@ -230,21 +231,21 @@ class Runner:
 
     def _run(self) -> None:
         while (work := self._next()) is not None:
-            failure: WorkError | None = None
+            last: Event | None = None
             try:
-                self._answer(work)
+                last = self._answer(work)
             except WorkError as error:
-                failure = error.with_traceback(None)  # a traceback would keep the work's cache alive
+                last = error.with_traceback(None)  # a traceback would keep the work's cache alive
             except BaseException as error:
                 # nothing that one piece of work meets may end the thread
                 _log.exception("a request failed")
-                self.error = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
                 self._failures += 1
-                failure = WorkError(f"the model failed on this request ({self.error}): try again, or a smaller one")
+                last = WorkError(f"the model failed on this request ({self.error}): try again, or a smaller one")
             with self._changed:
                 self._running = self._busy_since = None
-            if failure is not None:
-                _emit(work, failure)
+            if last is not None:  # whoever hears it finds the place given back
+                _emit(work, last)
 
     def _next(self) -> Work | None:
         """The first in line, or None once the runner is stopped and the line is empty."""
@@ -256,18 +257,19 @@ class Runner:
             self._running = self._waiting.popleft()
             return self._running
 
-    def _answer(self, work: Work) -> None:
+    def _answer(self, work: Work) -> Event | None:
+        """Emits all chunks but the last, which it returns; None where the work was cancelled."""
         laps = _Laps(work.submitted)
         laps.end("queue")
         if not self._wanted(work, "in line"):
-            return
+            return None
         self._busy_since = time.monotonic()
         prompt = work.prompt if isinstance(work.prompt, Prompt) else prompt_of(self.model, work.prompt)
         jax.block_until_ready(prompt.rows)
         laps.end("encode")
         work.prompt = prompt
         if not self._wanted(work, "after encoding"):
-            return
+            return None
         pace = _Pace(self.step_seconds)
         stage, made, count = "prefill", 0, int(np.max(prompt.lengths))
         ends = {token for token in work.plan.sampling.end_token_ids.tolist() if token >= 0}
@@ -277,10 +279,13 @@ class Runner:
             laps.end(stage)
             stage, self.last_work, self.error, self._failures = "decode", time.monotonic(), None, 0
             finish = "stop" if tokens[-1] in ends else "length" if made == work.plan.max_new_tokens else None
-            if finish is None and not self._wanted(work, f"after {made} tokens"):
-                return
-            _emit(work, Chunk(tokens, count, finish, dict(laps.seconds) if finish else {}))
+            if finish:
+                return Chunk(tokens, count, finish, dict(laps.seconds))
+            if not self._wanted(work, f"after {made} tokens"):
+                return None
+            _emit(work, Chunk(tokens, count))
             self._busy_since = time.monotonic()
+        raise AssertionError("an answer ends with an end token or at max_new_tokens")
 
     def _wanted(self, work: Work, where: str) -> bool:
         """Whether to go on. Raises where a deadline has passed."""

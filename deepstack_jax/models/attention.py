@@ -124,7 +124,8 @@ def _read_block(
     readable = (slots >= jnp.maximum(start, unread_from)[..., None]) & (slots < stop[..., None])
     readable = readable[:, None, None]
     scores = jnp.where(readable, scores, _LOWEST)
-    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
+    # The result does not depend on the maximum, so neither does the gradient.
+    new_maximum = jax.lax.stop_gradient(jnp.maximum(maximum, jnp.max(scores, axis=-1)))
     # held above _LOWEST, so that what isn't readable weighs 0 where nothing was readable yet
     weights = jnp.exp(scores - jnp.maximum(new_maximum, _LOWEST / 2)[..., None])
     shrink = jnp.exp(maximum - new_maximum)

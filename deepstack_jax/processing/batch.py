@@ -65,12 +65,16 @@ def arrange(
     image_grid_thw: ArrayLike | None = None,
     pixel_values_videos: ArrayLike | None = None,
     video_grid_thw: ArrayLike | None = None,
+    mm_token_type_ids: ArrayLike | None = None,
 ) -> Batch:
     """Checks the arrays against the model and against each other, and arranges them.
+
+    `mm_token_type_ids` is taken so that a processor's whole output can be passed; input_ids say as much.
 
     Raises:
         ValueError: naming the array, what is wrong with it and what it should be.
     """
+    del mm_token_type_ids
     ids, mask = _checked_tokens(config, input_ids, attention_mask)
     columns = [np.flatnonzero(row) for row in mask]
     lengths = np.asarray([len(row) for row in columns], np.int32)

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepstack_jax.config import VisionConfig
-from deepstack_jax.processing.sources import describe, open_source
+from deepstack_jax.processing.sources import describe, one_line, open_source
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 64 << 20
@@ -222,7 +222,7 @@ def _load_file(file: Any, name: str, max_pixels: int) -> Image.Image:
         pixels = re.search(r"\d+", str(error))
         raise ImageError(_too_large(name, f"{pixels[0] if pixels else 'too many'} pixels", max_pixels)) from None
     except Exception as error:  # decoders raise many types for damaged headers
-        raise ImageError(f"{name} can't be read ({_one_line(error)}): give an intact image file") from None
+        raise ImageError(f"{name} can't be read ({one_line(error)}): give an intact image file") from None
     with image:
         return _finish(image, name, max_pixels)
 
@@ -242,7 +242,7 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         if frames == 1:
             image.load()
     except Exception as error:
-        raise ImageError(f"{name} is damaged or truncated ({_one_line(error)}): give an intact file") from None
+        raise ImageError(f"{name} is damaged or truncated ({one_line(error)}): give an intact file") from None
     if frames > 1:
         raise ImageError(f"{name} is animated ({frames} frames): pass it as a video, or pass one of its frames")
     try:
@@ -255,7 +255,7 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         if isinstance(error, ImageError):
             raise
         raise ImageError(
-            f"{name} of mode {image.mode} can't be made RGB ({_one_line(error)}): convert it first"
+            f"{name} of mode {image.mode} can't be made RGB ({one_line(error)}): convert it first"
         ) from None
 
 
@@ -297,7 +297,3 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _too_large(name: str, size: str, max_pixels: int) -> str:
     return f"{name} has {size}, more than the {max_pixels} allowed: scale it down"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -29,6 +29,7 @@ from deepstack_jax.processing.images import (
     preprocess_images,
     read_image_settings,
 )
+from deepstack_jax.processing.sources import one_line
 from deepstack_jax.processing.videos import (
     Video,
     VideoSettings,
@@ -71,9 +72,8 @@ class Processor:
         try:
             return AutoTokenizer.from_pretrained(str(self.directory), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = " ".join(str(error).split())
             raise PromptError(
-                f"the tokenizer in {self.directory} can't be loaded ({reason}): copy its files again"
+                f"the tokenizer in {self.directory} can't be loaded ({one_line(error)}): copy its files again"
             ) from None
 
     @cached_property

@@ -41,6 +41,11 @@ def describe(source: object) -> str:
     return text if len(text) <= 120 else text[:60] + "..."
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's message in one line; its type's name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _existing(path: Path, error: type[ValueError]) -> Path:
     try:
         if path.is_file():

@@ -13,6 +13,7 @@ from deepstack_jax.checkpoint import Model
 from deepstack_jax.disagg.encode import EncodeServer
 from deepstack_jax.engine.runner import Chunk, DeadlineError, tiny_prompt
 from deepstack_jax.processing.processor import DecodeStream
+from deepstack_jax.processing.sources import one_line
 from deepstack_jax.serving.requests import GenerateRequest, RequestError
 
 IDLE_SECONDS = 30.0  # after which the encoder is tested before it is called healthy
@@ -40,12 +41,11 @@ class EncodeNode:
         self._stopping = False
 
     async def start(self) -> None:
-        """Reads the tokenizer, encodes a tiny picture, then opens to language nodes.
+        """Encodes a tiny picture, then opens to language nodes.
 
         Raises:
             ValueError: the encoder failed; with the reason.
         """
-        await asyncio.to_thread(lambda: self._model.processor.tokenizer)
         if (reason := await self._self_test(None)) is not None:
             raise ValueError(reason)
         await self._server.start()
@@ -84,8 +84,9 @@ class EncodeNode:
         except TimeoutError:
             raise DeadlineError("no answer in time from the language node: ask for less, or try again") from None
         except httpx.HTTPError as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RequestError(f"the language node can't be reached ({reason}): try again later", 503) from None
+            raise RequestError(
+                f"the language node can't be reached ({one_line(error)}): try again later", 503
+            ) from None
         raise RequestError("the language node ended its answer early: try again", 502)
 
     async def health(self) -> str | None:
@@ -114,11 +115,11 @@ class EncodeNode:
     async def _self_test(self, timeout: float | None) -> str | None:
         visuals = tiny_prompt(self._model).visuals
         try:
-            await asyncio.wait_for(asyncio.wrap_future(self._server.worker.submit(visuals, cached=False)), timeout)
+            await asyncio.wait_for(asyncio.wrap_future(self._server.worker.submit(visuals)), timeout)
         except TimeoutError:
             return f"the encoder has not come back within {timeout:g} s"
         except Exception as error:
-            return f"the encoder failed ({type(error).__name__}): {' '.join(str(error).split())[:300]}"
+            return f"the encoder failed ({type(error).__name__}): {one_line(error)[:300]}"
         return None
 
 

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from deepstack_jax.engine.runner import Chunk, DeadlineError, QueueFullError, StoppingError, WorkError
 from deepstack_jax.processing.processor import DecodeStream
+from deepstack_jax.processing.sources import one_line
 from deepstack_jax.serving.policy import MediaError, MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest, RequestError, parse_request
 
@@ -283,9 +284,9 @@ def _as_request_error(error: Exception) -> RequestError:
         case RequestError():
             return error
         case MediaError():
-            return RequestError(_one_line(error), error.status, code="media_refused")
+            return RequestError(one_line(error), error.status, code="media_refused")
         case ValueError():
-            return RequestError(_one_line(error))
+            return RequestError(one_line(error))
         case QueueFullError() | StoppingError():
             code = "queue_full" if isinstance(error, QueueFullError) else "stopping"
             return RequestError(str(error), 503, code=code, kind="overloaded_error", headers={"retry-after": "1"})
@@ -294,7 +295,3 @@ def _as_request_error(error: Exception) -> RequestError:
         case WorkError():
             return RequestError(str(error), 500)
     return RequestError(f"the server failed ({type(error).__name__}): see its log", 500)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

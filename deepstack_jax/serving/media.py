@@ -17,7 +17,7 @@ import av
 import av.error
 from PIL import Image, UnidentifiedImageError
 
-from deepstack_jax.processing.sources import describe, open_source
+from deepstack_jax.processing.sources import describe, one_line, open_source
 from deepstack_jax.processing.videos import DEFAULT_FPS, VideoSettings
 from deepstack_jax.serving.fetch import fetch
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
@@ -84,7 +84,7 @@ def check_image(data: io.BytesIO, budget: Budget, name: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise MediaError(f"{name} has more pixels than any image needs: scale it down", 413) from None
     except Exception as error:  # decoders raise many types for damaged headers
-        raise MediaError(f"{name} can't be read ({_one_line(error)}): send an intact image") from None
+        raise MediaError(f"{name} can't be read ({one_line(error)}): send an intact image") from None
     if animated:
         raise MediaError(f"{name} is animated: send it as a video, or one of its frames")
     budget.spend("pixels", image.width * image.height, name)
@@ -161,7 +161,3 @@ def _open_beneath(folder: Path, parts: Sequence[str]) -> int:
         os.close(file)
         raise OSError(0, "not a regular file")
     return file
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

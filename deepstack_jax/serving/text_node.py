@@ -18,6 +18,7 @@ from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
 from deepstack_jax.generation import Plan, plan_answer
 from deepstack_jax.processing.batch import Batch, arrange
 from deepstack_jax.processing.processor import DecodeStream
+from deepstack_jax.processing.sources import one_line
 from deepstack_jax.programs import Prompt
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest, Inputs, RequestError, admit_media
@@ -148,7 +149,7 @@ class TextNode:
             return None
         except TransferFailedError as error:
             headers = {"retry-after": "1"} if error.status == 503 else {}
-            raise RequestError(" ".join(str(error).split()), error.status, headers=headers) from None
+            raise RequestError(one_line(error), error.status, headers=headers) from None
 
     def _check_text(self, request: GenerateRequest) -> None:
         """Refuses what can't fit before it is rendered and tokenized."""
@@ -163,7 +164,6 @@ class TextNode:
     def _prepare(self, request: GenerateRequest, inputs: Inputs) -> tuple[Batch, Plan]:
         """Decodes pictures, tokenizes, and checks that prompt and answer fit."""
         arrays = self._model.processor.prepare(inputs.prompt, images=inputs.images, videos=inputs.videos)
-        arrays.pop("mm_token_type_ids")
         batch = arrange(self._model.config, **arrays)
         return batch, self._plan(request, batch)
 

@@ -23,7 +23,7 @@ from deepstack_jax.processing.processor import Processor
 from deepstack_jax.processing.videos import load_video
 from tiny_vl.changes import Clip
 from tiny_vl.checkpoint import FRAMES_PER_SECOND
-from tiny_vl.questions import ask_of_clip, ask_of_pair, ask_of_picture
+from tiny_vl.questions import ask_of_clip, ask_of_pair, ask_of_picture, ask_of_what_is_not
 from tiny_vl.samples import Drawing, Exchange, Sample, draw, sample
 from tiny_vl.scenes import Scene
 from tiny_vl.sight import CLASSES, UNKNOWN, scenes_of, seen_in
@@ -34,7 +34,7 @@ PATCHES = {"picture": 144, "pair": 144, "clip": 100}  # of a view at most: 192 x
 MEDIA_TOKENS = {"picture": 41, "pair": 79, "clip": 104}
 VIEWS_OF = {"picture": 1, "pair": 2, "clip": 4}
 MORE = 4  # questions which of two pictures has more, besides a pair's own
-LAST = ("number", "above", "below", "pair_changed", "clip_event")  # families that are learned last, or asked seldom
+LAST = ("number", "above", "below", "pair_changed", "clip_event", "clip_motion")  # learned last, or asked seldom
 BYTES = np.broadcast_to(np.arange(256, dtype=np.float32), (3, 256))  # patchify's table that keeps bytes as they are
 
 
@@ -90,13 +90,14 @@ class TrainingBatch:
 def ask_more(rng: np.random.Generator, drawing: Drawing) -> list[Exchange]:
     """More exchanges about a sample than it comes with: what else its questions could have been.
 
-    Of two pictures, which one has more of every shape and color that either shows.
+    Of two pictures, which one has more of some shapes and colors that either shows; of a picture and a clip, whatever
+    is answered with "Nothing." and "It does not move." too: these are rare otherwise, and learned last.
     """
     subject = drawing.subject
     if isinstance(subject, Scene):
-        return [exchange for _ in range(2) for exchange in ask_of_picture(rng, subject)]
+        return [*ask_of_what_is_not(rng, subject), *(e for _ in range(2) for e in ask_of_picture(rng, subject))]
     if isinstance(subject, Clip):
-        return [exchange for _ in range(3) for exchange in ask_of_clip(rng, subject)]
+        return [*ask_of_what_is_not(rng, subject), *(e for _ in range(3) for e in ask_of_clip(rng, subject))]
     things = (*subject.first.things, *subject.second.things)
     words = {"shapes", *(thing.shape for thing in things), *(thing.color for thing in things)}
     more = [replace(subject, change=None, first=replace(subject.first, asked=word)) for word in sorted(words)]

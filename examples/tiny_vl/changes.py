@@ -22,7 +22,7 @@ from tiny_vl.scenes import (
     shows,
 )
 
-CHANGES = ("color", "size", "removed", "added", "nothing")
+CHANGES = ("color", "size", "removed", "added", "nothing", "nothing")  # as often as they stand here
 EVENTS = ("move", "move", "appear", "color")  # as often as they stand here
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 

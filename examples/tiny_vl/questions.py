@@ -181,11 +181,10 @@ def ask_of_pair(rng: Generator, pair: Pair) -> tuple[Exchange, ...]:
 def ask_of_clip(rng: Generator, clip: Clip) -> tuple[Exchange, ...]:
     """Three or four exchanges: what happens, which way a shape moves, and colors and counts at the start or the end."""
     exchanges = [_say(rng, "clip_event", event_sentence(clip))]
-    last = clip.scenes[-1].things
     if clip.event == "move":
-        still = [thing for thing in last if (thing.shape, thing.color) != (clip.subject.shape, clip.subject.color)]
+        still = _still(clip)
         if still and rng.random() < 0.2:
-            exchanges.append(_say(rng, "clip_motion", "It does not move.", name(pick(rng, still))))
+            exchanges.append(_ask_still(rng, still))
         else:
             exchanges.append(_say(rng, "clip_motion", f"It moves {clip.direction}.", name(clip.subject)))
     when = pick(rng, ("start", "end"))
@@ -198,6 +197,15 @@ def ask_of_clip(rng: Generator, clip: Clip) -> tuple[Exchange, ...]:
         thing = pick(rng, alone)
         exchanges.append(_say(rng, "clip_color", f"It is {thing.color}.", thing.shape, when))
     return tuple(_shuffled(rng, exchanges))
+
+
+def ask_of_what_is_not(rng: Generator, subject: Scene | Clip) -> tuple[Exchange, ...]:
+    """What has nothing left of it, right of it, above and below it; of a clip, what does not move."""
+    if isinstance(subject, Clip):
+        still = _still(subject)
+        return (_ask_still(rng, still),) if still else ()
+    alone = {family: _related(subject, family)[0] for family in SIDES}
+    return tuple(_say(rng, family, *reversed(pick(rng, found))) for family, found in alone.items() if found)
 
 
 def describe(scene: Scene) -> str:
@@ -295,7 +303,13 @@ def _ask_exists(rng: Generator, scene: Scene, pattern: str) -> Exchange:
 
 
 def _ask_relation(rng: Generator, scene: Scene, family: str) -> Exchange | None:
-    """Of a thing with nothing, or exactly one thing, on that side of it and no doubt about any other."""
+    """What is on that side of a thing, where that is nothing or exactly one thing."""
+    wanted = _related(scene, family)[0 if rng.random() < NOTHING_SHARE[family] else 1]
+    return _say(rng, family, *reversed(pick(rng, wanted))) if wanted else None
+
+
+def _related(scene: Scene, family: str) -> dict[int, list[tuple[str, str]]]:
+    """(thing, answer) of those with nothing, and of those with one thing, on that side and no doubt about any other."""
     things: list[Thing | Number] = [*scene.things, *((scene.number,) if scene.number else ())]
     names = [name(thing) for thing in things]
     sign = -1 if family in ("left_of", "above") else 1
@@ -312,11 +326,19 @@ def _ask_relation(rng: Generator, scene: Scene, family: str) -> Exchange | None:
         there = [name(other) for other, distance in zip(others, apart, strict=True) if distance > 0]
         if len(there) < 2 and all(abs(distance) >= SEPARATION for distance in apart):
             found[len(there)].append((name(thing), f"The {there[0]}." if there else "Nothing."))
-    wanted = found[0 if rng.random() < NOTHING_SHARE[family] else 1]
-    if not wanted:
-        return None
-    what, answer = pick(rng, wanted)
-    return _say(rng, family, answer, what)
+    return found
+
+
+def _still(clip: Clip) -> list[Thing]:
+    """What stands still while another thing moves."""
+    if clip.event != "move":
+        return []
+    moves = clip.subject.shape, clip.subject.color
+    return [thing for thing in clip.scenes[-1].things if (thing.shape, thing.color) != moves]
+
+
+def _ask_still(rng: Generator, still: list[Thing]) -> Exchange:
+    return _say(rng, "clip_motion", "It does not move.", name(pick(rng, still)))
 
 
 def _count(scene: Scene, word: str) -> int:
