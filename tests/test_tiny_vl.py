@@ -1,13 +1,12 @@
 """The checkpoint that ships answers questions about pictures, and transformers gives the same answers with it."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
 import deepstack_jax as dsj
 from deepstack_jax.shipped import checkpoint_path
-from tiny_vl.evaluate import Case, answers, cases_of, evaluate, inputs_of, load_of, wanted
+from tiny_vl.evaluate import Case, answers, cases_of, evaluate, load_of, wanted
+from tiny_vl.parity import cases_of_kinds, differing, load_torch
 from tiny_vl.samples import KINDS, sample
 
 SLACK = 5.0  # percentage points: few questions are asked here, 2000 samples by evaluate.py
@@ -60,33 +59,9 @@ def test_every_expert_is_used(model: dsj.Model):
     assert load.min() >= 0.25
 
 
-def torch_answers(asked: list[Case], model: dsj.Model) -> Iterator[list[int]]:
-    """The tokens that transformers generates for each case, greedily, in float32."""
-    import torch
-    from transformers import Qwen3VLMoeForConditionalGeneration
-
-    path = checkpoint_path("tiny-vl")
-    reference = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    for start in range(0, len(asked), 25):
-        inputs = inputs_of(model, asked[start : start + 25])
-        tensors = {
-            name: torch.tensor(value, dtype=torch.long if value.dtype.kind == "i" else torch.float32)
-            for name, value in inputs.items()
-        }
-        with torch.no_grad():
-            tokens = reference.generate(**tensors, max_new_tokens=26, do_sample=False)
-        for row in tokens[:, inputs["input_ids"].shape[1] :].tolist():
-            end = model.eos_token_ids[0]
-            yield row[: row.index(end) + 1] if end in row else row
-
-
 @pytest.mark.slow
 def test_pytorch_gives_the_same_tokens_for_200_prompts(model: dsj.Model):
-    asked = cases(80, "picture") + cases(60, "pair") + cases(60, "clip")
-    expected = list(torch_answers(asked, model))
-    found = []
-    for start in range(0, len(asked), 25):
-        out = dsj.generate(model, **inputs_of(model, asked[start : start + 25]), max_new_tokens=26)
-        found += [row[:length].tolist() for row, length in zip(out.tokens, out.lengths, strict=True)]
-    assert len(expected) == 200
-    assert found == expected
+    cases = cases_of_kinds(200, FIRST_SEED)
+    found, asked = differing(model, load_torch(checkpoint_path("tiny-vl")), cases)
+    assert asked == {"picture": 67, "pair": 67, "clip": 66}
+    assert not found

@@ -6,6 +6,8 @@ from typing import Any
 import msgspec
 from PIL import Image
 
+from deepstack_jax.processing.sources import one_line
+
 _IMAGE, _VIDEO = 1, 2  # msgpack extension types
 
 
@@ -23,7 +25,7 @@ def unpack(data: bytes) -> tuple[str | list[dict[str, Any]], list[Image.Image], 
     try:
         prompt, images, videos = _DECODER.decode(data)
     except (msgspec.MsgspecError, RecursionError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the request can't be read: {' '.join(str(error).split())[:200]}") from None
+        raise ValueError(f"the request can't be read: {one_line(error)[:200]}") from None
     return prompt, images, videos
 
 

@@ -15,18 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from converters.hf_to_orbax import new_directory
 from converters.mapping import parameters
+from converters.random_checkpoint import SPECIAL_TOKENS
 from converters.safetensors_file import FileWriter
 from deepstack_jax.config import ModelConfig, parse_config
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)  # their ids are 0 to 6
 VOCABULARY = 640
 # Pictures become about 25 to 36 visual tokens, temporal patches of a clip 9 to 20 each: near-constant cost, and things
 # that are small in a small picture are enlarged.
@@ -61,7 +53,7 @@ CHAT_TEMPLATE = """\
 
 def tiny_vl_config() -> dict[str, Any]:
     """The contents of config.json."""
-    ids = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
+    ids = {token: i for i, token in enumerate(SPECIAL_TOKENS)}  # the tokenizer's first
     text = {
         "model_type": "qwen3_vl_moe_text",
         "vocab_size": VOCABULARY,

@@ -69,7 +69,7 @@ OUTLINES = {
 
 
 def _draw_number(picture: Image.Image, number: Number) -> None:
-    font = _font(number.face, round(2 * number.height / _digit_height(number.face)))
+    font = font_of(number.face, round(2 * number.height / digit_height(number.face)))
     left, top, right, bottom = font.getbbox(number.text)
     mask = Image.new("L", (ceil(right - left) + 4, ceil(bottom - top) + 4))
     ImageDraw.Draw(mask).text((2 - left, 2 - top), number.text, fill=255, font=font)
@@ -79,14 +79,14 @@ def _draw_number(picture: Image.Image, number: Number) -> None:
 
 
 @lru_cache(maxsize=512)
-def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
+def font_of(face: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(HERE / "fonts" / f"{face}.ttf", size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=16)
-def _digit_height(face: str) -> float:
+def digit_height(face: str) -> float:
     """Height of the digits of a face at size 1."""
-    _, top, _, bottom = _font(face, 200).getbbox("0123456789")
+    _, top, _, bottom = font_of(face, 200).getbbox("0123456789")
     return (bottom - top) / 200
 
 

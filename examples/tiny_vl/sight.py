@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from tiny_vl.changes import Pair
-from tiny_vl.rendering import _digit_height, _font
+from tiny_vl.rendering import digit_height, font_of
 from tiny_vl.samples import Drawing
 from tiny_vl.scenes import COLORS, SHAPES, SIZES, Number, Scene
 
@@ -90,7 +90,7 @@ def sight_loss(logits: Float[Array, "M C"], seen: Int[Array, "M 5"]) -> tuple[ja
 
 def _digit_centres(number: Number) -> list[tuple[float, float, int]]:
     """(x, y, digit) of each digit of a number."""
-    font, scale = _font(number.face, round(2 * number.height / _digit_height(number.face))), 2
+    font, scale = font_of(number.face, round(2 * number.height / digit_height(number.face))), 2
     ends = [font.getlength(number.text[: i + 1]) / scale for i in range(len(number.text))]
     turn, starts = radians(number.angle), [0.0, *ends[:-1]]
     along = [(start + end) / 2 - ends[-1] / 2 for start, end in zip(starts, ends, strict=True)]
