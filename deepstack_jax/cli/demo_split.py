@@ -58,11 +58,12 @@ class SplitNodes:
             held.bind(("127.0.0.1", 0))
             control = f"tcp://127.0.0.1:{held.getsockname()[1]}"
             # without a cache, so that a question asked again is encoded again
-            options = ["--role", "encode", "--control", control, "--cache-bytes", "0"]
-            self._encode = stack.enter_context(_node(self._checkpoint, "encode", options))
-            options = ["--role", "language", "--encoder", control, "--pool-blocks", str(POOL_BLOCKS)]
+            shared = ["--block-size", str(BLOCK_SIZE), "--dtype", "float32"]
+            options = ["--control", control, "--cache-bytes", "0"]
+            self._encode = stack.enter_context(serve_process(self._checkpoint, "encode", shared + options))
+            options = ["--encoder", control, "--pool-blocks", str(POOL_BLOCKS)]
             options += ["--max-bytes", str(1 << 30), "--max-pixels", str(1 << 30)]
-            self._language = stack.enter_context(_node(self._checkpoint, "language", options))
+            self._language = stack.enter_context(serve_process(self._checkpoint, "language", shared + options))
             self._stack = stack.pop_all()
         return self
 
@@ -75,13 +76,8 @@ class SplitNodes:
         Raises:
             ValueError: one of them ended, with its own line, or was not ready in time.
         """
-        deadline = time.monotonic() + START_SECONDS
         for node in (self._encode, self._language):
-            while node.url is None:
-                node.look()
-                if time.monotonic() > deadline:
-                    raise ValueError(f"the {node.role} process was not ready within {START_SECONDS:g} s: try again")
-                time.sleep(0.05)
+            node.wait()
 
     def ask(self, question: str, picture: Any, max_new_tokens: int) -> dict[str, Any]:
         """The language node's answer to a question about a picture, as `POST /generate` gives it.
@@ -131,13 +127,27 @@ def spans_of(meta: dict[str, Any]) -> list[Span]:
     ]
 
 
-class _Node:
+class ServeProcess:
     """A process of `deepstack-jax serve`, and what it has said."""
 
     def __init__(self, role: str, process: subprocess.Popen[bytes], output: int):
         self.role = role
-        self.url: str | None = None  # once it is ready
+        self.url: str | None = None  # once it is ready, as is `control`
+        self.control = ""  # an encode node's
         self._process, self._output = process, output
+
+    def wait(self) -> None:
+        """Until it is ready.
+
+        Raises:
+            ValueError: it ended, with its own line, or was not ready in time.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while self.url is None:
+            self.look()
+            if time.monotonic() > deadline:
+                raise ValueError(f"the {self.role} process was not ready within {START_SECONDS:g} s: try again")
+            time.sleep(0.05)
 
     def look(self) -> None:
         """Reads what it says.
@@ -148,20 +158,21 @@ class _Node:
         lines = os.pread(self._output, 1 << 20, 0).decode(errors="replace").split("\n")
         for line in lines:
             if line.startswith("ready: "):
-                self.url = line.partition(" on ")[2].split(",")[0].strip()
+                self.url, _, self.control = line.strip().partition(" on ")[2].partition(", control ")
         if (code := self._process.poll()) is not None:
             said = next((line for line in reversed(lines) if line.strip()), "nothing")
             raise ValueError(f"the {self.role} process ended with code {code}: {said.removeprefix('error: ')}")
 
 
 @contextlib.contextmanager
-def _node(checkpoint: Path, role: str, options: list[str]) -> Iterator[_Node]:
-    shared = ["--port", "0", "--block-size", str(BLOCK_SIZE), "--dtype", "float32", "--grace", "0"]
-    command = [sys.executable, "-P", "-c", _RUN, "serve", str(checkpoint), *shared, *options]
+def serve_process(checkpoint: Path, role: str, options: list[str]) -> Iterator[ServeProcess]:
+    """A `deepstack-jax serve` of that role with more options, on a free port; it ends with the `with`."""
+    options = ["--role", role, "--port", "0", "--grace", "0", *options]
+    command = [sys.executable, "-P", "-c", _RUN, "serve", str(checkpoint), *options]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
-            yield _Node(role, process, output.fileno())
+            yield ServeProcess(role, process, output.fileno())
         finally:
             process.terminate()
             try:
