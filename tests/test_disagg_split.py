@@ -228,12 +228,12 @@ def test_with_two_encoders_sixty_four_requests_end_about_in_order(
         endpoints = [process.endpoint, other.endpoint]
         links = open_encoder_links(text_alone, endpoints, block_size=BLOCK, num_blocks=12, share=4)
 
-        async def one(number: int) -> tuple[str, str]:
+        async def one(number: int) -> tuple[int, str]:
             arrival = await links.fetch(f"r{number}", payloads[number], time.monotonic() + 100)
             ended.append(number)
             return arrival.encoder, model.processor.tokenizer.decode(arrival.prompt.input_ids[0])
 
-        async def work() -> list[tuple[str, str]]:
+        async def work() -> list[tuple[int, str]]:
             while links.num_encoders < 2:
                 await asyncio.sleep(0.02)
             await asyncio.gather(
@@ -243,7 +243,7 @@ def test_with_two_encoders_sixty_four_requests_end_about_in_order(
 
         answers = asyncio.run(with_links(links, work()))
         assert all(f"number {i}?" in text for i, (_, text) in enumerate(answers))
-        assert sorted(Counter(encoder for encoder, _ in answers).values()) == [32, 32]
+        assert Counter(encoder for encoder, _ in answers) == {0: 32, 1: 32}
         assert links.receiver.attempts == 4 + 64  # none had to be asked for twice
         assert other.counters()["jobs"] == process.counters()["jobs"] == 0
     overtaken = [sum(later > number for later in ended[:place]) for place, number in enumerate(ended)]
@@ -288,6 +288,6 @@ def test_without_an_encoder_a_request_fails_at_once_with_the_reason(checkpoint: 
         finally:
             await links.close()
 
-    with pytest.raises(TransferFailedError, match="no encoder is left: no encoder is connected") as error:
+    with pytest.raises(TransferFailedError, match=r"^no encoder is connected$") as error:
         asyncio.run(work())
     assert error.value.status == 503

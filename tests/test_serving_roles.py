@@ -254,7 +254,7 @@ def test_an_encoder_that_dies_is_replaced_and_at_last_reported(checkpoint: Path,
         first = until_connected(node, **REQUESTS["image"])
         assert first["output_ids"] == right
         # one request at a time goes to the first; of four at once some go to the second, once it has been met
-        used: set[str] = set()
+        used: set[int] = set()
         deadline = time.monotonic() + 60
         with ThreadPoolExecutor(4) as pool:
             while len(used) < 2:

@@ -72,7 +72,7 @@ class Arrival:
     """What has come for a request, and how."""
 
     prompt: Prompt
-    encoder: str
+    encoder: int  # its place among the endpoints
     prepare_seconds: float
     encode_seconds: float
     rounds: list[Round]
@@ -93,7 +93,8 @@ class _Pending:
     incoming: IncomingPrompt | None = None
     visual_rows: int = 0
     prepared: Prepared | None = None
-    encoder: str = ""
+    peer: str = ""
+    encoder: int = 0
     rounds: dict[int, Round] = field(default_factory=dict)
     num_bytes: int = 0
 
@@ -226,7 +227,7 @@ class EncoderLinks:
                 try:
                     self._settle(request_id, self._arrival(pending))
                 except (ValueError, RuntimeError) as error:
-                    self._settle(request_id, TransferFailedError(502, f"what {pending.encoder} sent is wrong: {error}"))
+                    self._settle(request_id, TransferFailedError(502, f"what {pending.peer} sent is wrong: {error}"))
             case Ended(request_id, _, status, reason):
                 self._settle(request_id, TransferFailedError(status, reason))
 
@@ -328,7 +329,8 @@ class EncoderLinks:
             self._by_peer[peer].connection.send(Abort(message.request_id, message.attempt))
             return
         if isinstance(message, Prepared) and (pending := self._pending.get(message.request_id)):
-            pending.prepared, pending.encoder = message, peer
+            pending.prepared, pending.peer = message, peer
+            pending.encoder = self._links.index(self._by_peer[peer])
         self._do(self.receiver.receive(peer, message, now))
 
     def _is_over(self, message: Message) -> bool:

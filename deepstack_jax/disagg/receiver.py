@@ -237,7 +237,8 @@ class Receiver:
             if self.settings.encodes_here:
                 del self.requests[request_id]
                 return [*actions, EncodeHere(request_id, reason)]
-            return actions + self._fail(request_id, 503, f"no encoder is left: {reason}", now)
+            reason = f"no encoder is left: {reason}" if request.tried else reason
+            return actions + self._fail(request_id, 503, reason, now)
         busy = Counter(other.peer for other in self.requests.values())
         peer = min(self.peers, key=lambda peer: (request.tried.get(peer, 0), busy[peer]))
         again = peer in request.tried
