@@ -34,7 +34,7 @@ PATCHES = {"picture": 144, "pair": 144, "clip": 100}  # of a view at most: 192 x
 MEDIA_TOKENS = {"picture": 41, "pair": 79, "clip": 104}
 VIEWS_OF = {"picture": 1, "pair": 2, "clip": 4}
 MORE = 4  # questions which of two pictures has more, besides a pair's own
-LAST = ("number", "above", "below", "pair_changed", "clip_event", "clip_motion")  # learned last, or asked seldom
+LAST = ("number", "above", "count_kind", "pair_changed", "clip_event", "clip_motion")  # learned last, or asked seldom
 BYTES = np.broadcast_to(np.arange(256, dtype=np.float32), (3, 256))  # patchify's table that keeps bytes as they are
 
 

@@ -59,7 +59,7 @@ def tiny_vl_config() -> dict[str, Any]:
         "vocab_size": VOCABULARY,
         "hidden_size": 160,
         "intermediate_size": 320,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 6,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,

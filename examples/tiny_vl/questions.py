@@ -200,12 +200,12 @@ def ask_of_clip(rng: Generator, clip: Clip) -> tuple[Exchange, ...]:
 
 
 def ask_of_what_is_not(rng: Generator, subject: Scene | Clip) -> tuple[Exchange, ...]:
-    """What has nothing left of it, right of it, above and below it; of a clip, what does not move."""
+    """What is above the topmost thing of a picture; of a clip, where a thing moves that does not."""
     if isinstance(subject, Clip):
         still = _still(subject)
         return (_ask_still(rng, still),) if still else ()
-    alone = {family: _related(subject, family)[0] for family in SIDES}
-    return tuple(_say(rng, family, *reversed(pick(rng, found))) for family, found in alone.items() if found)
+    topmost = _related(subject, "above")[0]
+    return (_say(rng, "above", *reversed(pick(rng, topmost))),) if topmost else ()
 
 
 def describe(scene: Scene) -> str:

@@ -27,7 +27,7 @@ from tiny_vl.steps import TrainState, check_step, rate, train_step
 
 # Of the steps. Pictures say most about what shapes look like, so they come first.
 EARLY, EARLY_SHARES = 900, {"picture": 0.8, "pair": 0.1, "clip": 0.1}
-SHARES = {"picture": 0.36, "pair": 0.4, "clip": 0.24}
+SHARES = {"picture": 0.35, "pair": 0.45, "clip": 0.2}
 AHEAD = 6  # batches made ahead
 CHECKED = {"picture": 8, "pair": 6, "clip": 6}  # batches of held-out samples that a check asks
 CHECK_SEED = 500_000
