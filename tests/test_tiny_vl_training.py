@@ -295,7 +295,7 @@ def test_the_chat_template_writes_the_conversation_format_of_qwen(model: dsj.Mod
 def test_the_directory_is_small_and_says_what_it_is(checkpoint: Path, model: dsj.Model):
     text, vision = model.config.text, model.config.vision
     assert vision is not None
-    assert (text.num_hidden_layers, text.num_experts, text.num_experts_per_tok) == (4, 8, 2)
+    assert (text.num_hidden_layers, text.num_experts, text.num_experts_per_tok) == (6, 8, 2)
     assert len(vision.deepstack_visual_indexes) == 3
     assert vision.depth >= 4
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
