@@ -37,7 +37,9 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        from deepstack_jax.processing.sources import one_line
+
+        message = one_line(error)
         expected = isinstance(error, ValueError | OSError)
         print(f"error: {message if expected else f'{type(error).__name__}: {message}'}", file=sys.stderr)
         sys.exit(1)

@@ -136,7 +136,11 @@ class EncodeWorker:
         if not jobs[0].keys:
             return jax.block_until_ready([join_rows(encode_visuals(self._model, jobs[0].visuals), jobs[0].visuals)])
         keys = [job.keys or () for job in jobs]
-        wanted = {key: visual for job in jobs for key, visual in zip(job.keys or (), job.visuals, strict=True)}
+        wanted = {
+            key: visual
+            for job, of_job in zip(jobs, keys, strict=True)
+            for key, visual in zip(of_job, job.visuals, strict=True)
+        }
         there = {key: rows for key in wanted if (rows := self.cache.get(key)) is not None}
         missing = {key: visual for key, visual in wanted.items() if key not in there}
         there |= zip(missing, encode_visuals(self._model, list(missing.values())), strict=True)

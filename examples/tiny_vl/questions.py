@@ -205,7 +205,7 @@ def ask_of_what_is_not(rng: Generator, subject: Scene | Clip) -> tuple[Exchange,
         still = _still(subject)
         return (_ask_still(rng, still),) if still else ()
     topmost = _related(subject, "above")[0]
-    return (_say(rng, "above", *reversed(pick(rng, topmost))),) if topmost else ()
+    return (_say(rng, "above", *pick(rng, topmost)),) if topmost else ()
 
 
 def describe(scene: Scene) -> str:
@@ -305,11 +305,11 @@ def _ask_exists(rng: Generator, scene: Scene, pattern: str) -> Exchange:
 def _ask_relation(rng: Generator, scene: Scene, family: str) -> Exchange | None:
     """What is on that side of a thing, where that is nothing or exactly one thing."""
     wanted = _related(scene, family)[0 if rng.random() < NOTHING_SHARE[family] else 1]
-    return _say(rng, family, *reversed(pick(rng, wanted))) if wanted else None
+    return _say(rng, family, *pick(rng, wanted)) if wanted else None
 
 
 def _related(scene: Scene, family: str) -> dict[int, list[tuple[str, str]]]:
-    """(thing, answer) of those with nothing, and of those with one thing, on that side and no doubt about any other."""
+    """(answer, thing) of those with nothing, and of those with one thing, on that side and no doubt about any other."""
     things: list[Thing | Number] = [*scene.things, *((scene.number,) if scene.number else ())]
     names = [name(thing) for thing in things]
     sign = -1 if family in ("left_of", "above") else 1
@@ -325,7 +325,7 @@ def _related(scene: Scene, family: str) -> dict[int, list[tuple[str, str]]]:
             apart = [sign * (other.y - thing.y) / scene.height for other in others]
         there = [name(other) for other, distance in zip(others, apart, strict=True) if distance > 0]
         if len(there) < 2 and all(abs(distance) >= SEPARATION for distance in apart):
-            found[len(there)].append((name(thing), f"The {there[0]}." if there else "Nothing."))
+            found[len(there)].append((f"The {there[0]}." if there else "Nothing.", name(thing)))
     return found
 
 
