@@ -40,6 +40,7 @@ from tiny_vl.sight import CLASSES, seen_in, sight_loss  # noqa: E402
 from tiny_vl.sight import KINDS as SEEN_KINDS  # noqa: E402
 
 SEED = 123_456
+compiled_loss = jax.jit(loss_of, static_argnums=(0, 3))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_loss_is_the_cross_entropy_of_the_public_forward(
     model: dsj.Model, batches: dict[str, TrainingBatch], kind: str
 ):
     batch = batches[kind]
-    loss, seen = jax.jit(lambda params, arrays: loss_of(model.config, params, arrays))(model.params, batch.arrays())
+    loss, seen = compiled_loss(model.config, model.params, batch.arrays())
     log_likelihood: list[float] = []
     # every exchange asked alone, through prepare and forward
     for name, rows in batch.rows.items():
@@ -125,6 +126,25 @@ def _answer_likelihood(model: dsj.Model, batch: TrainingBatch, group: str, row: 
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probability = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return log_probability[np.arange(len(targets)), targets].tolist()
+
+
+def test_hidden_samples_are_seen_through_deepstack_alone(model: dsj.Model, batches: dict[str, TrainingBatch]):
+    arrays = batches["picture"].arrays()
+    samples = len(batches["picture"].media_ids)
+    blind = {name: value * 0 if "visual.merger.linear_fc2" in name else value for name, value in model.params.items()}
+
+    def answers_of(params: dict[str, Any], chosen: np.ndarray, hidden_share: float) -> float:
+        rows = {
+            name: r | {"targets": np.where(np.repeat(chosen, len(r["targets"]) // samples)[:, None], r["targets"], -1)}
+            for name, r in arrays["rows"].items()
+        }
+        return float(compiled_loss(model.config, params, arrays | {"rows": rows}, hidden_share)[1]["answers"])
+
+    first = np.arange(samples) < samples // 2
+    seeing, unseeing = (answers_of(params, first, 0.0) for params in (model.params, blind))
+    assert answers_of(model.params, first, 0.5) == pytest.approx(unseeing, rel=1e-6)
+    assert abs(seeing - unseeing) > 1e-3
+    assert answers_of(model.params, ~first, 0.5) == pytest.approx(answers_of(model.params, ~first, 0.0), rel=1e-6)
 
 
 def test_tiled_experts_are_the_models_experts_and_so_is_their_gradient():

@@ -22,17 +22,21 @@ from deepstack_jax.models.vision import VisionEncoder, separate_deepstack_embeds
 from pallas_kernels.fused_moe.xla import swiglu
 from tiny_vl.sight import sight_loss
 
+HIDDEN = 0.25  # share of the samples that train without embeddings, so that DeepStack has to say everything
 BALANCE = 0.01  # weight of the load-balancing loss
 SIGHT = 0.3  # weight of what the rows show, where `params` has a head for it
 SIGHT_HEAD = "training.sight"  # its name among the parameters: no part of the model, left out of checkpoints
 TILE = 64  # rows that one product of an expert takes
 
 
-def loss_of(config: ModelConfig, params: Params, batch: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+def loss_of(
+    config: ModelConfig, params: Params, batch: dict[str, Any], hidden_share: float = 0.0
+) -> tuple[jax.Array, dict[str, Any]]:
     """The loss, and what is worth knowing beside it.
 
     Args:
         batch: `TrainingBatch.arrays()`.
+        hidden_share: of the samples, the first ones of the batch, the visual tokens' embeddings are zero.
 
     Returns:
         (loss, {"answers": mean cross-entropy a token, "balance": 1 where the load is even, "load": [L, E] share of the
@@ -60,6 +64,7 @@ def loss_of(config: ModelConfig, params: Params, batch: dict[str, Any]) -> tuple
         sight, seen_right = sight_loss(product(visual, params[SIGHT_HEAD]), jnp.asarray(batch["seen"]))
     lengths = jnp.asarray(batch["media_lengths"])
     samples, room = batch["media_ids"].shape
+    embeds = embeds.at[: int(hidden_share * samples) * (len(embeds) // samples)].set(0)  # all have as many rows
     _, cache = run(
         jnp.arange(room) < lengths[:, None],
         jnp.asarray(batch["media_ids"]),

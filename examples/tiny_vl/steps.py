@@ -12,7 +12,7 @@ import optax.contrib
 
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.qwen3_vl_moe import Params, abstract_params, init_params
-from tiny_vl.loss import SIGHT_HEAD, loss_of
+from tiny_vl.loss import HIDDEN, SIGHT_HEAD, loss_of
 from tiny_vl.sight import CLASSES
 
 PEAK, WARM_UP, FLOOR = 1.5e-3, 100, 0.02  # learning rate, its first steps, what is left of it at the end
@@ -82,7 +82,7 @@ def train_step(
     config: ModelConfig, state: TrainState, batch: dict[str, Any], learning_rate: jax.Array
 ) -> tuple[TrainState, dict[str, Any]]:
     """One step on `TrainingBatch.arrays()`, and what `loss_of` saw."""
-    grad = jax.value_and_grad(lambda params: loss_of(config, params, batch), has_aux=True)
+    grad = jax.value_and_grad(lambda params: loss_of(config, params, batch, HIDDEN), has_aux=True)
     (_, seen), gradient = grad(state.params)
     updates, opt_state = optimizer(config).update(gradient, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p + learning_rate * u, state.params, updates)
