@@ -97,7 +97,7 @@ class Report:
             ("memory", ", ".join(f"{name} {grown / 2**20:+.0f} MB" for name, grown in self.growth.items())),
             *(("FAILED", failure) for failure in self.failures),
         ]
-        return "\n".join(f"{name:<12}{value}" for name, value in rows)
+        return "\n".join(f"{name:<24}{value}" for name, value in rows)
 
 
 def run(plan: Plan, checkpoint: Path, folder: Path) -> Report:
