@@ -69,10 +69,10 @@ def batches(checkpoint: Path) -> dict[str, TrainingBatch]:
 
 
 def small_config() -> ModelConfig:
-    """tiny_vl's with narrow layers, which compile and run quickly."""
+    """tiny_vl's with narrow layers, as few as DeepStack's levels need: they compile and run quickly."""
     raw = tiny_vl_config()
-    raw["text_config"] |= {"hidden_size": 32, "moe_intermediate_size": 16, "head_dim": 16}
-    raw["vision_config"] |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+    raw["text_config"] |= {"num_hidden_layers": 3, "hidden_size": 32, "moe_intermediate_size": 16, "head_dim": 16}
+    raw["vision_config"] |= {"depth": 4, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
     return parse_config(raw)
 
 
