@@ -122,11 +122,11 @@ def plain_write_seconds(num_bytes: int, rounds: int) -> float:
     command = [sys.executable, str(program), "--tokens", str(tokens), "--receive"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         sender = Sender(child)
-        sender.write_blocking(rows)
+        sender.write_blocking([rows])
         times = []
         for _ in range(rounds):
             started = time.perf_counter()
-            sender.write_blocking(rows)
+            sender.write_blocking([rows])
             times.append(time.perf_counter() - started)
         sender.close()
     return statistics.median(times)

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from deepstack_jax.checkpoint import Model
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, Visual, arrange, bucket
 from deepstack_jax.processing.images import ImageSource
 from deepstack_jax.processing.processor import Prompt as UserPrompt
@@ -245,18 +247,25 @@ def encode_visuals(model: Model, visuals: Sequence[Visual]) -> list[jax.Array]:
     return [rows[i] for i in range(len(visuals))]
 
 
-def encode_rows(model: Model, batch: Batch) -> jax.Array | None:
-    """The visual rows of a batch, [bucket of M, (1+N)*D], or None where it has no image and no video."""
-    return join_rows(encode_visuals(model, batch.visuals), batch.visuals) if batch.visuals else None
+def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
+    """The visual rows of a batch, a bucket of them, or None where it has no image and no video."""
+    if not batch.visuals:
+        return None
+    return join_rows(model.config, encode_visuals(model, batch.visuals), batch.visuals)
 
 
-def join_rows(parts: Sequence[jax.Array], visuals: Sequence[Visual]) -> jax.Array:
-    """[bucket of M, (1+N)*D]: the rows of one image after another, filled up with zeros."""
-    count = sum(visual.num_rows for visual in visuals)
-    rows = jnp.zeros((bucket(count), parts[0].shape[1]), parts[0].dtype)
+def join_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[Visual]) -> VisualRows:
+    """The rows of one image after another, filled up with zeros to a bucket."""
+    height, width = bucket(sum(visual.num_rows for visual in visuals)), config.text.hidden_size
+    rows = VisualRows(
+        jnp.zeros((height, width), parts[0].dtype),
+        jnp.zeros((height, config.num_deepstack_levels * width), parts[0].dtype)
+        if config.num_deepstack_levels
+        else None,
+    )
     first = 0
     for part, visual in zip(parts, visuals, strict=True):
-        rows = place(rows, part, np.int32(first), np.int32(visual.num_rows))
+        rows = place(config, rows, part, np.int32(first), np.int32(visual.num_rows))
         first += visual.num_rows
     return rows
 

@@ -17,7 +17,7 @@ from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.param import Leaf
 from deepstack_jax.models.qwen3_moe import KVCache, Taps
 from deepstack_jax.models.qwen3_vl_moe import Params, build
-from deepstack_jax.models.vision import PatchGeometry, separate_deepstack_embeds
+from deepstack_jax.models.vision import PatchGeometry, VisualRows, separate_deepstack_embeds
 from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
 
 
@@ -31,7 +31,7 @@ class Prompt:
     lengths: Leaf  # int32 [B]
     rope_deltas: Leaf  # int32 [B]
     visual_index: Leaf = None  # int32 [B, T]
-    rows: Leaf = None  # [M, (1+N)*D], what `encode` returned
+    rows: VisualRows | None = None  # of its images and videos, one after another
 
 
 @jax.tree_util.register_dataclass
@@ -69,14 +69,19 @@ def encode(
         return jax.lax.map(one, (pixel_values, geometry))
 
 
-@partial(jax.jit, donate_argnums=0)
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
 def place(
-    rows: Float[Array, "M R"], part: Float[Array, "m R"], first: Int[Array, ""], count: Int[Array, ""]
-) -> Float[Array, "M R"]:
-    """`rows` with rows `first` to `first + count` taken from the start of `part`."""
-    source = jnp.arange(len(rows)) - first
+    config: ModelConfig,
+    rows: VisualRows,
+    part: Float[Array, "m R"],
+    first: Int[Array, ""],
+    count: Int[Array, ""],
+) -> VisualRows:
+    """`rows` with rows `first` to `first + count` taken from the start of `part`, as `encode` returned it."""
+    source = jnp.arange(len(rows.embeds)) - first
+    inside = ((source >= 0) & (source < count))[:, None]
     taken = part[jnp.clip(source, 0, len(part) - 1)]
-    return jnp.where(((source >= 0) & (source < count))[:, None], taken, rows)
+    return jax.tree.map(partial(jnp.where, inside), separate_deepstack_embeds(taken, config.num_deepstack_levels), rows)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -141,9 +146,7 @@ def run_prompt(
     config: ModelConfig, params: Params, prompt: Prompt, cache: KVCache | None = None, taps: Taps | None = None
 ) -> tuple[Float[Array, "B T D"], KVCache | None]:
     """Normalised hidden states of a prompt, its visual rows in their places. Not jitted: a part of the programs."""
-    embeds = deepstack = None
-    if prompt.rows is not None:
-        embeds, deepstack = separate_deepstack_embeds(prompt.rows, config.num_deepstack_levels)
+    embeds, deepstack = prompt.rows or (None, None)
     return build(config, params).language_model.model(
         jnp.asarray(prompt.input_ids),
         jnp.asarray(prompt.position_ids),

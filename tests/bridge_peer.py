@@ -19,6 +19,7 @@ from deepstack_jax.disagg.bridge import ReceiveBridge
 from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt
 from deepstack_jax.disagg.transport import MooncakeTransport
 from deepstack_jax.disagg.wire import BufferLayout
+from tests.cases import side_by_side
 
 ROOT = Path(__file__).parent.parent
 
@@ -106,7 +107,7 @@ def main() -> None:
             case {"save_prompt": path} if prompt is not None:
                 np.savez(
                     path,
-                    rows=np.asarray(prompt.rows()).view(np.uint8),
+                    rows=side_by_side(prompt.rows()).view(np.uint8),
                     fill_ids=prompt.fill_ids,
                     mrope_positions=prompt.mrope_positions,
                     aux_datas=prompt.aux_datas,

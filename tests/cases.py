@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 
 from converters.random_checkpoint import tiny_config
+from deepstack_jax.models.vision import VisualRows
 
 IMAGE, VIDEO = "image", "video"
 # One row of a batch: text lengths and (kind, grid) in reading order.
 Row = list[int | tuple[str, tuple[int, int, int]]]
+
+
+def side_by_side(rows: VisualRows | None) -> np.ndarray:
+    """Rows [M, (1+N)*D] as `encode` returned them."""
+    assert rows is not None
+    return np.concatenate([np.asarray(part) for part in rows if part is not None], axis=1)
 
 
 @dataclass

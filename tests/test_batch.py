@@ -9,7 +9,7 @@ from deepstack_jax.config import parse_config
 from deepstack_jax.generation import encode_rows, encode_visuals
 from deepstack_jax.models.qwen3_vl_moe import init_params
 from deepstack_jax.processing.batch import arrange, bucket
-from tests.cases import IMAGE, VIDEO, batch_of
+from tests.cases import IMAGE, VIDEO, batch_of, side_by_side
 
 CONFIG = parse_config(tiny_config())
 GOOD = batch_of(tiny_config(), [[4, (IMAGE, (1, 4, 6)), 3]])
@@ -31,7 +31,7 @@ def test_pictures_in_two_buckets_of_the_encoder_share_one_of_prefill():
     for grid in ((1, 20, 26), (1, 20, 30)):  # 130 and 150 visual tokens
         arrays = batch_of(tiny_config(), [[4, (IMAGE, grid), 3]])
         batch = arrange(CONFIG, **arrays)
-        rows.append((len(batch.visuals[0].pixel_values) // 4, encode_rows(model, batch)))
+        rows.append((len(batch.visuals[0].pixel_values) // 4, side_by_side(encode_rows(model, batch))))
     assert [(patches, len(made)) for patches, made in rows] == [(144, 160), (160, 160)]
     assert all(np.abs(made[0]).max() > 0 for _, made in rows)
     assert not rows[0][1][130:].any()

@@ -7,7 +7,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,12 +18,15 @@ import numpy as np
 import pytest
 
 from deepstack_jax.disagg import MultimodalDataBuffers
+from deepstack_jax.disagg import bridge as bridge_module
 from deepstack_jax.disagg.bridge import BlockWrite, SendBridge, WriteSkippedError
 from deepstack_jax.disagg.device_rows import DeviceRows, HostMemory, HostRows, steps_of
 from deepstack_jax.disagg.faults import Fault, FaultyTransport, random_faults
 from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt, OutgoingPrompt
 from deepstack_jax.disagg.transport import MooncakeTransport, Piece, TransferError, Transport
+from deepstack_jax.models.vision import VisualRows, separate_deepstack_embeds
 from tests.bridge_peer import Peer, peer
+from tests.cases import side_by_side
 
 IMAGE, VIDEO, TEXT = 90, 91, 7
 WAIT = 20.0  # seconds; far more than any write here takes
@@ -54,7 +58,7 @@ def prompt_of(kinds: str, hidden: int, levels: int, dtype, seed: int = 0) -> Out
         mrope_positions=rng.integers(-(2**31), 2**31, (3, len(ids)), np.int32, endpoint=False),
         aux_datas=rng.integers(0, 1000, 16, np.int32),
         visual_index=index,
-        rows=jnp.asarray(rows) if len(rows) else None,
+        rows=separate_deepstack_embeds(jnp.asarray(rows), levels) if len(rows) else None,
     )
 
 
@@ -78,12 +82,11 @@ def said(writes: list[BlockWrite]) -> list[tuple[int, int, str, int]]:
 
 def in_token_order(prompt: OutgoingPrompt) -> np.ndarray:
     """The prompt's rows as the receiver should have them, as bytes."""
-    assert prompt.rows is not None
-    return np.asarray(prompt.rows).view(np.uint8)[prompt.visual_index[prompt.visual_index >= 0]]
+    return side_by_side(prompt.rows).view(np.uint8)[prompt.visual_index[prompt.visual_index >= 0]]
 
 
 def bytes_of(prompt: OutgoingPrompt) -> int:
-    return 16 * len(prompt.fill_ids) + 64 + (0 if prompt.rows is None else prompt.rows.nbytes)
+    return 16 * len(prompt.fill_ids) + 64 + (0 if prompt.rows is None else side_by_side(prompt.rows).nbytes)
 
 
 KINDS = {
@@ -97,7 +100,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS.keys())
 @pytest.mark.parametrize(("dtype", "levels"), [("bfloat16", 3), ("float32", 0)])
-def test_what_arrives_is_what_was_sent(transport, shared_peers, tmp_path, kinds, dtype, levels):
+@pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
+def test_what_arrives_is_what_was_sent(transport, shared_peers, tmp_path, monkeypatch, kinds, dtype, levels, staged):
+    monkeypatch.setattr(transport, "registered_sources", staged)  # staged: as for rdma
     there = shared_peers[dtype]
     prompt = prompt_of(kinds, 24, levels, np.dtype(dtype))
     count = -(-len(kinds) // 4)
@@ -146,7 +151,7 @@ def test_many_small_runs_in_a_block_are_packed_into_one_piece(transport, shared_
     send(bridge, prompt, [(0, 7)])
     assert bridge.times.pieces == 5
     embeddings = there.pool(tmp_path)[0][7].reshape(4, -1)
-    np.testing.assert_array_equal(embeddings[:2], np.asarray(prompt.rows).view(np.uint8)[:, : 24 * 2])
+    np.testing.assert_array_equal(embeddings[:2], side_by_side(prompt.rows).view(np.uint8)[:, : 24 * 2])
     bridge.close()
 
 
@@ -200,6 +205,62 @@ def test_more_pieces_than_the_engine_queues(transport, tmp_path):
         np.testing.assert_array_equal(ids[:1400, 0], rows[:1400])
 
 
+def test_the_first_and_the_last_writes_are_small():
+    """The pipeline fills and empties fast, whatever the prompt's length."""
+    pool = MultimodalDataBuffers(64, 4, 24, 3, ml_dtypes.bfloat16)
+    local = Local()
+    bridge = SendBridge(local, "here", pool.layout, slot_bytes=16 * 4 * 24 * 4 * 2)  # 16 blocks
+    send(bridge, prompt_of("i" * 256, 24, 3, ml_dtypes.bfloat16), [(block, block) for block in range(64)])
+    bridge.close()
+    block_bytes = 4 * (16 + 4 * 24 * 2)
+    blocks = [sum(piece.num_bytes for piece in pieces) // block_bytes for pieces in local.submitted]
+    assert blocks == [4, 8, 13, 9, 7, 5, 4, 4, 4, 4, 2]
+
+
+def test_rows_live_until_nothing_can_read_them_any_more(transport, shared_peers, tmp_path, monkeypatch):
+    """They are written from where they are: longer than their prompt, and for a while after a failure."""
+    monkeypatch.setattr(bridge_module, "UNSURE_SECONDS", 0.5)
+    there = shared_peers["bfloat16"]
+    for fault, outlive in ((Fault("delay", 0.3), False), (Fault("fail"), True)):
+        bridge = SendBridge(FaultyTransport(transport, [fault]), there.session, there.layout)
+        prompt = prompt_of("iiii", 24, 3, ml_dtypes.bfloat16)
+        expected, levels = in_token_order(prompt), np.asarray(prompt.rows.deepstack)
+        memory = HostMemory()
+        room = memory.take(levels.nbytes)
+        place = room.ctypes.data
+        room[...] = levels.view(np.uint8).reshape(-1)
+        levels = jax.device_put(room.view(levels.dtype).reshape(levels.shape))  # is that memory, as on every CPU
+        prompt = replace(prompt, rows=VisualRows(prompt.rows.embeds, levels))
+
+        def is_free(memory: HostMemory = memory, place: int = place) -> bool:
+            gc.collect()
+            return any(room.ctypes.data == place for room in [memory.take(4 * 3 * 24 * 2)])
+
+        ended: list[BlockWrite] = []
+        there.ask(expect=[4, 4, [IMAGE], None])
+        bridge.write(prompt, [(0, 0)], ended.extend)
+        del prompt, room, levels
+        if not outlive:
+            assert not is_free()
+        wait_for(lambda ended=ended: ended)
+        if outlive:
+            assert not is_free()
+            time.sleep(0.6)
+            send(bridge, prompt_of("t", 24, 3, ml_dtypes.bfloat16), [(0, 0)])
+        else:
+            there.ask(copy_out=said(ended))
+            np.testing.assert_array_equal(there.prompt(tmp_path)["rows"], expected)
+        wait_for(is_free)
+        bridge.close()
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_blocks_that_do_not_exist_are_refused_before_anything_is_written(transport, shared_peers):
     there = shared_peers["bfloat16"]
     bridge = SendBridge(transport, there.session, there.layout)
@@ -219,7 +280,7 @@ def test_each_fault_is_seen_as_declared(transport, tmp_path):
     """Two blocks a fault: the first meets it, the second doesn't."""
     kinds = "i" * 8
     prompt = prompt_of(kinds, 24, 3, ml_dtypes.bfloat16)
-    clean = prompt.rows is not None and np.asarray(prompt.rows).view(np.uint8)
+    clean = side_by_side(prompt.rows).view(np.uint8)
     seconds = 0.3
 
     def meet(fault: Fault) -> tuple[BlockWrite, BlockWrite, list[bool], float, Peer, list[np.ndarray]]:
@@ -255,10 +316,7 @@ def test_each_fault_is_seen_as_declared(transport, tmp_path):
         first, _, right, _, faulty, pool = meet(Fault("late", seconds))
         assert isinstance(first.error, TransferError)
         assert (pool[0][0] == 0xEE).all()  # not yet
-        deadline = time.monotonic() + WAIT
-        while not faulty.counts["late landed"] and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert faulty.counts["late landed"] == 1
+        wait_for(lambda: faulty.counts["late landed"] == 1)
         np.testing.assert_array_equal(there.pool(tmp_path)[0][0].reshape(4, -1), clean[:4, : 24 * 2])
 
         first, _, right, took, _, _ = meet(Fault("delay", seconds))
@@ -360,7 +418,7 @@ def test_an_encoder_that_failed_fails_its_blocks_and_not_the_bridge(transport, s
     there = shared_peers["bfloat16"]
     broken = prompt_of("iiii", 24, 3, ml_dtypes.bfloat16)
     assert broken.rows is not None
-    broken.rows.delete()
+    broken.rows.deepstack.delete()
     bridge = SendBridge(transport, there.session, there.layout)
     assert isinstance(send(bridge, broken, [(0, 0)])[0].error, RuntimeError)
     assert send(bridge, prompt_of("iiii", 24, 3, ml_dtypes.bfloat16), [(0, 0)])[0].error is None
@@ -420,6 +478,10 @@ class Local(Transport):
 
     writes: list[BlockWrite]
     session = "here"
+    registered_sources = False
+
+    def __init__(self):
+        self.submitted: list[list[Piece]] = []
 
     def register(self, memory: np.ndarray) -> None: ...
 
@@ -431,6 +493,7 @@ class Local(Transport):
         import ctypes
         from concurrent.futures import Future
 
+        self.submitted.append(pieces)
         for piece in pieces:
             ctypes.memmove(piece.destination, piece.source, piece.num_bytes)
         future: Future[None] = Future()
@@ -449,12 +512,12 @@ def test_what_was_copied_out_does_not_change_with_the_pool():
             array[write.pool_block] = 0
     assert incoming.complete
     rows = incoming.rows()
-    np.testing.assert_array_equal(np.asarray(rows)[:6].view(np.uint8), in_token_order(prompt))
+    np.testing.assert_array_equal(side_by_side(rows)[:6].view(np.uint8), in_token_order(prompt))
     np.testing.assert_array_equal(incoming.fill_ids, prompt.fill_ids)
     # and a block that has arrived isn't read again
     another = BlockCopy(b"another", 1)  # as another encoder, with other last bits, would say of it
     assert incoming.copy_out(0, 0, another) == another
-    np.testing.assert_array_equal(np.asarray(rows)[:6].view(np.uint8), in_token_order(prompt))
+    np.testing.assert_array_equal(side_by_side(rows)[:6].view(np.uint8), in_token_order(prompt))
 
 
 def test_a_damaged_block_does_not_count_and_may_come_again():
@@ -471,7 +534,7 @@ def test_a_damaged_block_does_not_count_and_may_come_again():
     with pytest.raises(RuntimeError, match="1 of 2 blocks haven't arrived"):
         incoming.rows()
     assert incoming.copy_out(0, 0, expected[0]) == expected[0]
-    np.testing.assert_array_equal(np.asarray(incoming.rows()).view(np.uint8), in_token_order(prompt))
+    np.testing.assert_array_equal(side_by_side(incoming.rows()).view(np.uint8), in_token_order(prompt))
 
 
 def test_more_visual_tokens_than_announced_rows_are_refused():

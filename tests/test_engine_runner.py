@@ -210,7 +210,7 @@ def test_deadlines_pass_in_line_and_while_running(model: dsj.Model):
 def test_a_failure_ends_its_own_request_alone(model: dsj.Model, runner: Runner, caplog: pytest.LogCaptureFixture):
     batch, plan = work_of(model, inputs_of(image=True))
     prompt = prompt_of(model, batch)
-    narrow = replace(prompt, rows=np.asarray(prompt.rows)[:, :-5])  # not (1 + N) * D wide
+    narrow = replace(prompt, rows=prompt.rows._replace(embeds=prompt.rows.embeds[:, :-5]))  # not D wide
     good, good_plan = work_of(model, inputs_of())
 
     async def three() -> list[Any]:
@@ -249,7 +249,7 @@ def test_health_is_what_the_model_shows(model: dsj.Model, runner: Runner, caplog
     # the last request failed on the device: a self-test says whether it was the request
     batch, plan = work_of(model, inputs_of(image=True))
     prompt = prompt_of(model, batch)
-    narrow = replace(prompt, rows=np.asarray(prompt.rows)[:, :-5])
+    narrow = replace(prompt, rows=prompt.rows._replace(embeds=prompt.rows.embeds[:, :-5]))
     with pytest.raises(WorkError):
         asyncio.run(answer(runner, narrow, plan))
     assert runner.error is not None

@@ -13,7 +13,7 @@ from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.generation import encode_rows
 from deepstack_jax.models.qwen3_vl_moe import build
 from deepstack_jax.processing.batch import arrange
-from tests.cases import BY_NAME, CASES, Case
+from tests.cases import BY_NAME, CASES, Case, side_by_side
 from tests.torch_reference import load_reference, reference_logits, reference_rows, reference_tokens
 
 NAMES = [case.name for case in CASES]
@@ -99,7 +99,7 @@ def rows_of_both(
     parts = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
     expected = [reference_rows(reference, case.inputs[p], case.inputs[g]) for p, g in parts if p in case.inputs]
     batch = arrange(model.config, **case.inputs)
-    rows = np.asarray(encode_rows(model, batch), np.float32)[: batch.num_visual_tokens]
+    rows = side_by_side(encode_rows(model, batch))[: batch.num_visual_tokens].astype(np.float32)
     return np.concatenate(expected), rows
 
 

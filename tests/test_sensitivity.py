@@ -11,7 +11,7 @@ import pytest
 import deepstack_jax as dsj
 from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.generation import prompt_of
-from deepstack_jax.models.vision import patch_geometry
+from deepstack_jax.models.vision import patch_geometry, separate_deepstack_embeds
 from deepstack_jax.processing.batch import Batch, arrange
 from deepstack_jax.programs import Prompt, all_logits, encode
 from tests.cases import CASES
@@ -20,13 +20,15 @@ CASE = CASES[0]
 
 
 def drop_deepstack(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
-    width = model.config.text.hidden_size
-    return replace(prompt, rows=prompt.rows.at[:, width:].set(0))
+    assert prompt.rows is not None
+    return replace(prompt, rows=prompt.rows._replace(deepstack=jnp.zeros_like(prompt.rows.deepstack)))
 
 
 def drop_one_level(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
+    assert prompt.rows is not None
     width = model.config.text.hidden_size
-    return replace(prompt, rows=prompt.rows.at[:, 2 * width : 3 * width].set(0))
+    deepstack = prompt.rows.deepstack.at[:, width : 2 * width].set(0)
+    return replace(prompt, rows=prompt.rows._replace(deepstack=deepstack))
 
 
 def one_dimensional_rope(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:
@@ -40,8 +42,10 @@ def first_grid_for_every_image(model: dsj.Model, batch: Batch, prompt: Prompt) -
     patches = int(grids.prod(axis=1).sum())
     repeated = np.repeat(grids[:1], -(-patches // int(grids[0].prod())), axis=0)
     geometry = jax.tree.map(lambda x: x[None, :patches], patch_geometry(model.config.vision, repeated))
+    assert prompt.rows is not None
     rows = encode(model.config, model.vision_params, CASE.inputs["pixel_values"][None], geometry)[0]
-    return replace(prompt, rows=jnp.pad(rows, [(0, len(prompt.rows) - len(rows)), (0, 0)]))
+    rows = jnp.pad(rows, [(0, len(prompt.rows.embeds) - len(rows)), (0, 0)])
+    return replace(prompt, rows=separate_deepstack_embeds(rows, model.config.num_deepstack_levels))
 
 
 def images_in_the_wrong_order(model: dsj.Model, batch: Batch, prompt: Prompt) -> Prompt:

@@ -1,9 +1,10 @@
 """Rows from one node's device to another's: device -> host -> Mooncake -> host -> device, block by block.
 
-While a group of blocks is on the wire, the sender stages the next and the receiver copies the last one out. The
-sender's host reads each row once and writes it once, into a small ring; the receiver's reads it once in the pool and
-writes it once, into the request's own memory; checksums are taken as these copies pass through the cache. On a CPU
-that is all: rows are read where the encoder left them, and the request's memory becomes the array that prefill takes.
+While a group of blocks is on the wire, the sender takes its checksums and reads the next, and the receiver copies the
+last one out. Rows are written from where the host finds them: on a CPU where the encoder left them, elsewhere in
+pinned memory. Transports that need registered memory (rdma) get them through a small ring. The receiver's host copies
+each row once, from the pool to the request's own memory, which on a CPU becomes the array that prefill takes. Checksums
+of what is copied are taken as it passes through the cache.
 """
 
 import contextlib
@@ -11,7 +12,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,8 +22,8 @@ import numpy as np
 from jax.sharding import Sharding
 
 from deepstack_jax.disagg.buffers import MultimodalDataBuffers
-from deepstack_jax.disagg.device_rows import HostMemory, page_aligned
-from deepstack_jax.disagg.prompts import CACHED_BYTES, BlockCopy, IncomingPrompt, OutgoingPrompt, place_of_rows, runs_of
+from deepstack_jax.disagg.device_rows import HostMemory, HostRows, page_aligned
+from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt, OutgoingPrompt, copied, place_of_rows, runs_of
 from deepstack_jax.disagg.transport import Piece, Transport
 from deepstack_jax.disagg.wire import (
     AUX_DATAS,
@@ -30,6 +32,7 @@ from deepstack_jax.disagg.wire import (
     FILL_IDS,
     INPUT_EMBEDDINGS,
     MROPE_POSITIONS,
+    ROW_BUFFERS,
     BufferLayout,
     Span,
     checksum,
@@ -38,7 +41,8 @@ from deepstack_jax.disagg.wire import (
 _LOG = logging.getLogger(__name__)
 
 SLOT_BYTES = 4 << 20  # of rows in a group: each group wakes every thread on its way once
-SLOTS = 4
+SLOTS = 8
+UNSURE_SECONDS = 60.0  # that the engine may go on reading what it has reported as failed
 
 
 @dataclass
@@ -70,15 +74,15 @@ OnWritten = Callable[[list[BlockWrite]], None]
 
 
 class SendBridge:
-    """Writes prompts' blocks into one peer's pool; a thread stages while the transport writes.
+    """Writes prompts' blocks into one peer's pool; a thread prepares groups of them while the transport writes.
 
-    Each peer has a bridge of its own, with its own thread and staging ring: one that is stopped holds up no other.
+    Each peer has a bridge of its own, with its own thread and ring: one that is stopped holds up no other.
     """
 
     def __init__(
         self, transport: Transport, session: str, layout: BufferLayout, slot_bytes: int = SLOT_BYTES, slots: int = SLOTS
     ):
-        """`session` and `layout` are the peer's; memory for `slots` groups of `slot_bytes` is registered."""
+        """`session` and `layout` are the peer's; `slots` groups of `slot_bytes` may be on their way."""
         self.times = StageTimes()
         self._transport = transport
         self._session = session
@@ -86,10 +90,11 @@ class SendBridge:
         self._widths = [length // layout.block_size for length in layout.item_lens]  # bytes a token
         self._widths[AUX_DATAS] = 4  # an integer
         row_bytes = self._widths[INPUT_EMBEDDINGS] + sum(self._widths[DEEPSTACK_EMBEDDINGS:])
-        self._rows_at_a_time = max(1, CACHED_BYTES // row_bytes)
+        self._staged = transport.registered_sources
         self._slot_rows = max(layout.block_size, slot_bytes // row_bytes)
-        self._slot_tokens = max(layout.block_size, slot_bytes // 64)
-        counts = [self._slot_rows, self._slot_tokens, self._slot_tokens, AUX_LENGTH, self._slot_rows]
+        self._slot_tokens = max(layout.block_size, slot_bytes // 256)
+        staged_rows = self._slot_rows if self._staged else 0
+        counts = [staged_rows, self._slot_tokens, self._slot_tokens, AUX_LENGTH, staged_rows]
         self._ring = page_aligned(slots * sum(n * w for n, w in zip(counts, self._widths, strict=False)))
         self._ring.fill(0)
         transport.register(self._ring)
@@ -98,6 +103,7 @@ class SendBridge:
             areas = np.split(slot, np.cumsum([n * w for n, w in zip(counts, self._widths, strict=False)])[:-1])
             self._free.put([area.reshape(-1, width) for area, width in zip(areas, self._widths, strict=True)])
         self._groups: queue.SimpleQueue[_Group | None] = queue.SimpleQueue()
+        self._unsure: deque[tuple[float, object]] = deque()  # sources of writes that failed, and when
         self._lock = threading.Lock()
         self._in_flight, self._busy_since = 0, 0.0
         self._closed = self._retired = False
@@ -114,7 +120,7 @@ class SendBridge:
         """Starts writing `blocks`, pairs (token block, pool block), and returns at once.
 
         `on_end` gets every block once, some at a time and in this order, when nothing of them is in flight any more.
-        `wanted` is asked just before a group is staged; blocks that aren't end with `WriteSkippedError`. Both run in
+        `wanted` is asked just before a group is read; blocks that aren't end with `WriteSkippedError`. Both run in
         threads of the bridge and the transport: they must be short.
 
         Raises:
@@ -141,98 +147,120 @@ class SendBridge:
         self._retire()
 
     def _grouped(self, batch: "_Batch", blocks: Sequence[tuple[int, int]]) -> Iterator["_Group"]:
-        """Groups of blocks that follow each other in prompt and pool; the first are smaller, to fill the pipeline."""
+        """Groups of blocks that follow each other in prompt and pool.
+
+        The first are smaller, to fill the pipeline, and the last, to empty it: the copy of the last one waits for its
+        write, and nothing goes on beside it.
+        """
         size = self._layout.block_size
-        group = _Group(batch)
+        group, rows, left = _Group(batch), 0, len(blocks) * size
         for token_block, pool_block in blocks:
             here = batch.prompt.visual_index[token_block * size : (token_block + 1) * size]
             visual = here >= 0
             block = _Block(token_block, pool_block, len(here), runs_of(visual), here[visual])
+            most = max(self._slot_rows >> 2, min(self._slot_rows >> max(0, 2 - group.number), left // 4))
             if group.blocks and (
                 (group.blocks[-1].token_block + 1, group.blocks[-1].pool_block + 1) != (token_block, pool_block)
-                or sum(len(each.rows) for each in group.blocks) + len(block.rows)
-                > self._slot_rows >> max(0, 2 - group.number)
+                or rows + len(block.rows) > most
                 or (len(group.blocks) + 1) * size > self._slot_tokens
             ):
                 yield group
-                group = _Group(batch, group.number + 1)
+                left -= size * len(group.blocks)
+                group, rows = _Group(batch, group.number + 1), 0
             group.blocks.append(block)
+            rows += len(block.rows)
         if group.blocks:
             yield group
 
     def _run(self) -> None:
-        while (group := self._groups.get()) is not None:
-            slot = self._free.get()
-            try:
-                if slot is None or self._closed:
-                    raise WriteSkippedError(f"not written to {self._session}: the bridge was closed")
-                if not group.batch.wanted():
-                    raise WriteSkippedError(f"not written to {self._session}: no longer wanted")
-                blocks, pieces = self._stage(group, slot)
-                self._submit(group, slot, blocks, pieces)
-            except Exception as error:  # an encoder that failed shows here, when its rows are read
-                self._free.put(slot)
-                group.end(None, error)
+        while self._send_next():  # in a function, so that nothing holds a prompt's rows while there is nothing to do
+            pass
 
-    def _stage(self, group: "_Group", slot: list[np.ndarray]) -> tuple[list[BlockWrite], list[Piece]]:
-        """Copies the group into the slot; what there is to say of its blocks, and what to write."""
+    def _send_next(self) -> bool:
+        """False when the bridge closes."""
+        if (group := self._groups.get()) is None:
+            return False
+        slot = self._free.get()
+        while self._unsure and self._unsure[0][0] < time.monotonic() - UNSURE_SECONDS:
+            self._unsure.popleft()
+        try:
+            if slot is None or self._closed:
+                raise WriteSkippedError(f"not written to {self._session}: the bridge was closed")
+            if not group.batch.wanted():
+                raise WriteSkippedError(f"not written to {self._session}: no longer wanted")
+            self._send(group, slot)
+        except Exception as error:  # an encoder that failed shows here, when its rows are read
+            self._free.put(slot)
+            group.end(None, error)
+        return True
+
+    def _send(self, group: "_Group", slot: list[np.ndarray]) -> None:
         started, waited = time.perf_counter(), self.times.device
-        used = [0] * len(slot)
+        pieces, parts = self._lay_out(group, slot)
+        sums = list(map(_checksum, parts)) if self._staged else None  # the copies, too
+        write = self._submit(pieces)
+        sums = sums or list(map(_checksum, parts))  # with nothing to copy, while the bytes are on their way
+        blocks = [
+            BlockWrite(block.token_block, block.pool_block, digest, sum(part.target.nbytes for part in of_block), None)
+            for block, digest, of_block in zip(group.blocks, sums, parts, strict=True)
+        ]
+        self.times.host += time.perf_counter() - started - (self.times.device - waited)
+
+        def ended(write: "Future[None]") -> None:
+            error = write.exception()
+            if error and not self._staged:  # the engine may still read them
+                self._unsure.append((time.monotonic(), parts))
+            self._free.put(slot)
+            self._retire()
+            group.end(blocks, error)
+
+        write.add_done_callback(ended)
+
+    def _lay_out(self, group: "_Group", slot: list[np.ndarray]) -> tuple[list[Piece], list[list["_Part"]]]:
+        """What to write of the group, and the parts of each block in the order of `checksum`."""
+        prompt, used = group.batch.prompt, [0] * len(slot)
         pieces: list[list[Piece]] = [[] for _ in slot]
 
-        def area(buffer: int, block: _Block, place: int, count: int) -> np.ndarray:
-            """Where to stage `count` tokens that go to `place` and on in a block."""
-            start = used[buffer]
+        def area(buffer: int, count: int) -> np.ndarray:
             used[buffer] += count
-            target = slot[buffer][start : used[buffer]]
-            address, length = self._layout.piece(block.pool_block, Span(buffer, place, place + count))
-            pieces[buffer].append(Piece(target.ctypes.data, address, length))
-            return target
+            return slot[buffer][used[buffer] - count : used[buffer]]
 
-        def parts(block: _Block) -> Iterator[np.ndarray]:
-            prompt, start = group.batch.prompt, block.token_block * self._layout.block_size
+        def write(block: _Block, buffer: int, source: np.ndarray, place: int) -> None:
+            address, length = self._layout.piece(block.pool_block, Span(buffer, place, place + len(source)))
+            pieces[buffer].append(Piece(source.ctypes.data, address, length))
+
+        def parts(block: _Block) -> Iterator[_Part]:
+            start = block.token_block * self._layout.block_size
             tokens = slice(start, start + block.num_tokens)
             small = [(FILL_IDS, prompt.fill_ids[tokens, None]), (MROPE_POSITIONS, prompt.token_positions[tokens])]
             if block.token_block == 0:
                 small.append((AUX_DATAS, prompt.aux_datas[:, None]))
             for buffer, values in small:
-                target = area(buffer, block, 0, len(values))
+                target = area(buffer, len(values))
                 target[...] = _bytes_of(values)
-                yield target
-            if len(block.rows):
-                place, width, done = place_of_rows(block.runs), self._widths[INPUT_EMBEDDINGS], 0
-                embeddings = area(INPUT_EMBEDDINGS, block, place, len(block.rows))
-                levels = area(DEEPSTACK_EMBEDDINGS, block, place, len(block.rows)) if len(slot) > 4 else None
-                for rows in self._rows_of(prompt, block):
-                    embeddings[done : done + len(rows)] = rows[:, :width]
-                    if levels is not None:
-                        levels[done : done + len(rows)] = rows[:, width:]
-                    done += len(rows)
-                    yield rows
+                write(block, buffer, target, 0)
+                yield _Part(target, target)
+            for buffer, host_rows in zip(ROW_BUFFERS, prompt.host_rows if len(block.rows) else (), strict=False):
+                place = place_of_rows(block.runs)
+                for source in self._read(host_rows, block.rows):
+                    target = area(buffer, len(source)) if self._staged else source
+                    write(block, buffer, target, place)
+                    yield _Part(source, target)
+                    place += len(source)
 
-        done = []
-        for block in group.blocks:
-            before = sum(n * width for n, width in zip(used, self._widths, strict=True))
-            digest = checksum(parts(block))
-            after = sum(n * width for n, width in zip(used, self._widths, strict=True))
-            done.append(BlockWrite(block.token_block, block.pool_block, digest, after - before, None))
-        self.times.host += time.perf_counter() - started - (self.times.device - waited)
-        return done, [piece for of_buffer in pieces for piece in _merged(of_buffer)]
+        of_blocks = [list(parts(block)) for block in group.blocks]
+        return [piece for of_buffer in pieces for piece in _merged(of_buffer)], of_blocks
 
-    def _rows_of(self, prompt: OutgoingPrompt, block: "_Block") -> Iterator[np.ndarray]:
-        if not len(block.rows):
-            return
-        ends = (*np.flatnonzero(block.rows[1:] - block.rows[:-1] != 1).tolist(), len(block.rows) - 1)
-        begins = (0, *(end + 1 for end in ends[:-1]))
-        for begin, end in zip(begins, ends, strict=True):  # neighbours on the device
+    def _read(self, host_rows: HostRows, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """The bytes of `rows`, neighbours on the device together."""
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
             started = time.perf_counter()
-            for rows in prompt.host_rows.read(int(block.rows[begin]), int(block.rows[end]) + 1):
+            for part in host_rows.read(int(run[0]), int(run[-1]) + 1):
                 self.times.device += time.perf_counter() - started
-                for start in range(0, len(rows), self._rows_at_a_time):
-                    yield rows[start : start + self._rows_at_a_time]
+                yield part
                 started = time.perf_counter()
 
-    def _submit(self, group: "_Group", slot: list[np.ndarray], blocks: list[BlockWrite], pieces: list[Piece]) -> None:
+    def _submit(self, pieces: list[Piece]) -> "Future[None]":
         with self._lock:
             if not self._in_flight:
                 self._busy_since = time.perf_counter()
@@ -240,16 +268,15 @@ class SendBridge:
         self.times.num_bytes += sum(piece.num_bytes for piece in pieces)
         self.times.pieces += len(pieces)
 
-        def ended(write: "Future[None]") -> None:
+        def ended(_: "Future[None]") -> None:
             with self._lock:
                 self._in_flight -= 1
                 if not self._in_flight:
                     self.times.wire += time.perf_counter() - self._busy_since
-            self._free.put(slot)
-            self._retire()
-            group.end(blocks, write.exception())
 
-        self._transport.submit(self._session, pieces).add_done_callback(ended)
+        write = self._transport.submit(self._session, pieces)
+        write.add_done_callback(ended)
+        return write
 
     def _skip_all(self) -> None:
         with contextlib.suppress(queue.Empty):
@@ -341,9 +368,23 @@ class _Batch:
                     _LOG.exception("reporting blocks %s failed", [block.token_block for block in blocks])
 
 
+class _Part(NamedTuple):
+    """Bytes to write are those of `target`. Another array than `source` has to be filled from it first."""
+
+    source: np.ndarray
+    target: np.ndarray
+
+
+def _checksum(parts: Iterable[_Part]) -> bytes:
+    """Of a block; fills the targets."""
+    return checksum(
+        piece for source, target in parts for piece in ((target,) if target is source else copied(source, target))
+    )
+
+
 @dataclass
 class _Group:
-    """Blocks of a batch that are staged and written together."""
+    """Blocks of a batch that are read and written together."""
 
     batch: _Batch
     number: int = 0

@@ -14,6 +14,7 @@ import xxhash
 
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.generation import encode_visuals, join_rows
+from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Visual
 from deepstack_jax.processing.sources import one_line
 
@@ -23,7 +24,7 @@ MAX_TOGETHER = 16  # requests whose images are encoded together
 class Encoded(NamedTuple):
     """Rows of a request's images, and how long their encoding took."""
 
-    rows: jax.Array  # [bucket of M, (1+N)*D]
+    rows: VisualRows
     seconds: float
 
 
@@ -131,10 +132,11 @@ class EncodeWorker:
         finally:
             self._busy_since = None
 
-    def _encode(self, jobs: list["_Job"]) -> list[jax.Array]:
+    def _encode(self, jobs: list["_Job"]) -> list[VisualRows]:
         """Each job's rows: of jobs that have keys, or of a single one that has none."""
         if not jobs[0].keys:
-            return jax.block_until_ready([join_rows(encode_visuals(self._model, jobs[0].visuals), jobs[0].visuals)])
+            parts = encode_visuals(self._model, jobs[0].visuals)
+            return jax.block_until_ready([join_rows(self._model.config, parts, jobs[0].visuals)])
         keys = [job.keys or () for job in jobs]
         wanted = {
             key: visual
@@ -145,7 +147,8 @@ class EncodeWorker:
         missing = {key: visual for key, visual in wanted.items() if key not in there}
         there |= zip(missing, encode_visuals(self._model, list(missing.values())), strict=True)
         joined = [
-            join_rows([there[key] for key in of_job], job.visuals) for job, of_job in zip(jobs, keys, strict=True)
+            join_rows(self._model.config, [there[key] for key in of_job], job.visuals)
+            for job, of_job in zip(jobs, keys, strict=True)
         ]
         jax.block_until_ready(joined)
         for key in missing:

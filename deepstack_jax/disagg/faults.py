@@ -61,6 +61,10 @@ class FaultyTransport:
     def session(self) -> str:
         return self._inner.session
 
+    @property
+    def registered_sources(self) -> bool:
+        return self._inner.registered_sources
+
     def register(self, memory: np.ndarray) -> None:
         self._inner.register(memory)
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Sharding
 
@@ -14,13 +13,13 @@ from deepstack_jax.disagg.device_rows import DeviceRows, HostMemory, HostRows
 from deepstack_jax.disagg.wire import (
     AUX_DATAS,
     AUX_LENGTH,
-    DEEPSTACK_EMBEDDINGS,
     FILL_IDS,
-    INPUT_EMBEDDINGS,
     MROPE_POSITIONS,
+    ROW_BUFFERS,
     checksum,
     visual_runs,
 )
+from deepstack_jax.models.vision import VisualRows
 
 CACHED_BYTES = 1 << 18  # of rows copied and summed at a time, so that the second reads the cache
 
@@ -33,14 +32,14 @@ class OutgoingPrompt:
     mrope_positions: np.ndarray  # int32 [3, T]
     aux_datas: np.ndarray  # int32 [16]
     visual_index: np.ndarray  # int32 [T]: row of each visual token, -1 for text
-    rows: jax.Array | None = None  # [M, (1+N)*D]; None for text alone
+    rows: VisualRows | None = None  # None for text alone
 
     @cached_property
-    def host_rows(self) -> HostRows:
-        """Its rows for the bridge."""
+    def host_rows(self) -> list[HostRows]:
+        """Its rows for the bridge: embeddings, and deepstack where there is any."""
         if self.rows is None:
             raise ValueError("the prompt has visual tokens and no rows: encode its pictures first")
-        return HostRows(self.rows)
+        return [HostRows(rows) for rows in self.rows if rows is not None]
 
     @cached_property
     def token_positions(self) -> np.ndarray:
@@ -84,15 +83,16 @@ class IncomingPrompt:
         self.aux_datas = np.zeros(AUX_LENGTH, np.int32)
         self._positions = np.zeros((total_tokens, 3), np.int32)
         self._arrived: list[BlockCopy | None] = [None] * -(-total_tokens // pool.block_size)
-        width = pool.hidden_size * (1 + pool.num_deepstack_embeddings)
-        shape = max(num_rows or visual_rows, visual_rows), width
-        room = (memory or HostMemory()).take(shape[0] * width * pool.dtype.itemsize)
-        self._rows = room.view(pool.dtype).reshape(shape)
-        self._rows[visual_rows:] = 0
+        memory, height = memory or HostMemory(), max(num_rows or visual_rows, visual_rows)
+        self._rows: list[np.ndarray] = []  # embeddings, and deepstack where there is any
+        for buffer in ROW_BUFFERS[: 2 if pool.num_deepstack_embeddings else 1]:
+            width = pool.arrays[buffer].shape[-1]
+            room = memory.take(height * width * pool.dtype.itemsize)
+            self._rows.append(room.view(pool.dtype).reshape(height, width))
+            self._rows[-1][visual_rows:] = 0
         self._ready_blocks = self._ready_rows = 0  # from the start on without a gap
-        self._parked: dict[int, np.ndarray] = {}  # rows of blocks after a gap
-        self._rows_at_a_time = max(1, CACHED_BYTES // (width * pool.dtype.itemsize))
-        self._device = DeviceRows(self._rows, sharding)
+        self._parked: dict[int, list[np.ndarray]] = {}  # rows of blocks after a gap
+        self._devices = [DeviceRows(rows, sharding) for rows in self._rows]
 
     @property
     def complete(self) -> bool:
@@ -109,10 +109,10 @@ class IncomingPrompt:
         visual = self._is_visual(self.fill_ids)
         return np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
 
-    def rows(self) -> jax.Array:
-        """[num_rows, (1+N)*D] on the device, in the order of the visual tokens.
+    def rows(self) -> VisualRows:
+        """`num_rows` rows on the device, in the order of the visual tokens.
 
-        On a CPU the array is this object's memory, which nothing writes from here on.
+        On a CPU the arrays are this object's memory, which nothing writes from here on.
 
         Raises:
             RuntimeError: a block is missing, or the prompt has fewer visual tokens than rows.
@@ -121,7 +121,8 @@ class IncomingPrompt:
             raise RuntimeError(f"{self._arrived.count(None)} of {len(self._arrived)} blocks haven't arrived")
         if self._ready_rows < self.visual_rows:
             raise RuntimeError(f"{self._ready_rows} visual tokens for the {self.visual_rows} rows that were announced")
-        return self._device.finish()
+        embeds, *deepstack = [device.finish() for device in self._devices]
+        return VisualRows(embeds, *(deepstack or [None]))
 
     def copy_out(self, token_block: int, pool_block: int, expected: BlockCopy) -> BlockCopy:
         """Copies a block out of the pool. It counts if the copy is as expected.
@@ -149,22 +150,17 @@ class IncomingPrompt:
         runs = runs_of(self._is_visual(ids))
         count = sum(stop - start for start, stop in runs)
         if token_block == self._ready_blocks and self._ready_rows + count <= self.visual_rows:
-            rows = self._rows[self._ready_rows : self._ready_rows + count]
+            rows = [rows[self._ready_rows : self._ready_rows + count] for rows in self._rows]
         else:
-            rows = np.empty((count, self._rows.shape[1]), self._rows.dtype)
+            rows = [np.empty((count, rows.shape[1]), rows.dtype) for rows in self._rows]
 
         def parts() -> Iterator[np.ndarray]:
             yield from small
-            place, width = place_of_rows(runs), self._pool.hidden_size
-            for done in range(0, count, self._rows_at_a_time):
-                part = rows[done : done + self._rows_at_a_time]
-                source = slice(place + done, place + done + len(part))
-                part[:, :width] = block[INPUT_EMBEDDINGS][source]
-                if part.shape[1] > width:
-                    part[:, width:] = block[DEEPSTACK_EMBEDDINGS][source]
-                yield part
+            place = place_of_rows(runs)
+            for buffer, target in zip(ROW_BUFFERS, rows, strict=False):
+                yield from copied(block[buffer][place : place + count], target)
 
-        copy = BlockCopy(checksum(parts()), rows.nbytes + sum(part.nbytes for part in small))
+        copy = BlockCopy(checksum(parts()), sum(part.nbytes for part in (*small, *rows)))
         if copy == expected:
             self._arrived[token_block] = copy
             self._parked[token_block] = rows
@@ -177,14 +173,25 @@ class IncomingPrompt:
     def _join(self) -> None:
         """Moves the end of what is there without a gap forward."""
         while (rows := self._parked.pop(self._ready_blocks, None)) is not None:
-            place = self._rows[self._ready_rows : min(self._ready_rows + len(rows), self.visual_rows)]
-            if len(place) < len(rows):
+            first, stop = self._ready_rows, self._ready_rows + len(rows[0])
+            if stop > self.visual_rows:
                 raise ValueError(f"more visual tokens than the {self.visual_rows} rows that were announced")
-            if place.ctypes.data != rows.ctypes.data:
-                place[...] = rows
-            self._ready_rows += len(place)
+            for all_rows, own in zip(self._rows, rows, strict=True):
+                if all_rows[first:stop].ctypes.data != own.ctypes.data:
+                    all_rows[first:stop] = own
+            self._ready_rows = stop
             self._ready_blocks += 1
-        self._device.send(self._ready_rows)
+        for device in self._devices:
+            device.send(self._ready_rows)
+
+
+def copied(source: np.ndarray, target: np.ndarray) -> Iterator[np.ndarray]:
+    """Copies rows [n, W] into contiguous ones; yields those part by part, for who reads them from the cache."""
+    step = max(1, CACHED_BYTES // (source.shape[1] * source.itemsize))
+    for start in range(0, len(source), step):
+        part = target[start : start + step]
+        part[...] = source[start : start + step]
+        yield part
 
 
 def runs_of(visual: np.ndarray) -> tuple[tuple[int, int], ...]:

@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 QUEUE_LIMIT = 1024  # pieces handed to the engine a peer; at 2048 it refuses
-POLL_SECONDS = 5e-5, 1e-3  # least and most between two looks; the engine's own waiting calls spin, and take a core
-POLL_RATE = 8e9  # bytes a second: a write isn't looked at before it can have ended
+POLL_SECONDS = 5e-5, 1e-2  # least and most between two looks; the engine's own waiting calls spin, and take a core
+POLL_RATE = 32e9  # bytes a second: a write isn't looked at before it can have ended
 IDLE_SECONDS = 30.0  # after which a peer's thread ends
 PROGRESS_SECONDS = 10  # without a byte of progress, after which the engine gives a write up
 
@@ -45,8 +45,13 @@ class Transport(Protocol):
         """The name under which peers write to this process."""
         ...
 
+    @property
+    def registered_sources(self) -> bool:
+        """Whether writes are from registered memory alone."""
+        ...
+
     def register(self, memory: np.ndarray) -> None:
-        """Opens contiguous memory to peers' writes, and (rdma) to be written from. It lives until `unregister`."""
+        """Opens contiguous memory to peers' writes, and to be written from. It lives until `unregister`."""
         ...
 
     def unregister(self, memory: np.ndarray) -> None: ...
@@ -77,6 +82,7 @@ class MooncakeTransport:
     def __init__(self, host: str, protocol: Literal["tcp", "rdma"] = "tcp", device: str = ""):
         if protocol == "rdma":
             _check_rdma_device(device)
+        self.registered_sources = protocol == "rdma"
         self._engine: Any = _start_engine(host, protocol, device)
         name = f"[{host}]" if ":" in host else host
         self._session = f"{name}:{self._engine.get_rpc_port()}"
@@ -191,16 +197,15 @@ class _Peer:
         try:
             while self._wait_for_work():
                 self._submit()
-                nap = 0.0
+                news = time.perf_counter()
                 while self._in_flight:
                     if self._collect():
-                        nap = 0.0
-                        self._submit()
-                    elif self._in_flight:
-                        least = POLL_SECONDS[0] + self._in_flight[0][0].num_bytes / POLL_RATE
-                        nap = min(max(least, 2 * nap), POLL_SECONDS[1])
-                        time.sleep(nap)
-                        self._submit()
+                        news = time.perf_counter()
+                    else:
+                        waited = time.perf_counter() - news
+                        soonest = self._in_flight[0][0].num_bytes / POLL_RATE - waited
+                        time.sleep(min(max(soonest, waited / 16, POLL_SECONDS[0]), POLL_SECONDS[1]))
+                    self._submit()
         finally:
             self.close()
             for write, _ in self._in_flight:

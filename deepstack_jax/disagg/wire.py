@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 
 INPUT_EMBEDDINGS, FILL_IDS, MROPE_POSITIONS, AUX_DATAS, DEEPSTACK_EMBEDDINGS = range(5)
+ROW_BUFFERS = INPUT_EMBEDDINGS, DEEPSTACK_EMBEDDINGS  # those that hold visual rows
 NAMES = ("input_embeddings", "fill_ids", "mrope_positions", "aux_datas", "deepstack_embeddings")
 
 AUX_LENGTH = 16
@@ -62,8 +63,8 @@ def checksum(parts: Iterable[np.ndarray]) -> bytes:
     """XXH3-64 over the bytes of contiguous arrays, as 8 bytes, most significant first.
 
     Both sides give the parts of a token block in this order: fill_ids, mrope_positions [n, 3], aux_datas if it is token
-    block 0, rows of visual tokens [v, (1+N)*D], embeddings and deepstack side by side. How the arrays are cut, and how
-    the rows lie in the pool, makes no difference.
+    block 0, embeddings of visual tokens [v, D], their deepstack embeddings [v, N*D]. How the arrays are cut, and where
+    they lie in the pool, makes no difference.
     """
     digest = xxhash.xxh3_64()
     for part in parts:

@@ -6,6 +6,7 @@ Reference: transformers' qwen3_vl.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,12 +86,17 @@ class VisionEncoder(nnx.Module):
         return jnp.concatenate(rows, axis=-1).astype(self.merger.linear_fc2.weight[...].dtype)
 
 
-def separate_deepstack_embeds(
-    rows: Float[Array, "M R"], num_deepstack_embeddings: int
-) -> tuple[Float[Array, "M D"], Float[Array, "M ND"] | None]:
+class VisualRows(NamedTuple):
+    """Visual rows in two arrays, as the language model takes them and as they travel."""
+
+    embeds: Leaf  # [M, D]
+    deepstack: Leaf  # [M, N*D]; None where N is 0
+
+
+def separate_deepstack_embeds(rows: Float[Array, "M R"], num_deepstack_embeddings: int) -> VisualRows:
     """Splits rows [M, (1+N)*D] into embeddings [M, D] and deepstack [M, N*D] (None where N is 0)."""
     width = rows.shape[-1] // (1 + num_deepstack_embeddings)
-    return rows[:, :width], rows[:, width:] if num_deepstack_embeddings else None
+    return VisualRows(rows[:, :width], rows[:, width:] if num_deepstack_embeddings else None)
 
 
 class PatchEmbed(nnx.Module):

@@ -14,6 +14,7 @@ import pytest
 
 from deepstack_jax.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from deepstack_jax.models.qwen3_vl_moe import abstract_params
+from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.programs import Prompt, decode, prefill
 from deepstack_jax.sampling import SamplingParams
 from pallas_kernels import aot
@@ -159,8 +160,8 @@ def prompt_of(config: ModelConfig, batch: int, length: int, visual_tokens: int =
     prompt = Prompt(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
     if not visual_tokens:
         return prompt
-    width = (1 + config.num_deepstack_levels) * config.text.hidden_size
-    rows = jax.ShapeDtypeStruct((visual_tokens, width), jnp.bfloat16)
+    widths = config.text.hidden_size, config.num_deepstack_levels * config.text.hidden_size
+    rows = VisualRows(*(jax.ShapeDtypeStruct((visual_tokens, width), jnp.bfloat16) for width in widths))
     return replace(prompt, visual_index=jax.ShapeDtypeStruct((batch, length), jnp.int32), rows=rows)
 
 
