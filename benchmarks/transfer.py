@@ -4,7 +4,7 @@
 
 The bridge's time runs from rows on the sender's device (CPU backend) to rows on the receiver's, checksums, grants and
 all. Plain writes are large pieces from the rows' own memory to one buffer, waited for both with the engine's blocking
-call and as the bridge waits. Runs alternate, each with empty caches; medians. Hidden by overlap is the share of the
+call and as the bridge waits. Runs alternate; medians. Hidden by overlap is the share of the
 stages' times that the wall time leaves out. Work is what the machine's cores did together, in milliseconds of one core,
 the kernel's part with it (Linux counts it in steps of 10 ms, so it says little of the short ones): divided by the
 number of cores it is a bound. What else runs shows in the figures.
@@ -44,7 +44,6 @@ HIDDEN, LEVELS, BLOCK = 2048, 3, int(os.environ.get("BLOCK", "128"))
 ROW_BYTES = (1 + LEVELS) * HIDDEN * 2
 IMAGE_TOKEN, TEXT_TOKENS = 151655, 16
 PIECE_BYTES = 4 << 20  # of a plain write
-SWEPT = np.zeros(256 << 20, np.uint8)  # larger than any cache
 
 
 def main() -> None:
@@ -127,12 +126,6 @@ class Sender:
     def write_polled(self, rows: list[np.ndarray]) -> None:
         self.transport.submit(self.session, self.pieces(rows)).result()
 
-    def empty_caches(self) -> None:
-        """Else a run finds in the cache what the one before has left there, and who writes to one place wins."""
-        self.say({"empty": True})
-        self.answer()
-        SWEPT.fill(0)
-
     def pieces(self, rows: list[np.ndarray]) -> list[Piece]:
         pieces, there = [], self.raw
         for array in rows:
@@ -176,7 +169,6 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
         for name, run in ways.items():
             times = sender.bridge.times
             before = times.device, times.host, times.wire
-            sender.empty_caches()
             busy, started = core_seconds(), time.perf_counter()
             received = run()
             took, busy = time.perf_counter() - started, core_seconds() - busy
@@ -256,9 +248,6 @@ def receive(num_blocks: int, raw_bytes: int) -> None:
                 expected = BlockCopy(bytes.fromhex(checksum), num_bytes)
                 copy = bridge.copy_out(prompt, token_block, pool_block, expected)
                 copy.add_done_callback(partial(copied, token_block, expected))
-        elif "empty" in message:
-            SWEPT.fill(0)
-            say({})
         elif "digest" in message:
             assert rows is not None
             say({"digest": digest([np.asarray(array) for array in rows])})

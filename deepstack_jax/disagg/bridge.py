@@ -92,7 +92,7 @@ class SendBridge:
         row_bytes = self._widths[INPUT_EMBEDDINGS] + sum(self._widths[DEEPSTACK_EMBEDDINGS:])
         self._staged = transport.registered_sources
         self._slot_rows = max(layout.block_size, slot_bytes // row_bytes)
-        self._slot_tokens = max(layout.block_size, slot_bytes // 256)
+        self._slot_tokens = max(layout.block_size, slot_bytes // 128)
         staged_rows = self._slot_rows if self._staged else 0
         counts = [staged_rows, self._slot_tokens, self._slot_tokens, AUX_LENGTH, staged_rows]
         self._ring = page_aligned(slots * sum(n * w for n, w in zip(counts, self._widths, strict=False)))
@@ -154,21 +154,22 @@ class SendBridge:
         """
         size = self._layout.block_size
         group, rows, left = _Group(batch), 0, len(blocks) * size
+        rows_before = batch.prompt.rows_before
         for token_block, pool_block in blocks:
-            here = batch.prompt.visual_index[token_block * size : (token_block + 1) * size]
-            visual = here >= 0
-            block = _Block(token_block, pool_block, len(here), runs_of(visual), here[visual])
+            start = token_block * size
+            stop = min(start + size, len(rows_before) - 1)
+            block = _Block(token_block, pool_block, slice(start, stop), int(rows_before[stop] - rows_before[start]))
             most = max(self._slot_rows >> 2, min(self._slot_rows >> max(0, 2 - group.number), left // 4))
             if group.blocks and (
                 (group.blocks[-1].token_block + 1, group.blocks[-1].pool_block + 1) != (token_block, pool_block)
-                or rows + len(block.rows) > most
+                or rows + block.num_rows > most
                 or (len(group.blocks) + 1) * size > self._slot_tokens
             ):
                 yield group
                 left -= size * len(group.blocks)
                 group, rows = _Group(batch, group.number + 1), 0
             group.blocks.append(block)
-            rows += len(block.rows)
+            rows += block.num_rows
         if group.blocks:
             yield group
 
@@ -230,9 +231,10 @@ class SendBridge:
             pieces[buffer].append(Piece(source.ctypes.data, address, length))
 
         def parts(block: _Block) -> Iterator[_Part]:
-            start = block.token_block * self._layout.block_size
-            tokens = slice(start, start + block.num_tokens)
-            small = [(FILL_IDS, prompt.fill_ids[tokens, None]), (MROPE_POSITIONS, prompt.token_positions[tokens])]
+            small = [
+                (FILL_IDS, prompt.fill_ids[block.tokens, None]),
+                (MROPE_POSITIONS, prompt.token_positions[block.tokens]),
+            ]
             if block.token_block == 0:
                 small.append((AUX_DATAS, prompt.aux_datas[:, None]))
             for buffer, values in small:
@@ -240,9 +242,13 @@ class SendBridge:
                 target[...] = _bytes_of(values)
                 write(block, buffer, target, 0)
                 yield _Part(target, target)
-            for buffer, host_rows in zip(ROW_BUFFERS, prompt.host_rows if len(block.rows) else (), strict=False):
-                place = place_of_rows(block.runs)
-                for source in self._read(host_rows, block.rows):
+            if not block.num_rows:
+                return
+            index = prompt.visual_index[block.tokens]
+            visual = index >= 0
+            for buffer, host_rows in zip(ROW_BUFFERS, prompt.host_rows, strict=False):
+                place = place_of_rows(runs_of(visual))
+                for source in self._read(host_rows, index[visual]):
                     target = area(buffer, len(source)) if self._staged else source
                     write(block, buffer, target, place)
                     yield _Part(source, target)
@@ -342,9 +348,8 @@ class ReceiveBridge:
 class _Block:
     token_block: int
     pool_block: int
-    num_tokens: int
-    runs: tuple[tuple[int, int], ...]  # of visual tokens
-    rows: np.ndarray  # [v], which rows they take
+    tokens: slice  # of the prompt
+    num_rows: int  # visual ones among them
 
 
 class _Batch:

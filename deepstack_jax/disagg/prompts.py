@@ -42,6 +42,11 @@ class OutgoingPrompt:
         return [HostRows(rows) for rows in self.rows if rows is not None]
 
     @cached_property
+    def rows_before(self) -> np.ndarray:
+        """Visual tokens before each place: [T + 1]."""
+        return np.concatenate([[0], np.cumsum(self.visual_index >= 0)])
+
+    @cached_property
     def token_positions(self) -> np.ndarray:
         """Its positions as the wire has them: [T, 3]."""
         return np.ascontiguousarray(self.mrope_positions.T)

@@ -20,7 +20,7 @@ import numpy as np
 
 QUEUE_LIMIT = 1024  # pieces handed to the engine a peer; at 2048 it refuses
 POLL_SECONDS = 5e-5, 1e-2  # least and most between two looks; the engine's own waiting calls spin, and take a core
-POLL_RATE = 32e9  # bytes a second: a write isn't looked at before it can have ended
+POLL_RATE = 8e9  # bytes a second: a write isn't looked at before it can have ended
 IDLE_SECONDS = 30.0  # after which a peer's thread ends
 PROGRESS_SECONDS = 10  # without a byte of progress, after which the engine gives a write up
 
