@@ -40,8 +40,8 @@ from deepstack_jax.disagg.wire import (
 
 _LOG = logging.getLogger(__name__)
 
-SLOT_BYTES = 4 << 20  # of rows in a group: each group wakes every thread on its way once
-SLOTS = 8
+SLOT_BYTES = 2 << 20  # of rows in a group: each group wakes every thread on its way once
+SLOTS = 4
 UNSURE_SECONDS = 60.0  # that the engine may go on reading what it has reported as failed
 
 
