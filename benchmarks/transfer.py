@@ -4,10 +4,10 @@
 
 The bridge's time runs from rows on the sender's device (CPU backend) to rows on the receiver's, checksums, grants and
 all. Plain writes are large pieces from the rows' own memory to one buffer, waited for both with the engine's blocking
-call and as the bridge waits. Runs alternate; medians. Hidden by overlap is the share of the
-stages' times that the wall time leaves out. Work is what the machine's cores did together, in milliseconds of one core,
-the kernel's part with it (Linux counts it in steps of 10 ms, so it says little of the short ones): divided by the
-number of cores it is a bound. What else runs shows in the figures.
+call and as the bridge waits. Runs alternate; medians. Hidden by overlap is the share of the stages' times that the
+wall time leaves out. Work is what the machine's cores did together, in milliseconds of one core, the kernel's part with
+it (Linux counts it in steps of 10 ms, so it says little of the short ones): divided by the number of cores it is a
+bound. What else runs shows in the figures.
 """
 
 import argparse

@@ -256,13 +256,10 @@ def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
 
 def join_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[Visual]) -> VisualRows:
     """The rows of one image after another, filled up with zeros to a bucket."""
-    height, width = bucket(sum(visual.num_rows for visual in visuals)), config.text.hidden_size
-    rows = VisualRows(
-        jnp.zeros((height, width), parts[0].dtype),
-        jnp.zeros((height, config.num_deepstack_levels * width), parts[0].dtype)
-        if config.num_deepstack_levels
-        else None,
-    )
+    height = bucket(sum(visual.num_rows for visual in visuals))
+    width, levels = config.text.hidden_size, config.num_deepstack_levels
+    widths = (width, levels * width) if levels else (width,)
+    rows = VisualRows(*(jnp.zeros((height, each), parts[0].dtype) for each in widths))
     first = 0
     for part, visual in zip(parts, visuals, strict=True):
         rows = place(config, rows, part, np.int32(first), np.int32(visual.num_rows))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from deepstack_jax.disagg.transport import MooncakeTransport, Piece, TransferErr
 from deepstack_jax.models.vision import VisualRows, separate_deepstack_embeds
 from tests.bridge_peer import Peer, peer
 from tests.cases import side_by_side
+from tests.waiting import until
 
 IMAGE, VIDEO, TEXT = 90, 91, 7
 WAIT = 20.0  # seconds; far more than any write here takes
@@ -242,7 +243,7 @@ def test_rows_live_until_nothing_can_read_them_any_more(transport, shared_peers,
         del prompt, room, levels
         if not outlive:
             assert not is_free()
-        wait_for(lambda ended=ended: ended)
+        until(lambda ended=ended: ended, WAIT)
         if outlive:
             assert not is_free()
             time.sleep(0.6)
@@ -250,15 +251,8 @@ def test_rows_live_until_nothing_can_read_them_any_more(transport, shared_peers,
         else:
             there.ask(copy_out=said(ended))
             np.testing.assert_array_equal(there.prompt(tmp_path)["rows"], expected)
-        wait_for(is_free)
+        until(is_free, WAIT)
         bridge.close()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_blocks_that_do_not_exist_are_refused_before_anything_is_written(transport, shared_peers):
@@ -316,7 +310,7 @@ def test_each_fault_is_seen_as_declared(transport, tmp_path):
         first, _, right, _, faulty, pool = meet(Fault("late", seconds))
         assert isinstance(first.error, TransferError)
         assert (pool[0][0] == 0xEE).all()  # not yet
-        wait_for(lambda: faulty.counts["late landed"] == 1)
+        until(lambda: faulty.counts["late landed"] == 1, WAIT)
         np.testing.assert_array_equal(there.pool(tmp_path)[0][0].reshape(4, -1), clean[:4, : 24 * 2])
 
         first, _, right, took, _, _ = meet(Fault("delay", seconds))

@@ -36,6 +36,7 @@ from deepstack_jax.serving.http import Node, create_app
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest
 from deepstack_jax.serving.text_node import TextNode
+from tests.waiting import until
 
 CONFIG = tiny_config(
     text_config={"num_hidden_layers": 1, "max_position_embeddings": 2048},
@@ -391,13 +392,6 @@ def test_health_and_models(client: httpx.Client):
     models = client.get("/v1/models").json()
     assert models["object"] == "list"
     assert [(one["id"], one["object"]) for one in models["data"]] == [("tiny", "model")]
-
-
-def until(condition: Any, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -246,9 +246,11 @@ class SendBridge:
                 return
             index = prompt.visual_index[block.tokens]
             visual = index >= 0
+            first, rows = place_of_rows(runs_of(visual)), index[visual]
+            neighbours = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
             for buffer, host_rows in zip(ROW_BUFFERS, prompt.host_rows, strict=False):
-                place = place_of_rows(runs_of(visual))
-                for source in self._read(host_rows, index[visual]):
+                place = first
+                for source in self._read(host_rows, neighbours):
                     target = area(buffer, len(source)) if self._staged else source
                     write(block, buffer, target, place)
                     yield _Part(source, target)
@@ -257,11 +259,11 @@ class SendBridge:
         of_blocks = [list(parts(block)) for block in group.blocks]
         return [piece for of_buffer in pieces for piece in _merged(of_buffer)], of_blocks
 
-    def _read(self, host_rows: HostRows, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """The bytes of `rows`, neighbours on the device together."""
-        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+    def _read(self, host_rows: HostRows, neighbours: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """The bytes of rows, those that are neighbours on the device together."""
+        for rows in neighbours:
             started = time.perf_counter()
-            for part in host_rows.read(int(run[0]), int(run[-1]) + 1):
+            for part in host_rows.read(int(rows[0]), int(rows[-1]) + 1):
                 self.times.device += time.perf_counter() - started
                 yield part
                 started = time.perf_counter()

@@ -126,8 +126,7 @@ class IncomingPrompt:
             raise RuntimeError(f"{self._arrived.count(None)} of {len(self._arrived)} blocks haven't arrived")
         if self._ready_rows < self.visual_rows:
             raise RuntimeError(f"{self._ready_rows} visual tokens for the {self.visual_rows} rows that were announced")
-        embeds, *deepstack = [device.finish() for device in self._devices]
-        return VisualRows(embeds, *(deepstack or [None]))
+        return VisualRows(*(device.finish() for device in self._devices))
 
     def copy_out(self, token_block: int, pool_block: int, expected: BlockCopy) -> BlockCopy:
         """Copies a block out of the pool. It counts if the copy is as expected.

@@ -90,7 +90,7 @@ class VisualRows(NamedTuple):
     """Visual rows in two arrays, as the language model takes them and as they travel."""
 
     embeds: Leaf  # [M, D]
-    deepstack: Leaf  # [M, N*D]; None where N is 0
+    deepstack: Leaf = None  # [M, N*D]; None where N is 0
 
 
 def separate_deepstack_embeds(rows: Float[Array, "M R"], num_deepstack_embeddings: int) -> VisualRows:
