@@ -6,24 +6,34 @@ the arrays are equal bit for bit. Frames of videos go through the same `patchify
 
 import json
 import math
+import os
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepstack_jax.config import VisionConfig
-from deepstack_jax.processing.sources import describe, one_line, open_source
+from deepstack_jax.processing.sources import (
+    MediaSource,
+    describe,
+    host_array,
+    is_array,
+    one_line,
+    open_source,
+    option_values,
+)
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 64 << 20
 MAX_ASPECT_RATIO = 200
 
-ImageSource = str | Path | Image.Image | np.ndarray
+ImageSource = MediaSource | Image.Image | ArrayLike
 
 
 class ImageError(ValueError):
@@ -50,6 +60,51 @@ class ImageSettings:
         return self.patch_size * self.merge_size
 
 
+@dataclass(frozen=True)
+class ImageOptions:
+    """What one image's size may be, where it differs from the checkpoint's settings.
+
+    Attributes:
+        min_pixels: in place of the settings' bound, as in a call of transformers' image processor.
+        max_pixels: the same. With only one of the two given, the settings' other bound stays in force.
+        resized_height: with `resized_width`, the size that the image is resized to, rounded to whole merge blocks and
+            kept within the bounds, as qwen-vl-utils does.
+        resized_width: see `resized_height`.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> "ImageOptions":
+        """Options by name, as a part of a message has them; null values are as if absent.
+
+        Raises:
+            ImageError: an unknown name, a value that isn't a whole number above 0, bounds that cross, a minimum above
+                `MAX_IMAGE_PIXELS`, or a height without a width.
+        """
+        options = cls(**option_values(raw, dict.fromkeys(IMAGE_OPTIONS, int), "an image", ImageError))
+        low, high, height, width = (getattr(options, name) for name in IMAGE_OPTIONS)
+        if low and high and low > high:
+            raise ImageError(f"min_pixels {low} of an image is above its max_pixels {high}: swap or lower it")
+        if low and low > MAX_IMAGE_PIXELS:
+            raise ImageError(f"min_pixels {low} of an image is above {MAX_IMAGE_PIXELS}: lower it")
+        if (height is None) != (width is None):
+            given, missing = ("height", "width") if width is None else ("width", "height")
+            raise ImageError(f"resized_{given} {height or width} of an image needs resized_{missing} beside it")
+        if height and width and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ImageError(
+                f"resized_height {height} and resized_width {width} of an image have an aspect ratio above "
+                f"{MAX_ASPECT_RATIO}: give sides that are closer"
+            )
+        return options
+
+
+IMAGE_OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(ImageOptions))
+
+
 def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Loads one image as RGB, upright (EXIF rotation applied), transparency laid on white.
 
@@ -61,29 +116,31 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
     Raises:
         ImageError: not an image, truncated, animated, too large, too narrow, empty, or missing.
     """
-    if isinstance(source, np.ndarray):
-        image, name = _from_array(source), f"array {list(source.shape)}"
-    elif isinstance(source, Image.Image):
-        image, name = source, f"{source.mode} image {source.width}x{source.height}"
-    elif isinstance(source, str | Path):
-        name = describe(source)
-        return _load_file(open_source(source, MAX_IMAGE_BYTES, ImageError), name, max_pixels)
-    else:
-        raise ImageError(f"an image can't be read from {type(source).__name__}: give a path, URL, PIL image or array")
-    return _finish(image, name, max_pixels)
+    if isinstance(source, Image.Image):
+        return _finish(source, f"{source.mode} image {source.width}x{source.height}", max_pixels)
+    if is_array(source):
+        array = host_array(source, "an image", ImageError)
+        return _finish(_from_array(array), f"array {list(array.shape)}", max_pixels)
+    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
+        file = open_source(cast(MediaSource, source), MAX_IMAGE_BYTES, ImageError)
+        return _load_file(file, describe(source), max_pixels)
+    raise ImageError(
+        f"an image can't be read from {type(source).__name__}: give a path, URL, bytes, file object, PIL image or array"
+    )
 
 
-def preprocess_images(images: Sequence[Image.Image], settings: ImageSettings) -> tuple[np.ndarray, np.ndarray]:
+def preprocess_images(
+    images: Sequence[Image.Image], settings: ImageSettings, options: Sequence[ImageOptions] = ()
+) -> tuple[np.ndarray, np.ndarray]:
     """Turns RGB images into `(pixel_values [P, C*Tp*p*p] float32, image_grid_thw [n, 3] int64)`.
 
-    The rows of one image come in the order of the merged 2x2 blocks, as the vision encoder expects them.
+    The rows of one image come in the order of the merged 2x2 blocks, as the vision encoder expects them. `options` has
+    an entry for each image, or none at all.
     """
     table = normalisation_table(settings)
     rows, grids = [], []
-    for image in images:
-        height, width = smart_resize(
-            image.height, image.width, settings.factor, settings.min_pixels, settings.max_pixels
-        )
+    for image, option in zip(images, options or [ImageOptions()] * len(images), strict=True):
+        height, width = _target_size(image, settings, option)
         frame = resize(image, height, width, settings.resample)
         rows.append(patchify(frame[None], table, settings))
         grids.append((1, height // settings.patch_size, width // settings.patch_size))
@@ -206,6 +263,15 @@ def common_settings(
         "rescale_factor": float(raw.get("rescale_factor") or 1 / 255),
         "resample": int(raw.get("resample") or Image.Resampling.BICUBIC),
     }
+
+
+def _target_size(image: Image.Image, settings: ImageSettings, options: ImageOptions) -> tuple[int, int]:
+    # With one bound given, transformers keeps its own other one, even where the two cross; smart_resize then looks at
+    # the upper bound first, and so does transformers.
+    low = settings.min_pixels if options.min_pixels is None else options.min_pixels
+    high = settings.max_pixels if options.max_pixels is None else options.max_pixels
+    height, width = options.resized_height or image.height, options.resized_width or image.width
+    return smart_resize(height, width, settings.factor, low, high)
 
 
 def _load_file(file: Any, name: str, max_pixels: int) -> Image.Image:

@@ -1,44 +1,139 @@
-"""Where images and videos come from: paths, file, http and https URLs, and data URIs."""
+"""What callers hand over: files, URLs, data URIs, base64, bytes, file objects, arrays of any library, and options."""
 
 import base64
-import binascii
 import http.client
 import io
+import math
+import numbers
+import os
+import re
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from typing import Any, BinaryIO
+from urllib.parse import unquote, unquote_to_bytes
+
+import numpy as np
 
 URL_TIMEOUT_SECONDS = 20.0
+SNIFFED_BYTES = 192  # reaches the second packet of an MPEG transport stream
+
+MediaSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+
+_GIVE = "give an existing file, an http(s) URL, a data URI or base64"
 
 
-def open_source(source: str | Path | io.BytesIO, max_bytes: int, error: type[ValueError]) -> Path | io.BytesIO:
-    """Gives the path of a local file as it is, and the bytes behind a URL or a data URI as a file object.
+def open_source(source: MediaSource, max_bytes: int, error: type[ValueError]) -> Path | io.BytesIO:
+    """Gives the path of a local file as it is, and the bytes behind anything else as a file object at its start.
 
     Args:
-        source: a path, a `file:`, `http:` or `https:` URL, or a `data:` URI; bytes already read are given back.
-        max_bytes: the most that is read from a URL or a data URI.
+        source: a path (`~` is the home folder), a `file:`, `http:` or `https:` URL, a `data:` URI, the base64 of a
+            picture or video without a header, its bytes, or a file object opened for reading bytes. A file object is
+            read from its start, wherever it stands; one that can't seek is read from where it stands.
+        max_bytes: the most that is taken from anything but a path.
         error: the exception raised, with one line naming the source, when it can't be read.
     """
-    if isinstance(source, io.BytesIO):
-        return source
-    if isinstance(source, Path):
-        return _existing(source, error)
-    scheme = source[:8].lower()
-    if scheme.startswith("data:"):
-        return io.BytesIO(_decode_data_uri(source, max_bytes, error))
-    if scheme.startswith(("http://", "https://")):
-        return io.BytesIO(_download(source, max_bytes, error))
-    if scheme.startswith("file://"):
-        return _existing(Path(unquote(urlsplit(source).path)), error)
-    return _existing(Path(source), error)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(_media_bytes(_bounded(bytes(source), source, max_bytes, error), max_bytes, error))
+    if hasattr(source, "read"):
+        return _read_file_object(source, max_bytes, error)
+    if isinstance(source, str):
+        return _open_text(source, max_bytes, error)
+    if isinstance(source, os.PathLike):
+        return _existing([Path(os.fsdecode(source))], source, error)
+    raise error(f"{type(source).__name__} is not a file, URL, bytes or file object: {_GIVE}")
+
+
+def decode_base64(text: str) -> bytes:
+    """Decodes base64 as tools write it: line breaks, white space around lines, URL-safe letters, padding left out.
+
+    Raises:
+        ValueError: any other character, letters of both alphabets, or a length that no bytes have.
+    """
+    letters = _base64_letters(text)
+    padding = len(letters) - len(letters.rstrip("="))
+    if padding not in (0, -(len(letters) - padding) % 4) or (
+        ("-" in letters or "_" in letters) and ("+" in letters or "/" in letters)
+    ):
+        raise ValueError("not valid base64")
+    letters = letters.rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except ValueError:  # binascii.Error is one
+        raise ValueError("not valid base64") from None
+
+
+def looks_like_media(first_bytes: bytes) -> bool:
+    """Whether a file that starts like this (`SNIFFED_BYTES` of it, or all) is a picture or video container."""
+    if len(first_bytes) < 12:
+        return False
+    if first_bytes.startswith(_SIGNATURES) or first_bytes[4:8] in _BOXES:
+        return True
+    if first_bytes[:4] == b"RIFF":
+        return first_bytes[8:12] in (b"WEBP", b"AVI ")
+    if first_bytes[:2] == b"BM":
+        return not any(first_bytes[6:10])
+    return first_bytes[0] == 0x47 == first_bytes[188 % len(first_bytes)] and len(first_bytes) > 188
+
+
+def option_values(
+    raw: Mapping[str, Any], kinds: Mapping[str, type], what: str, error: type[ValueError]
+) -> dict[str, Any]:
+    """Checks options by name. Null values are left out: they are as if they had not been given.
+
+    Args:
+        raw: names and values, as a caller or a JSON text has them.
+        kinds: the options that exist, each `int`, `float` or `bool`. Numbers must be finite and above 0; a float
+            without a fraction is as good as an integer.
+        what: what the options belong to, such as "an image", for messages.
+        error: the exception raised, naming the option, its value and what it may be.
+    """
+    given = {name: value for name, value in raw.items() if value is not None}
+    for name in given:
+        if name not in kinds:
+            raise error(f"{_shown(name)} is not an option of {what}: use {', '.join(kinds)}")
+    return {name: _option(name, value, kinds[name], what, error) for name, value in given.items()}
+
+
+def host_array(value: Any, name: str, error: type[ValueError]) -> np.ndarray:
+    """The numbers of an array of any library, or of nested lists, as a NumPy array in host memory.
+
+    Torch tensors may be on any device, of any floating-point type, and part of a graph of gradients; floating-point
+    types that NumPy lacks (bfloat16, float8) become float32.
+
+    Raises:
+        error: one line that names the array, when its values can't be read or aren't numbers.
+    """
+    try:
+        array = _to_numpy(value)
+    except Exception as reason:  # each library raises its own
+        raise error(
+            f"{name} can't be read from {type(value).__name__} ({one_line(reason)}): give a NumPy array"
+        ) from None
+    if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.type is not np.void:
+        array = array.astype(np.float32)  # what ml_dtypes adds to NumPy
+    if array.dtype.kind not in "biuf":
+        raise error(f"{name} holds {array.dtype}, not real numbers: give an array of integers or floating point")
+    return array
+
+
+def is_array(value: object) -> bool:
+    """Whether `value` is an array of some library: NumPy, JAX, torch, or any that NumPy can read."""
+    return not isinstance(value, type) and (hasattr(value, "__array__") or _is_torch(value))
 
 
 def describe(source: object) -> str:
-    """A short name of a source for messages: never the whole of a data URI."""
-    text = f"file of {len(source.getbuffer())} bytes" if isinstance(source, io.BytesIO) else str(source)
-    return text if len(text) <= 120 else text[:60] + "..."
+    """A short name of a source for messages, on one line: never the whole of a data URI."""
+    if isinstance(source, io.BytesIO):
+        return f"file of {len(source.getbuffer())} bytes"
+    if isinstance(source, bytes | bytearray | memoryview):
+        return f"file of {memoryview(source).nbytes} bytes"
+    if hasattr(source, "read"):
+        name = getattr(source, "name", None)
+        return f"file {name}" if isinstance(name, str) and name else f"file object {type(source).__name__}"
+    return _shown(source)
 
 
 def one_line(error: BaseException) -> str:
@@ -46,27 +141,229 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _existing(path: Path, error: type[ValueError]) -> Path:
+# ---- text
+
+
+def _open_text(text: str, max_bytes: int, error: type[ValueError]) -> Path | io.BytesIO:
+    stripped = text.strip()
+    scheme = stripped[:8].lower()
+    if scheme.startswith("data:"):
+        return io.BytesIO(_decode_data_uri(stripped, max_bytes, error))
+    if scheme.startswith(("http://", "https://")):
+        return io.BytesIO(_download(stripped, max_bytes, error))
+    if scheme.startswith("file:"):
+        # people write unquoted names, and two slashes before relative ones
+        rest = re.sub("^//(localhost(?=/))?", "", stripped[5:])
+        return _existing(
+            [Path(name) for name in (rest, unquote(rest), unquote(re.split("[?#]", rest)[0]))], text, error
+        )
+    if not stripped:
+        raise error(f"an empty text names no file: {_GIVE}")
+    if (path := _found([Path(text)])) is not None:
+        return path
+    if (content := _bare_base64(text, max_bytes, error)) is not None:
+        return io.BytesIO(content)
+    if other := re.match(r"([a-z][a-z0-9+.-]+)://", stripped, re.IGNORECASE):
+        raise error(f"{describe(text)} has the scheme {other[1]}, which is not read: {_GIVE}")
+    return _existing([Path(text)], text, error)
+
+
+def _found(paths: list[Path]) -> Path | None:
+    for path in paths:
+        try:
+            if path.is_file():
+                return path
+            if path.parts[:1] and path.parts[0].startswith("~") and (home := path.expanduser()).is_file():
+                return home
+        except (OSError, RuntimeError):  # a name longer than the file system allows; no such user
+            continue
+    return None
+
+
+def _existing(paths: list[Path], source: object, error: type[ValueError]) -> Path:
+    if (path := _found(paths)) is None:
+        raise error(f"no file {describe(source)}: {_GIVE}")
+    return path
+
+
+def _bare_base64(text: str, max_bytes: int, error: type[ValueError]) -> bytes | None:
+    """The bytes of a picture or video in base64 without a header; None for any other text."""
     try:
-        if path.is_file():
-            return path
-    except OSError:  # a name longer than the file system allows, such as bare base64
-        pass
-    raise error(f"no file {describe(path)}: give an existing file, an http(s) URL or a data URI")
+        start = _base64_letters(text[: 2 * SNIFFED_BYTES])[: SNIFFED_BYTES // 3 * 4]
+        if not looks_like_media(decode_base64(start.rstrip("=")[: len(start.rstrip("=")) // 4 * 4])):
+            return None
+    except ValueError:
+        return None
+    return _decode_bounded(text, describe(text), max_bytes, error)
 
 
 def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes:
     header, comma, payload = uri.partition(",")
     if not comma:
         raise error(f"{describe(uri)} has no comma after its header: write data:image/png;base64,...")
-    if len(payload) > max_bytes * 4 // 3 + 4:
-        raise error(f"{describe(uri)} holds more than {max_bytes} bytes: send a smaller file")
-    if not header.lower().endswith(";base64"):
-        return unquote_to_bytes(payload)
+    parameters = [parameter.strip().lower() for parameter in header[5:].split(";")]
+    if "base64" in parameters:
+        return _decode_bounded(unquote(payload), describe(uri), max_bytes, error)
+    content = unquote_to_bytes(payload)
+    if len(content) > max_bytes * 4 // 3 + 4:
+        raise error(_too_long(describe(uri), max_bytes))
+    # tools forget to say that it is base64
+    return _bounded(_media_bytes(content, max_bytes, error), uri, max_bytes, error)
+
+
+def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
+    if 3 * len(_base64_letters(text).rstrip("=")) // 4 > max_bytes:
+        raise error(_too_long(name, max_bytes))
     try:
-        return base64.b64decode(unquote(payload), validate=True)
-    except (binascii.Error, ValueError):
-        raise error(f"{describe(uri)} is not valid base64: encode the file's bytes again") from None
+        return decode_base64(text)
+    except ValueError:
+        raise error(f"{name} is not valid base64: encode the file's bytes again") from None
+
+
+def _base64_letters(text: str) -> str:
+    """`text` without line breaks and the white space around lines.
+
+    White space inside a line stays and is refused: where a form turned each "+" into a space, nobody can tell.
+    """
+    return "".join(line.strip() for line in text.splitlines())
+
+
+# ---- bytes and file objects
+
+
+def _media_bytes(content: bytes, max_bytes: int, error: type[ValueError]) -> bytes:
+    """`content`, decoded where it is the text of a data URI or of base64, as base64.b64encode gives it."""
+    if looks_like_media(content[:SNIFFED_BYTES]):
+        return content
+    try:
+        start = content[:SNIFFED_BYTES].decode("ascii").lstrip()
+        if start[:5].lower() == "data:":
+            return _decode_data_uri(content.decode("ascii").strip(), max_bytes, error)
+        decoded = _bare_base64(content.decode("ascii"), max_bytes, error) if start else None
+    except UnicodeDecodeError:
+        return content
+    return content if decoded is None else decoded
+
+
+def _read_file_object(file: Any, max_bytes: int, error: type[ValueError]) -> io.BytesIO:
+    name = describe(file) if not getattr(file, "closed", False) else f"{type(file).__name__}"
+    try:
+        if _can_seek(file):
+            file.seek(0)
+        if isinstance(file, io.BytesIO):
+            _bounded(file.getbuffer(), file, max_bytes, error)
+            return file
+        content = _read_up_to(file, max_bytes + 1)
+    except error:
+        raise
+    except UnicodeDecodeError:
+        raise error(f'{name} was opened as text: open it with mode "rb"') from None
+    except Exception as reason:  # whatever stands behind read()
+        raise error(f"{name} can't be read ({one_line(reason)}): give an open file, or its bytes") from None
+    if isinstance(content, str):
+        raise error(f'{name} was opened as text: open it with mode "rb"')
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise error(f"read() of {name} gives {type(content).__name__}, not bytes: give the file's bytes")
+    if len(content) > max_bytes:
+        raise error(_too_long(name, max_bytes))
+    return io.BytesIO(_media_bytes(bytes(content), max_bytes, error))
+
+
+def _can_seek(file: Any) -> bool:
+    seekable = getattr(file, "seekable", None)
+    return bool(seekable()) if callable(seekable) else hasattr(file, "seek")
+
+
+def _read_up_to(file: Any, count: int) -> Any:
+    """Up to `count` bytes: a pipe or a socket gives fewer than it is asked for. What is not bytes is given back."""
+    content = bytearray()
+    while len(content) < count:
+        piece = file.read(count - len(content))
+        if not isinstance(piece, bytes | bytearray | memoryview):
+            return piece if piece is not None else bytes(content)
+        if not piece:
+            break
+        content += piece
+    return content
+
+
+def _bounded(content: Any, source: object, max_bytes: int, error: type[ValueError]) -> Any:
+    if len(content) > max_bytes:
+        raise error(_too_long(describe(source), max_bytes))
+    return content
+
+
+def _too_long(name: str, max_bytes: int) -> str:
+    return f"{name} holds more than {max_bytes} bytes: pass a smaller file"
+
+
+# ---- arrays and options
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if _is_torch(value):
+        return _torch_to_numpy(value)
+    if isinstance(value, list | tuple) and any(map(_is_torch, value)):
+        return np.stack([_to_numpy(one) for one in value])
+    return np.asarray(value)
+
+
+def _is_torch(value: Any) -> bool:
+    # asked of the object: importing torch takes seconds and may be impossible
+    return any(base.__module__.partition(".")[0] == "torch" and base.__name__ == "Tensor" for base in type(value).mro())
+
+
+def _torch_to_numpy(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    if tensor.device.type == "meta":
+        raise ValueError("a tensor on the device meta has no values")
+    tensor = tensor.cpu()
+    if tensor.is_sparse or str(tensor.layout) != "torch.strided":
+        tensor = tensor.to_dense()
+    if tensor.is_floating_point() and str(tensor.dtype) not in ("torch.float16", "torch.float32", "torch.float64"):
+        tensor = tensor.float()
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
+def _option(name: str, value: Any, kind: type, what: str, error: type[ValueError]) -> Any:
+    if kind is bool:
+        if not isinstance(value, bool | np.bool_):
+            raise error(f"{name} {_shown(value)} of {what} must be true or false")
+        return bool(value)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    whole = "a whole number" if kind is int else "a number"
+    if not number or not 0 < value < math.inf or (kind is int and value != int(value)):
+        raise error(f"{name} {_shown(value)} of {what} must be {whole} above 0")
+    return kind(value)
+
+
+def _shown(value: object) -> str:
+    """A value in a message: short, and on one line."""
+    text = str(value) if isinstance(value, str | os.PathLike | numbers.Number) else repr(value)
+    text = text if len(text) <= 120 else text[:60] + "..."
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
+_SIGNATURES = (
+    b"\xff\xd8\xff",  # JPEG
+    b"\x89PNG",
+    b"GIF8",
+    b"II*\0",  # TIFF
+    b"MM\0*",
+    b"II+\0",  # BigTIFF
+    b"MM\0+",
+    b"\0\0\0\x0cjP  ",  # JPEG 2000
+    b"\xff\x4f\xff\x51",
+    b"\0\0\1\0",  # ICO
+    b"8BPS",
+    b"\x1aE\xdf\xa3",  # Matroska, WebM
+    b"OggS",
+    b"FLV\1",
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF
+    b"\0\0\1\xba",  # MPEG
+    b"\0\0\1\xb3",
+)
+_BOXES = (b"ftyp", b"moov", b"mdat", b"wide")  # MP4, QuickTime, AVIF
 
 
 def _download(url: str, max_bytes: int, error: type[ValueError]) -> bytes:
