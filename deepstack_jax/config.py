@@ -1,40 +1,31 @@
 """Model configuration, read from a Hugging Face config.json of the families qwen3_vl_moe, qwen3_moe, qwen3_vl, qwen3.
 
 Key names changed between transformers 4 and 5 (`num_experts` -> `num_local_experts`, `rope_theta` and `rope_scaling`
--> `rope_parameters`); both are read. Missing keys take the family's default, as transformers gives it.
+-> `rope_parameters`); both are read. Missing keys and nulls take the family's default, as transformers gives it. A
+value of the wrong type is refused by name, and so is a key of the rope's scaling that is not computed here.
 """
 
-import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deepstack_jax.config_rope import RopeConfig, refuse_unknown_rope_keys, rope_config
+from deepstack_jax.config_values import ConfigError, Values, read_json_object, short
+
+VL_FAMILIES = ("qwen3_vl_moe", "qwen3_vl")
 FAMILIES = ("qwen3_vl_moe", "qwen3_moe", "qwen3_vl", "qwen3")
-ROPE_TYPES = ("default", "linear", "yarn")
-
-
-class ConfigError(ValueError):
-    """A config.json that can't be read as one of the four families."""
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding. `mrope_section` counts the frequencies of (time, height, width); None is 1-D rope."""
-
-    theta: float
-    rope_type: str = "default"
-    mrope_section: tuple[int, int, int] | None = None
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
+# the text model of a vision-language checkpoint, saved by itself
+TEXT_PARTS = ("qwen3_vl_moe_text", "qwen3_vl_text")
+DTYPE_NAMES = {"float": "float32", "half": "float16"}  # PyTorch's other names
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The decoder. `sparse_layers[i]` says whether layer i routes to experts; `sliding_windows[i]` is its window."""
+    """The decoder. `sparse_layers[i]` says whether layer i routes to experts; `sliding_windows[i]` is its window.
+
+    `max_position_embeddings` is the context that is allowed: where the rope is scaled, factor x original positions.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -113,202 +104,249 @@ class ModelConfig:
     def num_deepstack_levels(self) -> int:
         return self.vision.num_deepstack_levels if self.vision else 0
 
+    @property
+    def is_vision_language(self) -> bool:
+        """Whether the checkpoint has a vision encoder, be it loaded or not."""
+        return self.model_type in VL_FAMILIES
+
     def text_only(self) -> "ModelConfig":
         """The same checkpoint without its vision encoder: what a language node loads."""
         return replace(self, vision=None)
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """Reads `path` (a config.json or the directory that holds one)."""
+    """Reads `path` (a config.json or the directory that holds one); raises `ConfigError` naming file and position."""
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
+    if file.is_file() and file.name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")):
+        raise ConfigError(f"{file} is a file of weights: give the directory of a Hugging Face or converted checkpoint")
+    if path.is_dir() and (reason := _other_kind(path)):
+        raise ConfigError(reason)
     try:
-        raw = json.loads(file.read_text())
-    except FileNotFoundError:
+        raw = read_json_object(file)
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"no config.json in {path}: give the directory of a Hugging Face or converted checkpoint"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid JSON ({error}): download it again") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{file} holds {type(raw).__name__}, not an object: download it again")
     return parse_config(raw)
+
+
+def read_special_tokens(directory: Path, config: ModelConfig) -> tuple[tuple[int, ...], int]:
+    """(end tokens, pad token): generation_config.json's, as transformers' generate takes them, else config.json's.
+
+    Raises `ConfigError` where generation_config.json is damaged or its ids are not token ids.
+    """
+    file = directory / "generation_config.json"
+    values = Values(read_json_object(file) if file.exists() else {}, str(file))
+    ends = values.token_ids("eos_token_id", config.eos_token_ids)
+    pad = values.integer("pad_token_id", config.pad_token_id, least=0)
+    return ends, (ends[0] if ends else 0) if pad is None else pad
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """Turns the contents of a config.json into a `ModelConfig`; raises `ConfigError` naming what can't be served."""
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise ConfigError(f"model_type {model_type!r} is not supported: expected one of {', '.join(FAMILIES)}")
-    is_vl = model_type in ("qwen3_vl_moe", "qwen3_vl")
+    if model_type not in FAMILIES + TEXT_PARTS:
+        expected = ", ".join(FAMILIES + TEXT_PARTS)
+        raise ConfigError(f"model_type {model_type!r} is not supported: expected one of {expected}")
+    is_vl = model_type in VL_FAMILIES
     text_raw = raw.get("text_config") if is_vl else raw
     if not isinstance(text_raw, dict):
         raise ConfigError(f"model_type {model_type} needs an object text_config, found {text_raw!r}")
     if is_vl and not isinstance(raw.get("vision_config"), dict):
         raise ConfigError(f"model_type {model_type} needs an object vision_config, found {raw.get('vision_config')!r}")
-    # transformers ties by the outermost config alone: a text_config that says otherwise is ignored
-    text = _text_config(model_type, text_raw, tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)))
+    for part in (raw, text_raw):
+        _refuse_quantized(part)
+    if is_vl:
+        _refuse_misplaced_rope(raw, text_raw)
+    root, inner = Values(raw, "config.json"), Values(text_raw, "text_config" if is_vl else "config.json")
+    # transformers ties by the outermost config only: a text_config that says otherwise is ignored. The text model of a
+    # vision-language checkpoint saved by itself never holds a head.
+    tied = root.flag("tie_word_embeddings", model_type in TEXT_PARTS)
+    text = _text_config(model_type, inner, tie_word_embeddings=tied)
     vision = _vision_config(raw["vision_config"]) if is_vl else None
     if vision and vision.out_hidden_size != text.hidden_size:
         raise ConfigError(
             f"vision_config.out_hidden_size {vision.out_hidden_size} differs from text_config.hidden_size "
             f"{text.hidden_size}: visual rows would not fit the text model"
         )
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    tokens = {
+        name: root.integer(name, getattr(ModelConfig, name), least=0)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    }
     return ModelConfig(
         model_type=model_type,
         text=text,
         vision=vision,
-        eos_token_ids=_token_ids(_first(raw.get("eos_token_id"), text_raw.get("eos_token_id"))),
-        pad_token_id=_first(raw.get("pad_token_id"), text_raw.get("pad_token_id")),
-        dtype=_first(raw.get("dtype"), raw.get("torch_dtype"), text_raw.get("dtype"), text_raw.get("torch_dtype")),
+        eos_token_ids=root.token_ids("eos_token_id", inner.token_ids("eos_token_id", ())),
+        pad_token_id=root.integer("pad_token_id", inner.integer("pad_token_id", None, least=0), least=0),
+        dtype=_dtype(root),
         raw=raw,
-        **{name: raw[name] for name in names if name in raw},
+        **tokens,
     )
 
 
-def _text_config(model_type: str, raw: dict[str, Any], tie_word_embeddings: bool) -> TextConfig:
-    where = "text_config" if "_vl" in model_type else "config.json"
-    require = _Reader(raw, where)
-    if (act := raw.get("hidden_act", "silu")) != "silu":
+def _other_kind(directory: Path) -> str | None:
+    """Why a directory is not a checkpoint of its own, as far as the names of its files tell."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (directory / name).exists():
+            return (
+                f"{directory} holds an adapter ({name}): merge it into its base model first (merge_and_unload of "
+                "PEFT, then save_pretrained), or remove the adapter's files where that has been done"
+            )
+    if not (directory / "config.json").exists() and (file := next(directory.glob("*.gguf"), None)):
+        return f"{file} is a GGUF file: give the Hugging Face checkpoint in safetensors that it was made from"
+    return None
+
+
+def _refuse_quantized(raw: dict[str, Any]) -> None:
+    """Raises `ConfigError` for a config.json that says how its weights are quantised."""
+    for key in ("quantization_config", "compression_config", "quantization"):
+        found = raw.get(key)
+        if found is None or found == {}:
+            continue
+        method, bits = None, None
+        if isinstance(found, dict):
+            method = found.get("quant_method") or ("MLX" if key == "quantization" else None)
+            four, eight = (found.get(f"load_in_{n}bit", found.get(f"_load_in_{n}bit")) for n in (4, 8))
+            bits = found.get("bits", 4 if four else 8 if eight else None)
+            method = method or ("bitsandbytes" if four is not None or eight is not None else None)
+        how = f"with {method or 'an unknown method'}" + (f", {bits} bits" if bits is not None else "")
+        raise ConfigError(
+            f"{key} says that the weights are quantised {how}, which is not supported: give the checkpoint in "
+            f"bfloat16 that it was made from, or remove {key} where the weights are not quantised"
+        )
+
+
+def _dtype(root: Values) -> str | None:
+    """The outermost config's dtype, as transformers takes it."""
+    name = root.text("dtype", root.text("torch_dtype", None))
+    if name is None:
+        return None
+    name = name.removeprefix("torch.")
+    return DTYPE_NAMES.get(name, name)
+
+
+def _text_config(model_type: str, values: Values, tie_word_embeddings: bool) -> TextConfig:
+    where, integer = values.where, values.integer
+    if (act := values.text("hidden_act", "silu")) != "silu":
         raise ConfigError(f"{where}.hidden_act {act!r} is not supported: expected 'silu'")
-    layers = require("num_hidden_layers")
-    heads = require("num_attention_heads")
-    hidden = require("hidden_size")
-    default_head_dim = 128 if model_type in ("qwen3", "qwen3_vl") else hidden // heads
-    kv_heads = _first(raw.get("num_key_value_heads"), heads)
+    layers, heads, hidden = integer("num_hidden_layers"), integer("num_attention_heads"), integer("hidden_size")
+    fixed = model_type in ("qwen3", "qwen3_vl", "qwen3_vl_text")
+    head_dim = integer("head_dim", 128 if fixed else hidden // heads, least=2)
+    if head_dim < 2 or head_dim % 2:
+        raise ConfigError(f"{where}.head_dim {head_dim} must be even and at least 2: rope turns pairs of values")
+    kv_heads = integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ConfigError(f"{where}: {heads} attention heads are no multiple of {kv_heads} key-value heads")
-
-    experts = top_k = width = 0
-    sparse = (False,) * layers
-    if model_type in ("qwen3_vl_moe", "qwen3_moe"):
-        experts = _first(raw.get("num_local_experts"), raw.get("num_experts"))
-        if experts is None:
-            raise ConfigError(f"{where} has neither num_experts nor num_local_experts")
-        dense = set(raw.get("mlp_only_layers") or ())
-        step = _first(raw.get("decoder_sparse_step"), 1)
-        sparse = tuple(experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(layers))
-        if any(sparse):
-            top_k, width = require("num_experts_per_tok"), require("moe_intermediate_size")
-            if not 1 <= top_k <= experts:
-                raise ConfigError(f"{where}.num_experts_per_tok {top_k} must lie between 1 and num_experts {experts}")
+    experts, top_k, width, sparse = _experts(values, layers) if "moe" in model_type else (0, 0, 0, (False,) * layers)
+    rope, positions = rope_config(values, of_vl="_vl" in model_type, sections=model_type in VL_FAMILIES)
     return TextConfig(
-        vocab_size=require("vocab_size"),
+        vocab_size=integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=raw.get("intermediate_size", 0) if all(sparse) else require("intermediate_size"),
+        intermediate_size=integer("intermediate_size", 0, least=0) if all(sparse) else integer("intermediate_size"),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=_first(raw.get("head_dim"), default_head_dim),
-        rope=_rope_config(model_type, raw, where),
-        max_position_embeddings=raw.get("max_position_embeddings", 128000 if "_vl" in model_type else 32768),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        attention_bias=bool(raw.get("attention_bias", False)),
+        head_dim=head_dim,
+        rope=rope,
+        max_position_embeddings=positions,
+        rms_norm_eps=values.number("rms_norm_eps", 1e-6, least=0),
+        attention_bias=values.flag("attention_bias", False),
         tie_word_embeddings=tie_word_embeddings,
         num_experts=experts,
         num_experts_per_tok=top_k,
         moe_intermediate_size=width,
         # Qwen3-VL-MoE's router always renormalises; Qwen3-MoE does where the config says so
-        norm_topk_prob=True if model_type == "qwen3_vl_moe" else bool(raw.get("norm_topk_prob", False)),
+        norm_topk_prob=values.flag("norm_topk_prob", False) or model_type.startswith("qwen3_vl_moe"),
         sparse_layers=sparse,
-        sliding_windows=_sliding_windows(model_type, raw, layers),
+        sliding_windows=_sliding_windows(model_type, values, layers),
     )
 
 
-def _rope_config(model_type: str, raw: dict[str, Any], where: str) -> RopeConfig:
-    new = raw.get("rope_parameters") or {}
-    old = raw.get("rope_scaling") or {}
-    merged = {**old, **new}
-    theta = _first(new.get("rope_theta"), raw.get("rope_theta"), 500000.0 if "_vl" in model_type else 10000.0)
-    # "mrope" was the name of the default type beside an mrope_section
-    rope_type = _first(merged.get("rope_type"), merged.get("type"), "default").replace("mrope", "default")
-    if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"{where} asks for rope type {rope_type!r}: expected one of {', '.join(ROPE_TYPES)}")
-    section = None
-    if "_vl" in model_type:
-        section = tuple(merged.get("mrope_section", (24, 20, 20)))
-        # They need not add up to head_dim / 2: height and width take what they reach, time the rest, as in transformers
-        if len(section) != 3 or not all(isinstance(count, int) and count >= 0 for count in section):
-            raise ConfigError(f"{where}: mrope_section {list(section)} must be three counts (time, height, width)")
-    yarn_keys = ("attention_factor", "beta_fast", "beta_slow", "truncate")
-    yarn = {key: merged[key] for key in yarn_keys if merged.get(key) is not None}
-    return RopeConfig(
-        theta=float(theta),
-        rope_type=rope_type,
-        mrope_section=section,
-        factor=float(merged.get("factor", 1.0)),
-        original_max_position_embeddings=_first(
-            merged.get("original_max_position_embeddings"), raw.get("max_position_embeddings")
-        ),
-        **yarn,
-    )
+def _experts(values: Values, layers: int) -> tuple[int, int, int, tuple[bool, ...]]:
+    """(experts, experts per token, their width, which layers have them)."""
+    experts = values.integer("num_local_experts", values.integer("num_experts", None, least=0), least=0)
+    if experts is None:
+        raise ConfigError(f"{values.where} has neither num_experts nor num_local_experts")
+    dense = set(values.integers("mlp_only_layers", ()))
+    step = values.integer("decoder_sparse_step", 1)
+    sparse = tuple(experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(layers))
+    if not any(sparse):
+        return experts, 0, 0, sparse
+    top_k, width = values.integer("num_experts_per_tok"), values.integer("moe_intermediate_size")
+    if top_k > experts:
+        raise ConfigError(f"{values.where}.num_experts_per_tok {top_k} must lie between 1 and num_experts {experts}")
+    return experts, top_k, width, sparse
 
 
-def _sliding_windows(model_type: str, raw: dict[str, Any], layers: int) -> tuple[int | None, ...]:
-    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
+def _refuse_misplaced_rope(raw: dict[str, Any], text_raw: dict[str, Any]) -> None:
+    """A scaling in the outermost object of a vision-language config would be read by nothing."""
+    for key in ("rope_scaling", "rope_parameters"):
+        if raw.get(key) and raw[key] != text_raw.get(key):
+            raise ConfigError(f"config.json has {key} beside text_config, where nothing reads it: move it there")
+
+
+def _sliding_windows(model_type: str, values: Values, layers: int) -> tuple[int | None, ...]:
+    window = None
+    if values.flag("use_sliding_window", False):
+        # null is no window, as in transformers, and not the default one
+        window = values.integer("sliding_window", None if "sliding_window" in values.raw else 4096)
     if model_type == "qwen3_moe":
         return (window,) * layers
-    if model_type != "qwen3" or window is None:
+    if model_type != "qwen3":
         return (None,) * layers
-    if types := raw.get("layer_types"):
+    if (types := values.raw.get("layer_types")) is not None:
+        kinds = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != layers or any(kind not in kinds for kind in types):
+            raise ConfigError(
+                f"{values.where}.layer_types must be {layers} of {', '.join(kinds)}, found {short(types)}"
+            )
+        if window is None and "sliding_attention" in types:
+            raise ConfigError(
+                f"{values.where}.layer_types asks for sliding_attention without a window: set use_sliding_window to "
+                "true and sliding_window to its length"
+            )
         return tuple(window if kind == "sliding_attention" else None for kind in types)
-    return tuple(window if i >= raw.get("max_window_layers", 28) else None for i in range(layers))
+    first = values.integer("max_window_layers", 28, least=0)
+    return tuple(window if i >= first else None for i in range(layers))
 
 
 def _vision_config(raw: dict[str, Any]) -> VisionConfig:
-    require = _Reader(raw, "vision_config")
-    if (act := raw.get("hidden_act", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
+    values = Values(raw, "vision_config")
+    integer = values.integer
+    if (act := values.text("hidden_act", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
         raise ConfigError(f"vision_config.hidden_act {act!r} is not supported: expected 'gelu_pytorch_tanh'")
-    depth = require("depth")
-    indexes = tuple(raw.get("deepstack_visual_indexes", (8, 16, 24)))
-    if len(set(indexes)) != len(indexes) or not all(0 <= i < depth for i in indexes):
+    depth = integer("depth")
+    indexes = values.integers("deepstack_visual_indexes", (8, 16, 24))
+    if len(set(indexes)) != len(indexes) or not all(i < depth for i in indexes):
         raise ConfigError(
             f"vision_config.deepstack_visual_indexes {list(indexes)} must be distinct blocks of 0 to {depth - 1}"
         )
-    positions = raw.get("num_position_embeddings", 2304)
-    if round(positions**0.5) ** 2 != positions:
+    positions = integer("num_position_embeddings", 2304)
+    if math.isqrt(positions) ** 2 != positions:
         raise ConfigError(
             f"vision_config.num_position_embeddings {positions} must be a square: the grid's sides are equal"
         )
-    hidden, heads = require("hidden_size"), require("num_heads")
+    hidden, heads = integer("hidden_size"), integer("num_heads")
     if hidden % heads or (hidden // heads) % 4:
         raise ConfigError(f"vision_config.hidden_size {hidden} over {heads} heads must give a head dim divisible by 4")
+    rope = Values(values.object("rope_parameters") or values.object("rope_scaling"), "vision_config.rope_parameters")
+    rope_type = rope.text("rope_type", rope.text("type", "axial"))
+    if rope_type not in ("default", "axial"):
+        raise ConfigError(f"{rope.where} asks for rope type {rope_type!r}: expected one of default, axial")
+    refuse_unknown_rope_keys(rope, "default")
     return VisionConfig(
         depth=depth,
         hidden_size=hidden,
-        intermediate_size=require("intermediate_size"),
+        intermediate_size=integer("intermediate_size"),
         num_heads=heads,
-        out_hidden_size=require("out_hidden_size"),
+        out_hidden_size=integer("out_hidden_size"),
         num_position_embeddings=positions,
         deepstack_visual_indexes=indexes,
-        in_channels=raw.get("in_channels", 3),
-        patch_size=raw.get("patch_size", 16),
-        temporal_patch_size=raw.get("temporal_patch_size", 2),
-        spatial_merge_size=raw.get("spatial_merge_size", 2),
-        rope_theta=float((raw.get("rope_parameters") or {}).get("rope_theta", 10000.0)),
+        in_channels=integer("in_channels", 3),
+        patch_size=integer("patch_size", 16),
+        temporal_patch_size=integer("temporal_patch_size", 2),
+        spatial_merge_size=integer("spatial_merge_size", 2),
+        rope_theta=rope.number("rope_theta", 10000.0, above=1),
     )
-
-
-class _Reader:
-    """Reads required positive integers and names what is missing."""
-
-    def __init__(self, raw: dict[str, Any], where: str):
-        self.raw, self.where = raw, where
-
-    def __call__(self, key: str) -> int:
-        value = self.raw.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.where}.{key} must be a positive integer, found {value!r}")
-        return value
-
-
-def _first(*values: Any) -> Any:
-    """The first value that is not None."""
-    return next((value for value in values if value is not None), None)
-
-
-def _token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, int) else tuple(value)

@@ -73,6 +73,12 @@ def _yarn(rope: RopeConfig, head_dim: int, plain: np.ndarray) -> tuple[np.ndarra
     width = high - low if high != low else 0.001
     slow = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / width, 0, 1)
     attention = rope.attention_factor
+    if attention is None and rope.mscale and rope.mscale_all_dim:
+        attention = _yarn_scale(rope.factor, rope.mscale) / _yarn_scale(rope.factor, rope.mscale_all_dim)
     if attention is None:
-        attention = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
+        attention = _yarn_scale(rope.factor)
     return (plain / np.float32(rope.factor) * slow + plain * (1 - slow)).astype(np.float32), attention
+
+
+def _yarn_scale(factor: float, mscale: float = 1.0) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

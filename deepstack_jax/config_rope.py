@@ -1,0 +1,114 @@
+"""The part of a configuration that says how positions become angles, read as transformers reads it."""
+
+from dataclasses import dataclass, replace
+
+from deepstack_jax.config_values import ConfigError, Values, short
+
+# What each rope type reads, beside the keys that every type takes.
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    ),
+}  # fmt: skip
+ROPE_TYPES = tuple(ROPE_KEYS)
+_COMMON_ROPE_KEYS = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. `mrope_section` counts the frequencies of (time, height, width); None is 1-D rope."""
+
+    theta: float
+    rope_type: str = "default"
+    mrope_section: tuple[int, int, int] | None = None
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+
+def rope_config(values: Values, of_vl: bool, sections: bool) -> tuple[RopeConfig, int]:
+    """(rope, positions that it allows). What is read and what takes precedence is as in transformers.
+
+    `of_vl` takes the defaults of the vision-language families; without `sections` the rope is 1-D all the same.
+    Raises `ConfigError` for a key or a value that is not computed here.
+    """
+    rope = _rope_values(values)
+    theta = rope.number("rope_theta", values.number("rope_theta", 500000.0 if of_vl else 10000.0, above=1), above=1)
+    # "mrope" was the name of the default type beside an mrope_section
+    rope_type = rope.text("rope_type", rope.text("type", "default"))
+    rope_type = "default" if rope_type == "mrope" else rope_type
+    if rope_type not in ROPE_TYPES:
+        raise ConfigError(f"{rope.where} asks for rope type {rope_type!r}: expected one of {', '.join(ROPE_TYPES)}")
+    refuse_unknown_rope_keys(rope, rope_type)
+    for part in (rope, values):
+        if (share := part.number("partial_rotary_factor", 1.0)) != 1:
+            raise ConfigError(f"{part.where}.partial_rotary_factor {share} is not supported: expected 1, or remove it")
+    section = rope.integers("mrope_section", (24, 20, 20))
+    # They need not add up to head_dim / 2: height and width take what they reach, time the rest, as in transformers
+    if len(section) != 3:
+        raise ConfigError(f"{rope.where}: mrope_section {list(section)} must be three counts (time, height, width)")
+    if of_vl and not rope.flag("mrope_interleaved", True):
+        raise ConfigError(f"{rope.where}.mrope_interleaved false is not supported: Qwen3-VL's sections are interleaved")
+    positions = values.integer("max_position_embeddings", 128000 if of_vl else 32768)
+    # a text model's positions are equal in time, height and width: 1-D rope says the same
+    found = RopeConfig(theta=theta, rope_type=rope_type, mrope_section=section if sections else None)
+    return _scaled(found, rope, values, positions)
+
+
+def refuse_unknown_rope_keys(rope: Values, rope_type: str) -> None:
+    """Raises `ConfigError` for a key that `rope_type` does not read."""
+    known = ROPE_KEYS[rope_type]
+    for key, value in rope.raw.items():
+        if value is not None and key not in _COMMON_ROPE_KEYS and key not in known:
+            meant = "is not read by" if any(key in keys for keys in ROPE_KEYS.values()) else "is unknown to"
+            remedy = f"correct the rope_type (one of {', '.join(ROPE_TYPES)}), or remove {key}"
+            raise ConfigError(f"{rope.where}.{key} {short(value)} {meant} rope type {rope_type!r}: {remedy}")
+
+
+def _scaled(found: RopeConfig, rope: Values, values: Values, positions: int) -> tuple[RopeConfig, int]:
+    """`found` with its scaling, and the positions that it then allows: factor x original ones."""
+    if found.rope_type == "default":
+        return found, positions
+    # a value beside the rope's own goes first, as in transformers
+    trained = values.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
+    factor = rope.number("factor", None, above=0)
+    if factor is None:
+        if found.rope_type != "yarn" or trained in (None, positions):
+            raise ConfigError(f"{rope.where} of rope type {found.rope_type!r} has no factor: add one")
+        factor = positions / trained
+    trained = positions if trained is None else trained
+    found = replace(found, factor=factor, original_max_position_embeddings=trained)
+    if found.rope_type == "yarn":
+        found = replace(
+            found,
+            attention_factor=rope.number("attention_factor", None, least=0),
+            beta_fast=rope.number("beta_fast", 32.0, above=0),
+            beta_slow=rope.number("beta_slow", 1.0, above=0),
+            truncate=rope.flag("truncate", True),
+            mscale=rope.number("mscale", 0.0, least=0),
+            mscale_all_dim=rope.number("mscale_all_dim", 0.0, least=0),
+        )
+    return found, max(1, int(factor * trained))
+
+
+def _rope_values(values: Values) -> Values:
+    """The object with the rope's keys: rope_scaling, the older name, replaces rope_parameters where both are given."""
+    old, new = values.object("rope_scaling"), values.object("rope_parameters")
+    if not old:
+        return Values(new, f"{values.where}.rope_parameters")
+    read = {**values.raw, **old}
+    lost = [key for key in ("rope_theta", "mrope_section") if new.get(key) not in (None, read.get(key))]
+    if lost:
+        raise ConfigError(
+            f"{values.where} has both rope_scaling and rope_parameters, and only the latter has {lost[0]} "
+            f"{new[lost[0]]!r}: put all keys into rope_parameters and remove rope_scaling"
+        )
+    return Values(old, f"{values.where}.rope_scaling")

@@ -1,0 +1,111 @@
+"""Reading a checkpoint's JSON files: one object per file, and values of a known type out of it."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A JSON file of a checkpoint that is damaged, or a config.json that is not one of the four families'."""
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object that a JSON file of a checkpoint holds.
+
+    Raises `ConfigError` where it is damaged, with line and column, and `OSError` where it can't be read.
+    """
+    data = file.read_bytes()
+    if data.startswith(b"version https://git-lfs"):
+        raise ConfigError(f"{file} is a Git LFS pointer, not the file itself: run git lfs pull in its directory")
+    try:
+        raw = json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        reason = f"{error.reason} at line {line}, byte {error.start}"
+    except RecursionError:
+        reason = "nested too deeply"
+    except ValueError as error:  # also numbers of too many digits
+        reason = str(error) if data.strip() else "it is empty"
+    else:
+        if isinstance(raw, dict):
+            return raw
+        raise ConfigError(f"{file} holds {type(raw).__name__}, not an object: download it again, or correct it")
+    raise ConfigError(f"{file} is not valid JSON ({reason}): download it again, or correct it there")
+
+
+class Values:
+    """Typed reading of one object: null is as if absent, and a value of another type is refused by its name."""
+
+    def __init__(self, raw: dict[str, Any], where: str):
+        self.raw, self.where = raw, where
+
+    def integer(self, key: str, default: Any = ..., least: int = 1) -> Any:
+        """An integer of at least `least`; without a `default` it is required."""
+        return self._read(
+            key, default, "a positive integer" if least == 1 else f"an integer of at least {least}", _is_int(least)
+        )
+
+    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A list of integers of at least 0."""
+        return tuple(self._read(key, default, "a list of integers of at least 0", _is_list(_is_int(0))))
+
+    def token_ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
+        """A token id or a list of them."""
+        one, several = _is_int(0), _is_list(_is_int(0))
+        found = self._read(key, default, "a token id or a list of them", lambda value: one(value) or several(value))
+        return (found,) if isinstance(found, int) else tuple(found)
+
+    def number(self, key: str, default: Any, least: float | None = None, above: float | None = None) -> Any:
+        """A finite number of at least `least` or above `above`, as float."""
+        bound = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
+
+        def fits(value: Any) -> bool:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+                return False
+            return (least is None or value >= least) and (above is None or value > above)
+
+        found = self._read(key, default, f"a number{bound}", fits)
+        return None if found is None else float(found)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false, spelled as such."""
+        return self._read(key, default, "true or false", lambda value: isinstance(value, bool))
+
+    def text(self, key: str, default: Any) -> Any:
+        """A string."""
+        return self._read(key, default, "a string", lambda value: isinstance(value, str))
+
+    def object(self, key: str) -> dict[str, Any]:
+        """An object; empty where it is absent."""
+        return self._read(key, {}, "an object", lambda value: isinstance(value, dict))
+
+    def _read(self, key: str, default: Any, expected: str, fits: Callable[[Any], bool]) -> Any:
+        value = self.raw.get(key)
+        if value is None and default is not ...:
+            return default
+        if not fits(value):
+            raise ConfigError(f"{self.where}.{key} must be {expected}, found {short(value)}")
+        return value
+
+
+def _is_int(least: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list | tuple) and all(map(fits, value))
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # an integer beyond float's range
+        return False
+
+
+def short(value: Any) -> str:
+    """`value` as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
