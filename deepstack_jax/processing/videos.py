@@ -10,20 +10,23 @@ another default for later versions.
 
 import io
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any, cast
+from urllib.parse import unquote
 
-import av
-import av.error
 import numpy as np
-from av.container import InputContainer
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.processing.images import (
     MAX_ASPECT_RATIO,
     MAX_IMAGE_PIXELS,
+    ImageError,
     ImageSettings,
     ImageSource,
     common_settings,
@@ -32,30 +35,113 @@ from deepstack_jax.processing.images import (
     read_processor_config,
     resize,
 )
-from deepstack_jax.processing.sources import describe, open_source
+from deepstack_jax.processing.moving_pictures import DEFAULT_FPS, VideoError, VideoProbe, decode, no_frames, probe
+from deepstack_jax.processing.sources import (
+    MediaSource,
+    decode_base64,
+    describe,
+    host_array,
+    is_array,
+    open_source,
+    option_values,
+)
 
 MAX_VIDEO_BYTES = 1 << 30
-DEFAULT_FPS = 24.0
+# more than any video has a use for, and few enough to be counted out in memory
+MAX_FRAMES = 1_000_000
+# what vLLM says of the frames that its clients send in one data URI
+JPEG_FRAMES_FPS = 2.0
 
-VideoSource = str | Path | io.BytesIO | np.ndarray | Sequence[ImageSource]
-
-
-class VideoError(ValueError):
-    """A video that can't be used; the message is one line with the remedy."""
+VideoSource = MediaSource | ArrayLike | Sequence[ImageSource]
 
 
 @dataclass(frozen=True)
 class VideoSettings(ImageSettings):
-    """How a video becomes patches. `min_pixels` and `max_pixels` count the sampled frames together."""
+    """How a video becomes patches. `min_pixels` and `max_pixels` count the sampled frames together.
+
+    With `num_frames`, so many frames are sampled whatever the rate. With neither that nor `fps`, all of them are,
+    within `min_frames` and `max_frames`.
+    """
 
     min_pixels: int = 4096
     max_pixels: int = 25165824
-    fps: float = 2.0
+    fps: float | None = 2.0
+    num_frames: int | None = None
     min_frames: int = 4
     max_frames: int = 768
     do_sample_frames: bool = True
     cap_pixels_per_frame: bool = False
     max_video_tokens: int = 768
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How one video is sampled and resized, where it differs from the checkpoint's settings.
+
+    The names and meanings are those of transformers' video processor; `min_pixels` and `max_pixels` are the two edges
+    of its `size`, and count the sampled frames together.
+
+    Attributes:
+        fps: of a file, how many frames per second are sampled; of given frames, how many of them make a second (24).
+        num_frames: how many frames are sampled; above the video's own number, frames are repeated.
+        min_frames, max_frames: bounds of what `fps` makes.
+        do_sample_frames: False keeps every frame, whatever the other options say.
+        min_pixels, max_pixels: with only one of the two given, the settings' other bound stays in force.
+        resized_height, resized_width: the size that the frames are resized to, rounded to whole merge blocks and kept
+            within the bounds.
+
+    Raises:
+        VideoError: a value that isn't a number above 0, or options that exclude one another.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    do_sample_frames: bool | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
+
+    def __post_init__(self) -> None:
+        option_values(asdict(self), _OPTION_KINDS, "a video", VideoError)
+        if self.fps and self.num_frames:
+            raise VideoError(
+                f"fps {self.fps:g} and num_frames {self.num_frames} of a video exclude one another: give one of them"
+            )
+        for name, most in _MOST.items():
+            if (value := getattr(self, name) or 0) > most:
+                raise VideoError(f"{name} {value} of a video is above {most}: lower it")
+        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least and most and least > most:
+                raise VideoError(f"{low} {least} of a video is above its {high} {most}: swap or lower it")
+        height, width = self.resized_height, self.resized_width
+        if (height is None) != (width is None):
+            given, missing = ("height", "width") if width is None else ("width", "height")
+            raise VideoError(f"resized_{given} {height or width} of a video needs resized_{missing} beside it")
+        if height and width and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise VideoError(
+                f"resized_height {height} and resized_width {width} of a video have an aspect ratio above "
+                f"{MAX_ASPECT_RATIO}: give sides that are closer"
+            )
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> "VideoOptions":
+        """Options by name, as a part of a message has them; null values are as if absent.
+
+        Raises:
+            VideoError: an unknown name, or what the class refuses.
+        """
+        return cls(**option_values(raw, _OPTION_KINDS, "a video", VideoError))
+
+
+_OPTION_KINDS: dict[str, type] = {
+    field.name: {"fps": float, "do_sample_frames": bool}.get(field.name, int) for field in fields(VideoOptions)
+}
+_MOST = {"num_frames": MAX_FRAMES, "min_pixels": MAX_IMAGE_PIXELS}
+VIDEO_OPTIONS: tuple[str, ...] = tuple(_OPTION_KINDS)
 
 
 @dataclass(frozen=True)
@@ -77,33 +163,27 @@ class Video:
 
 
 def load_video(
-    source: VideoSource,
-    settings: VideoSettings,
-    fps: float | None = None,
-    do_sample_frames: bool | None = None,
+    source: VideoSource, settings: VideoSettings, options: VideoOptions = VideoOptions(), **rest: Any
 ) -> Video:
     """Samples a video and resizes the sampled frames to the budget; no other frame is kept.
 
     Args:
-        source: a path, an http(s) URL or data URI of a video file, its bytes, an array `[F, H, W, 3]` uint8, or a
-            sequence of images as `load_image` takes them.
-        fps: of a file, how many frames a second to sample; of given frames, how many of them make a second (24).
-        do_sample_frames: False keeps every frame.
+        source: a path, an http(s) URL or data URI of a video or an animated picture (GIF, WebP, PNG, AVIF), its bytes,
+            a file object, an array `[F, H, W, 3]` of any library, or a sequence of images as `load_image` takes them.
+            `data:video/jpeg;base64,` followed by the base64 of pictures with commas between holds frames that are
+            sampled already, 2 per second.
+        options: where this video differs from the settings.
 
     Raises:
         VideoError: no frames, not a video, a missing file, frames of unlike sizes, too large or too narrow.
     """
-    if fps is not None and not fps > 0:
-        raise VideoError(f"fps {fps} of a video must be above 0")
-    sample = settings.do_sample_frames if do_sample_frames is None else do_sample_frames
-    if isinstance(source, str | Path | io.BytesIO):
-        return _load_file(source, settings, fps or settings.fps, sample)
-    frames = _frames(source)
-    fps = fps or DEFAULT_FPS
-    indices = sample_frames(len(frames), fps, settings) if sample else range(len(frames))
-    height, width = _target_size(len(indices), frames[0], settings)
-    resized = [_resized(frames[i], height, width, settings) for i in indices]
-    return Video(np.stack(resized), fps, tuple(map(int, indices)), len(frames))
+    options = replace(options, **rest)
+    if (frames := _jpeg_frames(source)) is not None:
+        options = replace(options, do_sample_frames=options.do_sample_frames or False)
+        return _load_frames(frames, settings, options, JPEG_FRAMES_FPS)
+    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
+        return _load_file(cast(MediaSource, source), settings, options)
+    return _load_frames(_frames(source), settings, options, DEFAULT_FPS)
 
 
 def preprocess_videos(videos: Sequence[Video], settings: VideoSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -122,10 +202,16 @@ def preprocess_videos(videos: Sequence[Video], settings: VideoSettings) -> tuple
 
 
 def sample_frames(total: int, video_fps: float, settings: VideoSettings, fps: float | None = None) -> np.ndarray:
-    """Numbers of the frames sampled from `total`: evenly, `fps` a second, within the settings' bounds."""
-    wanted = int(total / video_fps * (fps or settings.fps))
-    count = min(max(wanted, settings.min_frames), settings.max_frames, total)
-    return np.linspace(0, total - 1, count).round().astype(int)
+    """Numbers of the frames sampled from `total`: evenly, `fps` per second, within the settings' bounds."""
+    rate = settings.fps if fps is None else fps
+    if fps is None and settings.num_frames is not None:
+        count = settings.num_frames
+    elif rate is None:
+        count = min(max(total, settings.min_frames), settings.max_frames)
+    else:
+        wanted = int(min(total / video_fps * rate, total))
+        count = min(max(wanted, settings.min_frames), settings.max_frames, total)
+    return np.linspace(0, total - 1, max(count, 1)).round().astype(int)
 
 
 def smart_resize_video(
@@ -161,106 +247,181 @@ def read_video_settings(directory: Path, vision: VisionConfig) -> VideoSettings:
     return VideoSettings(**common_settings(raw, vision, size, (0.5,) * 3, (0.5,) * 3), **chosen)
 
 
-def _load_file(source: str | Path | io.BytesIO, settings: VideoSettings, fps: float, sample: bool) -> Video:
+def _in_force(settings: VideoSettings, options: VideoOptions) -> VideoSettings:
+    """The settings with a call's options in the place of the checkpoint's own values."""
+    names = ("num_frames", "min_frames", "max_frames", "do_sample_frames", "min_pixels", "max_pixels")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(settings, **given)
+
+
+def _indices(total: int, video_fps: float, settings: VideoSettings) -> np.ndarray:
+    return sample_frames(total, video_fps, settings) if settings.do_sample_frames else np.arange(total)
+
+
+# ---- files
+
+
+def _load_file(source: MediaSource, settings: VideoSettings, options: VideoOptions) -> Video:
     name = describe(source)
+    settings = _in_force(settings, options)
+    if options.fps:
+        settings = replace(settings, fps=options.fps, num_frames=None)
     file = open_source(source, MAX_VIDEO_BYTES, VideoError)
-    try:
-        total, video_fps = _probe(file, name)
-        while total:
-            indices = sample_frames(total, video_fps, settings, fps) if sample else np.arange(total)
-            decoded, frames = _decode(file, indices, settings)
-            if len(frames) == len(indices):
-                return Video(np.stack(frames), video_fps, tuple(indices.tolist()), total)
-            total = decoded  # the header promised more than the file holds: sample what is there
-    except av.error.EOFError:
-        pass  # the file ends after its header
-    except av.error.FFmpegError as error:
-        raise VideoError(f"{name} is not a video that can be decoded ({error.strerror}): give an intact file") from None
-    raise VideoError(f"{name} is a video with no frames: give one with at least one frame")
+    found = probe(file, name)
+    total = found.frames
+    while total:
+        indices = _indices(total, found.fps, settings)
+        numbers, places = np.unique(indices, return_inverse=True)
+        decoded, frames = _decode(file, found, numbers, len(indices), settings, options, name)
+        if len(frames) == len(numbers):
+            return Video(np.stack(frames)[places], found.fps, tuple(indices.tolist()), total)
+        total = decoded  # the header promised more than the file holds: sample what is there
+    raise no_frames(name)
 
 
-def _open(file: Path | io.BytesIO) -> InputContainer:
-    if isinstance(file, io.BytesIO):
-        file.seek(0)
-        # a playlist from elsewhere must not make the decoder open files or URLs of its choice
-        return av.open(file, mode="r", options={"protocol_whitelist": "data"})
-    return av.open(str(file), mode="r", options={"protocol_whitelist": "file"})
-
-
-def _probe(file: Path | io.BytesIO, name: str) -> tuple[int, float]:
-    """The number of frames and frames a second, without decoding."""
-    with _open(file) as container:
-        if not container.streams.video:
-            raise VideoError(f"{name} has no video stream: give a video file")
-        stream = container.streams.video[0]
-        if stream.width * stream.height > MAX_IMAGE_PIXELS:
-            raise VideoError(f"{name} has frames of {stream.width}x{stream.height}, too large: scale it down")
-        # Matroska, GIF and MPEG-TS do not say how many frames there are
-        total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-        return total, float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
-
-
-def _decode(file: Path | io.BytesIO, indices: np.ndarray, settings: VideoSettings) -> tuple[int, list[np.ndarray]]:
-    """Decodes up to the last index; gives how many frames that took and those asked for, resized."""
-    wanted, last = set(indices.tolist()), int(indices[-1])
+def _decode(
+    file: Path | io.BytesIO,
+    found: VideoProbe,
+    numbers: np.ndarray,
+    count: int,
+    settings: VideoSettings,
+    options: VideoOptions,
+    name: str,
+) -> tuple[int, list[np.ndarray]]:
+    """Decodes up to the last number; gives how many frames that took and those asked for, resized."""
+    wanted, last = set(numbers.tolist()), int(numbers[-1])
     frames: list[np.ndarray] = []
     size: tuple[int, int] | None = None
     decoded = 0
-    with _open(file) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        for number, frame in enumerate(_decodable(container)):
-            decoded = number + 1
-            if number in wanted:
-                # quarter turns that a phone notes beside the picture
-                image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                size = size or _target_size(len(indices), image, settings)
-                frames.append(_resized(image, *size, settings))
-            if number == last:
-                break
+    for frame in decode(file, found, wanted, name):
+        decoded += 1
+        if frame is not None:
+            size = size or _target_size(count, frame, settings, options)
+            frames.append(_resized(frame, *size, settings))
+        if decoded > last:
+            break
     return decoded, frames
 
 
-def _decodable(container: InputContainer) -> Iterator[av.VideoFrame]:
-    """Decoded frames up to the first that is damaged: a recording cut short still has what came before."""
-    try:
-        yield from container.decode(video=0)
-    except av.error.InvalidDataError:
+# ---- frames
+
+
+def _load_frames(
+    frames: Sequence[ImageSource], settings: VideoSettings, options: VideoOptions, usual_fps: float
+) -> Video:
+    if not len(frames):
+        raise VideoError("video with no frames: give at least one")
+    settings = _in_force(settings, options)
+    fps = options.fps or usual_fps
+    indices = _indices(len(frames), fps, settings)
+    numbers, places = np.unique(indices, return_inverse=True)
+    wanted = set(numbers.tolist())
+    resized: list[np.ndarray] = []
+    size: tuple[int, int] | None = None
+    for number, frame in enumerate(_loaded(frames)):
+        size = size or _target_size(len(indices), frame, settings, options)
+        if number in wanted:
+            resized.append(_resized(frame, *size, settings))
+    return Video(np.stack(resized)[places], fps, tuple(indices.tolist()), len(frames))
+
+
+def _loaded(frames: Sequence[ImageSource]) -> Iterable[np.ndarray]:
+    """Frames as RGB arrays of one size, one at a time: a list of files need not fit into memory as pictures."""
+    if isinstance(frames, np.ndarray) and frames.dtype == np.uint8 and frames.shape[3] == 3:
+        yield from frames
         return
+    first = ""
+    for number, frame in enumerate(frames, 1):
+        try:
+            image = load_image(frame)
+        except ImageError as error:
+            raise VideoError(f"frame {number} of {len(frames)} of a video: {error}") from None
+        size = f"{image.width}x{image.height}"
+        first = first or size
+        if size != first:
+            raise VideoError(
+                f"video frames have unlike sizes, {first} of frame 1 and {size} of frame {number}: give one size to all"
+            )
+        yield np.asarray(image)
 
 
-def _frames(source: np.ndarray | Sequence[ImageSource]) -> np.ndarray:
-    if isinstance(source, np.ndarray):
-        if source.ndim != 4 or source.shape[3] != 3 or source.dtype != np.uint8:
-            raise VideoError(f"video array {list(source.shape)} of {source.dtype}: give [F, H, W, 3] of uint8")
-        frames = source
-    elif isinstance(source, list | tuple):
-        images = [np.asarray(load_image(frame)) for frame in source]
-        sizes = {image.shape[:2] for image in images}
-        if len(sizes) > 1:
-            raise VideoError(f"video frames have unlike sizes {sorted(sizes)}: give frames of one size")
-        frames = np.stack(images) if images else np.empty((0, 1, 1, 3), np.uint8)
-    else:
+def _frames(source: object) -> Sequence[ImageSource]:
+    if isinstance(source, list | tuple):
+        return source
+    if isinstance(source, Image.Image) or not is_array(source):
         raise VideoError(
-            f"a video can't be read from {type(source).__name__}: give a path, URL, array or list of frames"
+            f"a video can't be read from {type(source).__name__}: give a path, URL, bytes, file object, array or list "
+            "of frames"
         )
-    if not frames.size:
-        raise VideoError(f"video with no frames (shape {list(frames.shape)}): give at least one")
-    return frames
+    array = host_array(source, "a video", VideoError)
+    if not array.size:
+        raise VideoError(f"video with no frames (shape {list(array.shape)}): give at least one")
+    if array.ndim != 4:
+        raise VideoError(f"video array {list(array.shape)} of {array.dtype}: give [F, H, W, 3] of uint8")
+    return cast(Sequence[ImageSource], array)
 
 
-def _target_size(num_frames: int, frame: np.ndarray, settings: VideoSettings) -> tuple[int, int]:
+def _jpeg_frames(source: object) -> list[ImageSource] | None:
+    """The frames in a data URI of the type video/jpeg, which may come as text or as bytes; None for other sources."""
+    start, text = _text_of(source)
+    head = re.match(r"\s*data:\s*video/jpe?g\s*(;[^,]*)?,", start, re.IGNORECASE)
+    if head is None:
+        return None
+    pieces = text()[head.end() :].split(",")
+    if len(pieces) > MAX_FRAMES:
+        raise VideoError(f"data URI of {len(pieces)} frames, more than {MAX_FRAMES}: send fewer")
+    return [_jpeg_frame(piece, number, len(pieces)) for number, piece in enumerate(pieces, 1)]
+
+
+def _jpeg_frame(piece: str, number: int, count: int) -> bytes:
+    try:
+        content = decode_base64(unquote(piece))
+    except ValueError:
+        content = None
+    if not content:
+        problem = "is empty" if content is not None else "is not valid base64"
+        raise VideoError(
+            f"frame {number} of {count} of data:video/jpeg {problem}: write the base64 of each picture with one comma "
+            "between two"
+        )
+    return content
+
+
+def _text_of(source: object) -> tuple[str, Callable[[], str]]:
+    """The start of a source that is text or holds it, and what gives the whole."""
+    if isinstance(source, str):
+        return source[:200], lambda: source
+    if isinstance(source, io.BytesIO):
+        source = source.getbuffer()
+    if isinstance(source, bytes | bytearray | memoryview):
+        content = memoryview(source).cast("B")
+        return bytes(content[:200]).decode("latin-1"), lambda: bytes(content).decode("latin-1")
+    return "", str
+
+
+# ---- sizes
+
+
+def _target_size(num_frames: int, frame: np.ndarray, settings: VideoSettings, options: VideoOptions) -> tuple[int, int]:
     height, width = frame.shape[:2]
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise VideoError(
             f"video frames of {width}x{height} have an aspect ratio above {MAX_ASPECT_RATIO}: crop or pad them"
         )
+    height, width = options.resized_height or height, options.resized_width or width
     # a single frame is repeated to fill its temporal patch, and counts as often
     num_frames = max(num_frames, settings.temporal_patch_size)
     max_pixels = settings.max_pixels
     if settings.cap_pixels_per_frame:
         cap = min(settings.max_video_tokens * settings.factor**2, settings.max_pixels // num_frames)
         max_pixels = max(cap, int(settings.min_pixels * 1.05)) * num_frames
-    return smart_resize_video(num_frames, height, width, settings, max_pixels)
+    rows, columns = smart_resize_video(num_frames, height, width, settings, max_pixels)
+    most = max(settings.max_pixels, settings.min_pixels, MAX_IMAGE_PIXELS)
+    if num_frames * rows * columns > 2 * most:
+        raise VideoError(
+            f"{num_frames} frames of a video at {columns}x{rows} have more than {most} pixels: sample fewer of them"
+        )
+    return rows, columns
 
 
 def _resized(frame: np.ndarray, height: int, width: int, settings: VideoSettings) -> np.ndarray:
