@@ -17,7 +17,7 @@ from functools import cache
 from http import HTTPStatus
 from ipaddress import IPv6Address
 from threading import Thread
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -130,7 +130,7 @@ async def fetch_body(url: str, name: str, budget: ByteBudget, connect: Connect, 
         stream = await connect(target)
         try:
             answer = await _exchange(target, stream, name, budget)
-        except (OSError, h11.ProtocolError) as error:
+        except OSError as error:
             raise DownloadError(f"{name} can't be fetched ({explain(error)}): check the URL") from None
         finally:
             stream.writer.transport.abort()
@@ -168,7 +168,7 @@ def parse_url(url: str, name: str) -> Target:
     if parts.username is not None or parts.password is not None:
         raise DownloadError(f"{name} holds a user name: leave it out")
     try:
-        host = str(IPv6Address(host)) if ":" in host else ascii_host(host)
+        host = str(IPv6Address(host)) if ":" in host and "%" not in host else ascii_host(host)
     except ValueError:
         raise DownloadError(f"{name} has no valid host name ({host[:60]!r}): check the URL") from None
     secure = parts.scheme == "https"
@@ -221,8 +221,6 @@ def explain(error: Exception) -> str:
     """What went wrong, without what the other side sent."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the certificate is not valid: {error.verify_message}"
-    if isinstance(error, h11.ProtocolError):
-        return "the answer ended early" if "peer" in str(error) else "the answer is not valid HTTP"
     return (getattr(error, "strerror", None) or type(error).__name__)[:120]
 
 
@@ -259,7 +257,7 @@ async def _exchange(target: Target, stream: Stream, name: str, budget: ByteBudge
     most = 2 * budget.bytes + _PIECE
     body, raw, decoders = bytearray(), 0, []
     while True:
-        event = connection.next_event()
+        event = _next_event(connection)
         if event is h11.NEED_DATA:
             piece = await stream.reader.read(_PIECE)
             raw += len(piece)
@@ -272,18 +270,28 @@ async def _exchange(target: Target, stream: Stream, name: str, budget: ByteBudge
                 return answer
             decoders = [_Inflater(encoding, name, most) for encoding in reversed(answer)]
         elif isinstance(event, h11.Data):
-            for piece in _decoded(decoders, bytes(event.data)):
+            for number, piece in enumerate(_decoded(decoders, bytes(event.data))):
+                if number:  # a little that inflates to much leaves the loop to others, and to the time-out
+                    await asyncio.sleep(0)
                 budget.spend("bytes", len(piece), name)
                 body += piece
-                await asyncio.sleep(0)  # a little that inflates to much leaves the loop to others, and to the time-out
         elif isinstance(event, h11.EndOfMessage):
             if not all(decoder.complete for decoder in decoders):
                 raise DownloadError(f"{name} ended early: check the URL")
             if not body:
                 raise DownloadError(f"{name} answered with an empty body: check the URL")
             return bytes(body)
-        elif not isinstance(event, h11.InformationalResponse):
-            raise DownloadError(f"{name} ended early: check the URL")
+
+
+def _next_event(connection: h11.Connection) -> Any:
+    try:
+        event = connection.next_event()
+    except h11.RemoteProtocolError:
+        _, ended = connection.trailing_data
+        raise OSError(0, "the answer ended early" if ended else "the answer is not valid HTTP") from None
+    if isinstance(event, h11.ConnectionClosed):
+        raise OSError(0, "the answer ended early")
+    return event
 
 
 def _checked(response: h11.Response, name: str, budget: ByteBudget) -> _Redirect | list[str]:
@@ -423,7 +431,7 @@ def _direct_or_proxy(name: str) -> Connect:
         try:
             await _tunnel(reader, writer, target, headers)
             await writer.start_tls(tls, server_hostname=target.host)
-        except (OSError, h11.ProtocolError) as error:
+        except OSError as error:
             writer.transport.abort()
             raise DownloadError(f"{name} can't be fetched by proxy {host!r} ({explain(error)}): check both") from None
         except BaseException:
@@ -479,10 +487,8 @@ async def _tunnel(
     for event in (request, h11.EndOfMessage()):
         writer.write(connection.send(event) or b"")
     await writer.drain()
-    while not isinstance(event := connection.next_event(), h11.Response):
+    while not isinstance(event := _next_event(connection), h11.Response):
         if event is h11.NEED_DATA:
             connection.receive_data(await reader.read(_PIECE))
-        elif isinstance(event, h11.ConnectionClosed):
-            raise OSError(0, "it closed the connection")
     if not 200 <= event.status_code < 300:
         raise OSError(0, f"it answered {_status(event.status_code)}")
