@@ -19,8 +19,8 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from deepstack_jax.config import ModelConfig, parse_config
-from deepstack_jax.processing.chat import PromptError
 from deepstack_jax.processing.images import ImageError, load_image
+from deepstack_jax.processing.messages import PromptError
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.processing.videos import VideoError
 from tests.tiny_tokenizer import SPECIAL_TOKENS, save_tiny_tokenizer, tiny_tokenizer
@@ -117,9 +117,9 @@ def assert_equal_to_transformers(inputs: dict[str, np.ndarray], expected: dict) 
 RAW_PROMPTS = {
     "text": ("<|im_start|>user\nhéllo 🌍<|im_end|>\n", [], []),
     "image": (f"<|im_start|>user\n{IMAGE}What?<|im_end|>\n", [CHELSEA], []),
-    "adjacent images": ("a<|image_pad|><|image_pad|>b", [COFFEE, CHELSEA], []),
+    "adjacent images": ("<|im_start|>a<|image_pad|><|image_pad|>b", [COFFEE, CHELSEA], []),
     "video": (f"See: {VIDEO}!", [], [film(7)]),
-    "bare video": ("See: <|video_pad|>", [], [film(30)]),
+    "bare video": ("<|im_start|>See: <|video_pad|>", [], [film(30)]),
     "all": (f"{VIDEO}and{IMAGE}or{IMAGE}{VIDEO}", [CHELSEA, COFFEE], [film(2), film(61)]),
 }
 
@@ -348,7 +348,7 @@ def test_empty_prompts_are_refused(processor: Processor, prompt):
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "<|image_pad|>"}]}],
             [CHELSEA],
             [],
-            "2 image placeholders in the rendered prompt, but the messages have 1 images",
+            r"the text holds <\|image_pad\|>, which stands for an image",
         ),
         (["a", "b"], [CHELSEA], [], "1 images and 0 videos can't be shared out to 2 plain prompts"),
     ],
@@ -364,9 +364,9 @@ def test_placeholders_that_do_not_match_what_is_given_are_refused(processor, pro
         ([{"role": "user", "content": [{"type": "audio", "audio": "a.wav"}]}], "content part .*audio.* is not known"),
         ([{"role": "user", "content": [{"type": "text"}]}], "is not known"),
         ([{"role": "user", "content": [3]}], "content part 3 is not known"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "is not known"),
-        ([{"role": "user", "content": None}], "content None of a message is neither text"),
-        ([{"role": "tool", "content": "x"}], "role 'tool' is not known: use one of system, user, assistant"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "has no image: image_url needs"),
+        ([{"role": "user", "content": None}], "content None: expected text or a list of parts"),
+        ([{"role": "robot", "content": "x"}], "role 'robot' is not known: use one of system, developer, user"),
         ([{"content": "x"}], "needs a role and a content"),
         ([3], "a prompt of a batch is a str or a list of messages, not int"),
         (3, "a prompt is a str, a list of messages"),

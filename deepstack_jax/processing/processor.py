@@ -10,25 +10,26 @@ import numpy as np
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.processing.chat import (
     IMAGE_TOKEN,
+    TURN_START,
     VIDEO_TOKEN,
     VISION_END,
     VISION_START,
-    Media,
-    Message,
-    PromptError,
+    bare_placeholder,
     is_raw_prompt,
-    parse_messages,
     read_chat_template,
+    refuse_placeholder,
     render,
-    user_message,
 )
 from deepstack_jax.processing.images import (
+    ImageOptions,
     ImageSettings,
     ImageSource,
     load_image,
     preprocess_images,
     read_image_settings,
 )
+from deepstack_jax.processing.messages import Media, Message, PromptError, parse_messages, texts_in, user_message
+from deepstack_jax.processing.prompt_options import PromptOptions
 from deepstack_jax.processing.sources import one_line
 from deepstack_jax.processing.videos import (
     Video,
@@ -94,6 +95,7 @@ class Processor:
         messages_or_prompt: Prompt | Sequence[Prompt],
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
+        **options: Any,
     ) -> dict[str, np.ndarray]:
         """Makes the model's inputs, named as transformers names them.
 
@@ -103,6 +105,7 @@ class Processor:
                 conversation), or a list of any of these (a batch, padded on the left).
             images: what `load_image` takes; they go to the placeholders without a source, in order over the batch.
             videos: the same, what `load_video` takes.
+            options: those of `PromptOptions.of`: `tools`, `chat_template_kwargs`, `enable_thinking`, `max_pixels`, ...
 
         Returns:
             input_ids, attention_mask and mm_token_type_ids (0 text, 1 image, 2 video), all int32 `[B, T]`; with images
@@ -112,13 +115,18 @@ class Processor:
         Raises:
             PromptError, ImageError, VideoError: one line that names what is wrong and the remedy.
         """
+        checked = PromptOptions.of(options)
         images, videos = _listed(images, "images"), _listed(videos, "videos")
-        prompts = [self._parse(prompt, images, videos) for prompt in self._batch(messages_or_prompt, images, videos)]
-        loaded_images, loaded_videos = self._load([m for _, media in prompts for m in media], images, videos)
+        batch = self._batch(messages_or_prompt, images, videos)
+        prompts = [self._parse(prompt, images, videos, checked) for prompt in batch]
+        media = [one for _, of_prompt in prompts for one in of_prompt]
+        loaded_images, image_options, loaded_videos = self._load(media, images, videos, checked)
 
         outputs: dict[str, np.ndarray] = {}
         if loaded_images:
-            outputs["pixel_values"], outputs["image_grid_thw"] = preprocess_images(loaded_images, self.image_settings)
+            outputs["pixel_values"], outputs["image_grid_thw"] = preprocess_images(
+                loaded_images, self.image_settings, image_options
+            )
         if loaded_videos:
             outputs["pixel_values_videos"], outputs["video_grid_thw"] = preprocess_videos(
                 loaded_videos, self.video_settings
@@ -163,11 +171,16 @@ class Processor:
             )
         return list(prompt)
 
-    def _parse(self, prompt: Prompt, images: list, videos: list) -> tuple[str, list[Media]]:
+    def _parse(self, prompt: Prompt, images: list, videos: list, options: PromptOptions) -> tuple[str, list[Media]]:
         """One prompt's text with a placeholder for each image and video, and what they stand for."""
         if isinstance(prompt, str):
+            if self.config.vision and TURN_START not in prompt and (token := bare_placeholder(prompt)):
+                raise refuse_placeholder(token)
             if is_raw_prompt(prompt):
-                return prompt, _placeholders(prompt)
+                if options.tools or options.template_variables:
+                    what = "tools" if options.tools else next(iter(options.template_variables))
+                    raise PromptError(f"{what} can't be put into a prompt that is whole already: give messages")
+                return prompt, _placeholders(prompt) if self.config.vision else []
             # the images themselves come later: None takes the next one
             prompt = [user_message(prompt, [None] * len(images), [None] * len(videos))]
         elif not isinstance(prompt, list | tuple):
@@ -175,21 +188,41 @@ class Processor:
         messages, media = parse_messages(prompt)
         if media:
             self._vision  # noqa: B018  refuses before rendering
-        text = render(messages, self.tokenizer, self.chat_template)
+        marked = self._marked(messages, media, options) if self.config.vision else []
+        text = render(messages, self.tokenizer, self.chat_template, options.tools, options.template_variables)
+        if not self.config.vision:
+            return text, []
         found = _placeholders(text)
         for kind in ("image", "video"):
-            asked = sum(m.kind == kind for m in media)
-            count = sum(m.kind == kind for m in found)
-            if asked and count != asked:
+            asked, marks, count = (sum(m.kind == kind for m in of) for of in (media, marked, found))
+            if count != asked + marks:
                 raise PromptError(
-                    f"{count} {kind} placeholders in the rendered prompt, but the messages have {asked} {kind}s: "
-                    f"keep placeholders out of the text, and {kind}s in messages of the user"
+                    f"{count} {kind} placeholders in the rendered prompt, but the messages have {asked + marks} "
+                    f"{kind}s: keep placeholders out of the text, and {kind}s in messages of the user"
                 )
+        # of a kind of which the messages have no parts, placeholders in their text stand for the next given ones
         kinds = {m.kind for m in media}
-        # placeholders written into the text of a message stand for the next of images= or videos=
         return text, media + [m for m in found if m.kind not in kinds]
 
-    def _load(self, media: list[Media], images: list, videos: list) -> tuple[list, list[Video]]:
+    def _marked(self, messages: list[Message], media: list[Media], options: PromptOptions) -> list[Media]:
+        """Images and videos that the texts of messages mark; refuses placeholders that mark none."""
+        kinds, marked = {m.kind for m in media}, []
+        for message in messages:
+            for text in texts_in(message["content"]):
+                if token := bare_placeholder(text):
+                    raise refuse_placeholder(token)
+                marked += _placeholders(text)
+        others = [{key: message[key] for key in message if key != "content"} for message in messages]
+        elsewhere = [
+            m for text in texts_in([others, options.tools, options.template_variables]) for m in _placeholders(text)
+        ]
+        for one in [m for m in marked if m.kind in kinds] + elsewhere:
+            raise refuse_placeholder(IMAGE_TOKEN if one.kind == "image" else VIDEO_TOKEN)
+        return marked
+
+    def _load(
+        self, media: list[Media], images: list, videos: list, options: PromptOptions
+    ) -> tuple[list, list[ImageOptions], list[Video]]:
         if media or images or videos:
             self._vision  # noqa: B018  refuses before anything is fetched
         for kind, given in (("image", images), ("video", videos)):
@@ -200,15 +233,17 @@ class Processor:
                     f"{total} {kind} placeholders in the prompt, but {own + len(given)} {kind}s given: "
                     f"give one {kind} for each placeholder"
                 )
-        next_image, next_video = iter(images), iter(videos)
-        loaded_images, loaded_videos = [], []
-        for one in media:
-            if one.kind == "image":
-                loaded_images.append(load_image(next(next_image) if one.source is None else one.source))
+        chosen = [options.of_media(one.kind, one.options) for one in media]
+        rest = {"image": iter(images), "video": iter(videos)}
+        loaded_images, image_options, loaded_videos = [], [], []
+        for one, its in zip(media, chosen, strict=True):
+            source = next(rest[one.kind]) if one.source is None else one.source
+            if isinstance(its, ImageOptions):
+                loaded_images.append(load_image(source))
+                image_options.append(its)
             else:
-                source = next(next_video) if one.source is None else one.source
-                loaded_videos.append(load_video(source, self.video_settings, **one.options))
-        return loaded_images, loaded_videos
+                loaded_videos.append(load_video(source, self.video_settings, its))
+        return loaded_images, image_options, loaded_videos
 
     def _tokenize(self, text: str, image_grids: Iterator[Any], video_grids: Iterator[Any]) -> np.ndarray:
         """Token ids of one prompt. Each placeholder becomes as many tokens as its image or video has merged patches.

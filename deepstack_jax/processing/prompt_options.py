@@ -1,0 +1,107 @@
+"""What may be said of a prompt beside its messages: tools, variables of the chat template, how media become patches.
+
+The names and meanings are those of transformers' processors and chat templates; library, command and server read them
+here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from deepstack_jax.processing.images import IMAGE_OPTIONS, ImageOptions
+from deepstack_jax.processing.messages import PromptError, short
+from deepstack_jax.processing.videos import VIDEO_OPTIONS, VideoOptions
+
+# as in transformers, min_pixels and max_pixels given flat are the images'; a video's stand in videos_kwargs or its part
+_FLAT_VIDEO_OPTIONS = tuple(name for name in VIDEO_OPTIONS if name not in IMAGE_OPTIONS)
+MEDIA_OPTIONS = (*IMAGE_OPTIONS, *_FLAT_VIDEO_OPTIONS, "images_kwargs", "videos_kwargs")
+TEMPLATE_OPTIONS = ("tools", "chat_template_kwargs", "enable_thinking")
+# of transformers' apply_chat_template: what the answer starts with and how the prompt is read is decided elsewhere
+_RESERVED = (
+    "conversation",
+    "messages",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+)
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Options of one call of `prepare`, checked. Those of images and videos hold where a part doesn't say otherwise."""
+
+    tools: tuple[Any, ...] = ()  # JSON schemas, or Python functions as transformers takes them
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Any] = field(default_factory=dict)
+    videos: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(raw: Mapping[str, Any]) -> "PromptOptions":
+        """Checks options by name; those that are None are absent.
+
+        Raises:
+            PromptError: an unknown name, or a value of the wrong type.
+            ImageError, VideoError: an option of images or videos that is out of its range.
+        """
+        known = (*TEMPLATE_OPTIONS, *MEDIA_OPTIONS)
+        if unknown := [name for name in raw if name not in known]:
+            raise PromptError(f"unknown option {short(unknown[0])} of a prompt: use {', '.join(known)}")
+        given = {name: value for name, value in raw.items() if value is not None}
+        images = _media_options(given, IMAGE_OPTIONS, "images_kwargs")
+        videos = _media_options(given, _FLAT_VIDEO_OPTIONS, "videos_kwargs")
+        ImageOptions.of(images)
+        VideoOptions.of(videos)
+        return PromptOptions(_tools(given.get("tools", ())), _variables(given), images, videos)
+
+    def of_media(self, kind: str, own: Mapping[str, Any]) -> ImageOptions | VideoOptions:
+        """The options of one image or video: its part's own before those of the call."""
+        if kind == "image":
+            return ImageOptions.of({**self.images, **own})
+        # transformers takes only one of the two: a part that says one is not held to the other
+        other = {"fps": "num_frames", "num_frames": "fps"}
+        left_out = {other[name] for name in own if name in other}
+        return VideoOptions.of({**{k: v for k, v in self.videos.items() if k not in left_out}, **own})
+
+
+def _media_options(given: Mapping[str, Any], names: Sequence[str], nested: str) -> dict[str, Any]:
+    flat = {name: given[name] for name in names if name in given}
+    inner = given.get(nested, {})
+    if not isinstance(inner, Mapping):
+        raise PromptError(f"{nested} {short(inner)}: expected an object of options")
+    inner = {name: value for name, value in inner.items() if value is not None}
+    if twice := flat.keys() & inner.keys():
+        raise PromptError(f"{min(twice)} is given twice, by itself and in {nested}: keep one of them")
+    return flat | inner
+
+
+def _tools(tools: Any) -> tuple[Any, ...]:
+    if not isinstance(tools, list | tuple):
+        raise PromptError(f"tools {short(tools)}: expected a list of JSON schemas")
+    for i, tool in enumerate(tools):
+        if not isinstance(tool, Mapping) and not callable(tool):
+            raise PromptError(f"tools[{i}] {short(tool)}: expected a JSON schema of a function")
+    return tuple(tools)
+
+
+def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    variables = given.get("chat_template_kwargs", {})
+    if not isinstance(variables, Mapping):
+        raise PromptError(f"chat_template_kwargs {short(variables)}: expected an object of variables")
+    if taken := [name for name in variables if name in _RESERVED]:
+        raise PromptError(f"chat_template_kwargs.{taken[0]} is not a variable of a template: leave it out")
+    variables = dict(variables)
+    if (thinking := given.get("enable_thinking")) is not None:
+        if not isinstance(thinking, bool):
+            raise PromptError(f"enable_thinking {short(thinking)}: expected true or false")
+        if variables.setdefault("enable_thinking", thinking) != thinking:
+            raise PromptError("enable_thinking and chat_template_kwargs.enable_thinking differ: keep one of them")
+    return variables
