@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from deepstack_jax.config import ModelConfig, VisionConfig
 from deepstack_jax.models.vision import PatchGeometry, patch_geometry
 from deepstack_jax.processing.positions import rope_positions, visual_index
+from deepstack_jax.processing.sources import host_array
 
 SMALLEST_BUCKET = 16
 FINER_FROM = 128  # from here on an octave has `parts` buckets, before two
@@ -69,6 +70,7 @@ def arrange(
 ) -> Batch:
     """Checks the arrays against the model and against each other, and arranges them.
 
+    The arrays may be of NumPy, JAX or torch (any device, bfloat16, part of a graph of gradients), or nested lists.
     `mm_token_type_ids` is taken so that a processor's whole output can be passed; input_ids say as much.
 
     Raises:
@@ -124,11 +126,14 @@ def _one_visual(config: VisionConfig, patches: np.ndarray, grid: np.ndarray) -> 
 def _checked_tokens(
     config: ModelConfig, input_ids: ArrayLike, attention_mask: ArrayLike | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.asarray(input_ids)
+    ids = host_array(input_ids, "input_ids", ValueError)
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"input_ids must be integers [B, T], found {ids.dtype} {list(ids.shape)}")
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    if attention_mask is None:
+        mask = np.ones(ids.shape, bool)
+    else:
+        mask = host_array(attention_mask, "attention_mask", ValueError) != 0
     mask = mask[None] if mask.ndim == 1 else mask
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask {list(mask.shape)} must have the shape of input_ids {list(ids.shape)}")
@@ -153,8 +158,10 @@ def _checked_visuals(
         return None, None
     if config.vision is None:
         raise ValueError(f"{names[0]} was given, but {config.model_type} is a text model: leave {name}s out")
-    grids = np.asarray(grid)
-    rows = np.asarray(pixels, np.float32)
+    grids = host_array(grid, names[1], ValueError)
+    rows = host_array(pixels, names[0], ValueError).astype(np.float32, copy=False)
+    if not grids.size and not rows.size:
+        return None, None  # a processor's arrays of no pictures at all
     if grids.ndim != 2 or grids.shape[1] != 3 or not np.issubdtype(grids.dtype, np.integer) or (grids < 1).any():
         raise ValueError(
             f"{names[1]} must be positive integers [n, 3] (time, height, width), "

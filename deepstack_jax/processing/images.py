@@ -4,12 +4,14 @@ Resizing, normalisation and the order of the patches follow transformers' Qwen2V
 the arrays are equal bit for bit. Frames of videos go through the same `patchify`.
 """
 
+import io
 import json
 import math
 import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -20,10 +22,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.processing.sources import (
+    HEIC_BRANDS,
+    SNIFFED_BYTES,
     MediaSource,
     describe,
     host_array,
     is_array,
+    looks_like_video,
     one_line,
     open_source,
     option_values,
@@ -32,6 +37,10 @@ from deepstack_jax.processing.sources import (
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 64 << 20
 MAX_ASPECT_RATIO = 200
+
+# files whose first picture is the photograph itself: previews, second views or layers follow it
+_STILLS = ("MPO", "PSD")
+_ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF", "FLI")
 
 ImageSource = MediaSource | Image.Image | ArrayLike
 
@@ -109,15 +118,18 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
     """Loads one image as RGB, upright (EXIF rotation applied), transparency laid on white.
 
     Args:
-        source: a path, an http(s) URL (at most 20 s and 64 MB), a data URI, a PIL image, or an array `[H, W, 3]`,
-            `[H, W, 4]` or `[H, W]`, uint8 or floating point in [0, 1].
+        source: a path (`~` is the home folder), a file:, http: or https: URL (at most 20 s and 64 MB), a data URI,
+            base64 without a header, the bytes of a file, a file object, a PIL image, or an array of NumPy, JAX, torch
+            or any library that NumPy reads. Arrays are `[H, W]`, `[H, W, C]` or `[C, H, W]` with C 1, 3 or 4 (with
+            transparency), of integers in 0 to 255 or floating point in 0 to 1.
         max_pixels: checked from the header, before anything is decoded.
 
     Raises:
-        ImageError: not an image, truncated, animated, too large, too narrow, empty, or missing.
+        ImageError: not an image, truncated, animated, of several pages, too large, too narrow, empty, missing, or of
+            values that 8 bits don't hold.
     """
     if isinstance(source, Image.Image):
-        return _finish(source, f"{source.mode} image {source.width}x{source.height}", max_pixels)
+        return _finish(source, f"PIL image {source.width}x{source.height}", max_pixels)
     if is_array(source):
         array = host_array(source, "an image", ImageError)
         return _finish(_from_array(array), f"array {list(array.shape)}", max_pixels)
@@ -199,70 +211,128 @@ def patchify(frames: np.ndarray, table: np.ndarray, settings: ImageSettings) -> 
     return patches.reshape(-1, channels * tp * p * p)
 
 
+class ProcessorConfig(dict[str, Any]):
+    """The keys of a processor's file that are not null, and the file for messages: a value of 0 is a value."""
+
+    def __init__(self, values: Mapping[str, Any], file: Path | str = "the processor's file"):
+        super().__init__({key: value for key, value in values.items() if value is not None})
+        self.file = file
+
+
 def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
     """The image settings of a checkpoint; without a file of them, Qwen3-VL's with the encoder's own patch sizes."""
     raw = read_processor_config(directory, "image_processor", ("preprocessor_config.json",))
     if raw is None:
         return ImageSettings(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
     # what the file leaves out takes the value of transformers' class, so that both make the same arrays
-    size = raw.get("size") or {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}
-    if raw.get("min_pixels") is not None:
-        size = size | {"shortest_edge": raw["min_pixels"]}
-    if raw.get("max_pixels") is not None:
-        size = size | {"longest_edge": raw["max_pixels"]}
+    size = raw.get("size", {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
+    if isinstance(size, dict):
+        for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            if key in raw:
+                size = {name: value for name, value in size.items() if name != key} | {edge: raw[key]}
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return ImageSettings(**common_settings(raw, vision, size, mean, std))
 
 
-def read_processor_config(directory: Path, key: str, names: Sequence[str]) -> dict[str, Any] | None:
-    """`key` of processor_config.json (transformers 5), else the first of the files `names` that is there, else None."""
+def read_processor_config(directory: Path, key: str, names: Sequence[str]) -> ProcessorConfig | None:
+    """`key` of processor_config.json (transformers 5), else the first of the files `names` that is there, else None.
+
+    Raises:
+        ImageError: a file that isn't JSON, with the position, or that holds something else than an object.
+    """
     for name in ("processor_config.json", *names):
         file = directory / name
         if not file.is_file():
             continue
         try:
-            raw = json.loads(file.read_text())
-            raw = raw.get(key) if name == "processor_config.json" else raw
+            raw = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ImageError(f"{file} can't be read ({one_line(error)}): correct it there") from None
+        if name == "processor_config.json" and isinstance(raw, dict):
+            raw = raw.get(key)
             if raw is None:
                 continue
-            if not isinstance(raw, dict):
-                raise ValueError(f"expected an object, found {type(raw).__name__}")
-        except (ValueError, AttributeError) as error:
-            raise ImageError(f"{file} can't be read ({error}): copy it from the checkpoint again") from None
-        return raw
+        if not isinstance(raw, dict):
+            raise ImageError(f"{file} can't be read: expected an object, found {type(raw).__name__}")
+        return ProcessorConfig(raw, file)
     return None
 
 
 def common_settings(
-    raw: dict[str, Any],
+    raw: Mapping[str, Any],
     vision: VisionConfig,
-    size: dict[str, int],
+    size: Any,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, Any]:
-    """The fields of `ImageSettings` from a processor's file; refuses what the encoder or this program can't serve."""
+    """The fields of `ImageSettings` from a processor's file; refuses what the encoder or this program can't serve.
+
+    Raises:
+        ImageError: naming the file, the key, its value and what it may be.
+    """
+    raw = raw if isinstance(raw, ProcessorConfig) else ProcessorConfig(raw)
     geometry = {
-        "patch_size": (raw.get("patch_size"), vision.patch_size),
-        "temporal_patch_size": (raw.get("temporal_patch_size"), vision.temporal_patch_size),
-        "merge_size": (raw.get("merge_size"), vision.spatial_merge_size),
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
     }
-    for key, (found, expected) in geometry.items():
-        if found not in (None, expected):
-            raise ImageError(f"{key} {found} of the processor's file differs from the vision encoder's {expected}")
+    for key, expected in geometry.items():
+        if raw.get(key, expected) != expected:
+            raise ImageError(f"{key} {raw[key]!r} of {raw.file} differs from the vision encoder's {expected}")
     for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        if raw.get(key) is False:
-            raise ImageError(f"{key} false in the processor's file is not supported: remove it or set it to true")
-    if not size.get("shortest_edge") or not size.get("longest_edge"):
-        raise ImageError(f"size {size} of the processor's file needs shortest_edge and longest_edge")
+        if (value := raw.get(key, True)) is not True:
+            raise ImageError(f"{key} {json.dumps(value)} of {raw.file} is not supported: remove it or set it to true")
+    min_pixels, max_pixels = _size_bounds(raw, size)
+    deviations = _channels(raw, "image_std", std)
+    if not all(deviations):
+        raise ImageError(f"image_std {list(deviations)} of {raw.file} divides by 0: give numbers other than 0")
+    resample = _number(raw, "resample", Image.Resampling.BICUBIC)
+    if resample not in list(Image.Resampling):
+        raise ImageError(f"resample {resample:g} of {raw.file} is not one of Pillow's filters: give 0 to 5")
     return {
-        **{key: expected for key, (_, expected) in geometry.items()},
-        "min_pixels": int(size["shortest_edge"]),
-        "max_pixels": int(size["longest_edge"]),
-        "mean": tuple(raw.get("image_mean") or mean),
-        "std": tuple(raw.get("image_std") or std),
-        "rescale_factor": float(raw.get("rescale_factor") or 1 / 255),
-        "resample": int(raw.get("resample") or Image.Resampling.BICUBIC),
+        **geometry,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "mean": _channels(raw, "image_mean", mean),
+        "std": deviations,
+        "rescale_factor": float(_number(raw, "rescale_factor", 1 / 255)),
+        "resample": int(resample),
     }
+
+
+def _size_bounds(raw: ProcessorConfig, size: Any) -> tuple[int, int]:
+    """The least and the most pixels; other ways to say a size make transformers fail at the first image."""
+    edges = ("shortest_edge", "longest_edge")
+    values = {key: value for key, value in size.items() if value is not None} if isinstance(size, dict) else {}
+    if values.keys() != set(edges):
+        raise ImageError(f"size {size} of {raw.file} needs shortest_edge and longest_edge, and nothing else")
+    for key, value in values.items():
+        number = _as_number(value)
+        if not number >= 1 or number != int(number):
+            raise ImageError(f"size {key} {value!r} of {raw.file} must be a whole number of pixels above 0")
+    return int(values[edges[0]]), int(values[edges[1]])
+
+
+def _channels(raw: ProcessorConfig, key: str, default: Sequence[float]) -> tuple[float, ...]:
+    """Three numbers; one alone stands for all three, as in transformers."""
+    value = raw.get(key, list(default))
+    numbers = [_as_number(one) for one in (value if isinstance(value, list) else [value] * 3)]
+    if len(numbers) != 3 or any(map(math.isnan, numbers)):
+        raise ImageError(f"{key} {value!r} of {raw.file} must be a number or three, one for each channel")
+    return tuple(numbers)
+
+
+def _number(raw: ProcessorConfig, key: str, default: float) -> float:
+    number = _as_number(value := raw.get(key, default))
+    if math.isnan(number):
+        raise ImageError(f"{key} {value!r} of {raw.file} must be a number")
+    return number
+
+
+def _as_number(value: Any) -> float:
+    """`value` where it is a finite number; NaN for all else."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    return value if number else math.nan
 
 
 def _target_size(image: Image.Image, settings: ImageSettings, options: ImageOptions) -> tuple[int, int]:
@@ -274,16 +344,14 @@ def _target_size(image: Image.Image, settings: ImageSettings, options: ImageOpti
     return smart_resize(height, width, settings.factor, low, high)
 
 
-def _load_file(file: Any, name: str, max_pixels: int) -> Image.Image:
+def _load_file(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             # the bound below says the same with the size and the remedy
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file)
     except UnidentifiedImageError:
-        raise ImageError(
-            f"{name} is not an image: give a JPEG, PNG, WebP or another format that Pillow reads"
-        ) from None
+        raise ImageError(_unidentified(file, name)) from None
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise ImageError(_too_large(name, f"{pixels[0] if pixels else 'too many'} pixels", max_pixels)) from None
@@ -303,14 +371,15 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageError(f"{name} is {width}x{height}, an aspect ratio above {MAX_ASPECT_RATIO}: crop or pad it")
     try:
-        # an MPO file is a photograph with a preview or a second view behind it, not an animation
-        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        frames = 1 if image.format in _STILLS else getattr(image, "n_frames", 1)
         if frames == 1:
             image.load()
     except Exception as error:
+        if "closed" in str(error) or (isinstance(error, AssertionError) and getattr(image, "fp", error) is None):
+            raise ImageError(f"{name} was closed before it was decoded: call its load() before closing it") from None
         raise ImageError(f"{name} is damaged or truncated ({one_line(error)}): give an intact file") from None
     if frames > 1:
-        raise ImageError(f"{name} is animated ({frames} frames): pass it as a video, or pass one of its frames")
+        raise ImageError(_several(name, image.format or "", frames))
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF says nothing about the rotation; the pixels are good
@@ -326,39 +395,95 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """What transformers makes of an opened image: transparency is laid on white, all else is left to Pillow."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
-        # Pillow would clip 16 bits at 255 and make nearly every image white
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65535:
-            raise ImageError(
-                f"{name} has values outside 16 bits ({values.min()} to {values.max()}): convert it to 8 bits"
-            )
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ImageError(f"{name} holds floating-point grey of unknown range: convert it to 8 bits")
+    if image.mode.startswith(("I", "F")):
+        _check_wide(image, name)
+    if image.mode == "La":
+        raise ImageError(f'{name} is of mode La, which has no way to RGB: pass image.convert("LA")')
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
+def _check_wide(image: Image.Image, name: str) -> None:
+    """Refuses grey values that Pillow would clip at 0 and 255, and transformers with it: white pictures, mostly."""
+    values = np.asarray(image)
+    low, high = values.min().item(), values.max().item()
+    if not np.isfinite([low, high]).all():
+        raise ImageError(f"{name} has values that are not finite: replace them, as numpy.nan_to_num does")
+    if low < 0 or high > 255 or (image.mode == "F" and high <= 1):
+        raise ImageError(
+            f"{name} of mode {image.mode} has values {low} to {high}, not 0 to 255: "
+            f"pass PIL.Image.fromarray({_to_8_bits(low, high)})"
+        )
+
+
+def _to_8_bits(low: float, high: float) -> str:
+    """The expression that brings `image` to 8 bits; fractions and 16 bits keep their black and their white."""
+    whole = next((top for top in (1, 65535) if 0 <= low <= high <= top), None)
+    span = (0, whole) if whole else (low, high)
+    return f"numpy.interp(image, {span}, (0, 255)).round().astype('uint8')"
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ImageError(f"array of shape {list(array.shape)} is no image: give [H, W, 3], [H, W, 4] or [H, W]")
+    array = _channels_last(array)
     if not array.size:
         raise ImageError(f"array of shape {list(array.shape)} is empty: give an image with at least one pixel")
+    if array.dtype == bool:
+        raise ImageError("image array of dtype bool: give integers in 0 to 255, or floating point in 0 to 1")
+    low, high = array.min().item(), array.max().item()
     if np.issubdtype(array.dtype, np.floating):
-        low, high = array.min(), array.max()
         if not (low >= 0 and high <= 1):  # NaN fails too
             raise ImageError(
                 f"floating-point image with values {low:g} to {high:g}: scale them to 0 to 1, or give uint8"
             )
-        array = np.round(array.astype(np.float32) * 255).astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ImageError(f"image array of dtype {array.dtype}: give uint8, or floating point in 0 to 1")
-    return Image.fromarray(np.ascontiguousarray(array))
+        array = np.round(array.astype(np.float32) * 255)
+    elif low < 0 or high > 255:
+        raise ImageError(f"image array of dtype {array.dtype} has values {low} to {high}: pass {_to_8_bits(low, high)}")
+    return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
+
+
+def _channels_last(array: np.ndarray) -> np.ndarray:
+    """`[H, W]` or `[H, W, C]`, from these or `[C, H, W]`."""
+    shape = list(array.shape)
+    if array.ndim == 3:
+        first, last = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)
+        # one row of coloured pixels is likelier than a grey picture three or four pixels wide
+        if first and last and not (shape[0] == 1 and shape[2] > 1):
+            raise ImageError(
+                f"array of shape {shape} is ambiguous, [H, W, C] or [C, H, W]: pass PIL.Image.fromarray of [H, W, C]"
+            )
+        if first and not last:
+            array = np.moveaxis(array, 0, 2)
+        if first or last:
+            return array[..., 0] if array.shape[2] == 1 else array
+    elif array.ndim == 2:
+        return array
+    remedy = "give [H, W, C] or [C, H, W] with C 1, 3 or 4, or [H, W]"
+    if array.ndim == 1 and array.dtype == np.uint8:
+        remedy = "pass the bytes of a file as array.tobytes()"
+    raise ImageError(f"array of shape {shape} is not an image: {remedy}")
+
+
+def _several(name: str, file_format: str, frames: int) -> str:
+    if file_format in _ANIMATIONS:
+        remedy = 'pass it as a video ({"type": "video", ...} or videos=[...]), or pass one of its frames'
+        return f"{name} is animated ({frames} frames): {remedy}"
+    return f"{name} has {frames} pages: pass each as an image, as PIL.ImageSequence.all_frames(image) gives them"
+
+
+def _unidentified(file: Path | io.BytesIO, name: str) -> str:
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as opened:
+        opened.seek(0)
+        start = opened.read(SNIFFED_BYTES)
+    if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
+        return f"{name} is a HEIC photograph, which Pillow doesn't read: convert it to JPEG"
+    if looks_like_video(start):
+        return f'{name} is a video, not an image: pass it as a video ({{"type": "video", ...}} or videos=[...])'
+    return f"{name} is not an image: give a JPEG, PNG, WebP or another format that Pillow reads"
 
 
 def _too_large(name: str, size: str, max_pixels: int) -> str:

@@ -1,23 +1,18 @@
 """What callers hand over: files, URLs, data URIs, base64, bytes, file objects, arrays of any library, and options."""
 
 import base64
-import http.client
 import io
 import math
 import numbers
 import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 
-URL_TIMEOUT_SECONDS = 20.0
 SNIFFED_BYTES = 192  # reaches the second packet of an MPEG transport stream
 
 MediaSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
@@ -66,16 +61,25 @@ def decode_base64(text: str) -> bytes:
 
 
 def looks_like_media(first_bytes: bytes) -> bool:
-    """Whether a file that starts like this (`SNIFFED_BYTES` of it, or all) is a picture or video container."""
+    """Whether a file that starts like this (`SNIFFED_BYTES` of it, or all) is a picture or a video."""
     if len(first_bytes) < 12:
         return False
-    if first_bytes.startswith(_SIGNATURES) or first_bytes[4:8] in _BOXES:
+    if first_bytes.startswith(_PICTURES) or first_bytes[8:12] == b"WEBP" or first_bytes[4:8] == b"ftyp":
         return True
-    if first_bytes[:4] == b"RIFF":
-        return first_bytes[8:12] in (b"WEBP", b"AVI ")
     if first_bytes[:2] == b"BM":
         return not any(first_bytes[6:10])
-    return first_bytes[0] == 0x47 == first_bytes[188 % len(first_bytes)] and len(first_bytes) > 188
+    return looks_like_video(first_bytes)
+
+
+def looks_like_video(first_bytes: bytes) -> bool:
+    """Whether a file that starts like this (`SNIFFED_BYTES` of it, or all) is a video container."""
+    if first_bytes[4:8] == b"ftyp":
+        return first_bytes[8:12] not in PICTURE_BRANDS
+    if first_bytes[:4] == b"RIFF":
+        return first_bytes[8:12] == b"AVI "
+    # the packets of an MPEG transport stream have 188 bytes
+    packets = len(first_bytes) > 188 and first_bytes[0] == first_bytes[188] == 0x47
+    return packets or first_bytes[4:8] in (b"moov", b"mdat", b"wide") or first_bytes.startswith(_VIDEOS)
 
 
 def option_values(
@@ -106,16 +110,15 @@ def host_array(value: Any, name: str, error: type[ValueError]) -> np.ndarray:
     Raises:
         error: one line that names the array, when its values can't be read or aren't numbers.
     """
+    kind = type(value).__name__
     try:
         array = _to_numpy(value)
     except Exception as reason:  # each library raises its own
-        raise error(
-            f"{name} can't be read from {type(value).__name__} ({one_line(reason)}): give a NumPy array"
-        ) from None
-    if array.dtype.kind == "V" and array.dtype.names is None and array.dtype.type is not np.void:
-        array = array.astype(np.float32)  # what ml_dtypes adds to NumPy
+        raise error(f"{name} can't be read from {kind} ({one_line(reason)[:160]}): give a NumPy array") from None
+    if array.dtype.kind == "V" and array.dtype.type is not np.void:  # what ml_dtypes adds to NumPy
+        array = array.astype(np.int32 if "int" in array.dtype.name else np.float32)
     if array.dtype.kind not in "biuf":
-        raise error(f"{name} holds {array.dtype}, not real numbers: give an array of integers or floating point")
+        raise error(f"{name} of type {kind} holds {array.dtype}, not real numbers: give integers or floating point")
     return array
 
 
@@ -150,7 +153,10 @@ def _open_text(text: str, max_bytes: int, error: type[ValueError]) -> Path | io.
     if scheme.startswith("data:"):
         return io.BytesIO(_decode_data_uri(stripped, max_bytes, error))
     if scheme.startswith(("http://", "https://")):
-        return io.BytesIO(_download(stripped, max_bytes, error))
+        # imported here: most calls read files, and what it needs takes a while to load
+        from deepstack_jax.processing.download import download
+
+        return io.BytesIO(download(stripped, max_bytes, error))
     if scheme.startswith("file:"):
         # people write unquoted names, and two slashes before relative ones
         rest = re.sub("^//(localhost(?=/))?", "", stripped[5:])
@@ -318,7 +324,9 @@ def _torch_to_numpy(tensor: Any) -> np.ndarray:
     if tensor.device.type == "meta":
         raise ValueError("a tensor on the device meta has no values")
     tensor = tensor.cpu()
-    if tensor.is_sparse or str(tensor.layout) != "torch.strided":
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if str(tensor.layout) != "torch.strided":
         tensor = tensor.to_dense()
     if tensor.is_floating_point() and str(tensor.dtype) not in ("torch.float16", "torch.float32", "torch.float64"):
         tensor = tensor.float()
@@ -330,11 +338,11 @@ def _option(name: str, value: Any, kind: type, what: str, error: type[ValueError
         if not isinstance(value, bool | np.bool_):
             raise error(f"{name} {_shown(value)} of {what} must be true or false")
         return bool(value)
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    whole = "a whole number" if kind is int else "a number"
-    if not number or not 0 < value < math.inf or (kind is int and value != int(value)):
+    number = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else cast(Any, value)
+    if not 0 < number < math.inf or (kind is int and number != int(number)):
+        whole = "a whole number" if kind is int else "a number"
         raise error(f"{name} {_shown(value)} of {what} must be {whole} above 0")
-    return kind(value)
+    return kind(number)
 
 
 def _shown(value: object) -> str:
@@ -344,7 +352,7 @@ def _shown(value: object) -> str:
     return text if text.isprintable() else repr(text)[1:-1]
 
 
-_SIGNATURES = (
+_PICTURES = (
     b"\xff\xd8\xff",  # JPEG
     b"\x89PNG",
     b"GIF8",
@@ -356,6 +364,8 @@ _SIGNATURES = (
     b"\xff\x4f\xff\x51",
     b"\0\0\1\0",  # ICO
     b"8BPS",
+)
+_VIDEOS = (
     b"\x1aE\xdf\xa3",  # Matroska, WebM
     b"OggS",
     b"FLV\1",
@@ -363,38 +373,5 @@ _SIGNATURES = (
     b"\0\0\1\xba",  # MPEG
     b"\0\0\1\xb3",
 )
-_BOXES = (b"ftyp", b"moov", b"mdat", b"wide")  # MP4, QuickTime, AVIF
-
-
-def _download(url: str, max_bytes: int, error: type[ValueError]) -> bytes:
-    try:
-        content = _read_url(url, max_bytes)
-    except urllib.error.HTTPError as reason:
-        reason.close()
-        raise error(f"{describe(url)} answered {reason.code} {reason.reason}: check the URL") from None
-    except (OSError, ValueError, http.client.HTTPException) as reason:
-        cause = getattr(reason, "reason", reason)  # URLError wraps what happened
-        if isinstance(cause, TimeoutError):
-            raise error(f"{describe(url)} did not arrive within {URL_TIMEOUT_SECONDS:g} s: download it first") from None
-        raise error(f"{describe(url)} can't be fetched ({cause}): check the URL") from None
-    if content is None:
-        raise error(f"{describe(url)} holds more than {max_bytes} bytes: pass a smaller file")
-    return content
-
-
-def _read_url(url: str, max_bytes: int) -> bytes | None:
-    """The body behind `url`, or None when it is larger than `max_bytes`."""
-    deadline = time.monotonic() + URL_TIMEOUT_SECONDS
-    request = urllib.request.Request(url, headers={"User-Agent": "deepstack-jax"})
-    content = bytearray()
-    with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
-        if int(response.headers.get("Content-Length") or 0) > max_bytes:
-            return None
-        # read1 returns what has come, so a server that drips bytes meets the deadline too
-        while chunk := response.read1(1 << 20):
-            content += chunk
-            if len(content) > max_bytes:
-                return None
-            if time.monotonic() > deadline:
-                raise TimeoutError
-    return bytes(content)
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1")
+PICTURE_BRANDS = (*HEIC_BRANDS, b"avif", b"avis", b"jxl ", b"crx ")
