@@ -23,10 +23,11 @@ from pathlib import Path
 
 import pytest
 
+from deepstack_jax.cli import main
 from deepstack_jax.processing import download as downloading
 from deepstack_jax.processing.download import ascii_host, download
 from deepstack_jax.serving.fetch import fetch
-from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
+from deepstack_jax.serving.policy import OPTIONS, Budget, MediaError, MediaPolicy
 
 TEXT = random.Random(0).randbytes(150_000) + bytes(50_000)  # part of it does not compress
 LIMIT = 1 << 18
@@ -520,3 +521,97 @@ def test_https_without_a_proxy(secure: Server):
     assert by_library(f"https://127.0.0.1:{secure.port}/") == TEXT
     with pytest.raises(ValueError, match="certificate is not valid"):
         by_library(f"https://localhost:{secure.port}/")
+
+
+# ---- limits as options of the server ----
+
+
+def policy_of(*options: str) -> MediaPolicy:
+    """The policy that `deepstack-jax serve` makes of its options, for every role the same."""
+    caught = []
+
+    def keep(**arguments: object) -> MediaPolicy:
+        caught.append(MediaPolicy(**arguments))  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepstack_jax.serving.policy.MediaPolicy", keep)
+        with pytest.raises(SystemExit) as end:
+            main(["serve", "nowhere", *options])
+    assert end.value.code == 130
+    return caught[0]
+
+
+LIMITS = ["--max-seconds", "7.5", "--max-decoded-pixels", "1000", "--max-items", "3", "--url-timeout", "0.25"]
+
+
+@pytest.mark.parametrize("role", ["unified", "language", "encode"])
+def test_limits_are_options_of_every_role(role: str):
+    assert policy_of("--role", role) == MediaPolicy()
+    changed = policy_of("--role", role, *LIMITS, "--max-bytes", "5", "--max-pixels", "6", "--max-frames", "7")
+    assert changed == MediaPolicy(
+        max_seconds=7.5,
+        max_decoded_pixels=1000,
+        max_items=3,
+        timeout=0.25,
+        max_bytes=5,
+        max_pixels=6,
+        max_frames=7,
+    )
+
+
+@pytest.mark.parametrize("option", OPTIONS.values())
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "many"])
+def test_a_limit_that_is_not_above_zero_is_a_usage_error(option: str, value: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(["serve", "nowhere", option, value])
+    assert end.value.code == 2
+    assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", OPTIONS)
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_a_policy_has_no_limit_that_is_not_above_zero(field: str, value: float):
+    with pytest.raises(ValueError, match=f"{OPTIONS[field]} .* is not above 0"):
+        MediaPolicy(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["bytes", "pixels", "frames", "seconds", "decoded pixels"])
+def test_what_is_too_much_names_the_option_that_raises_the_limit(what: str):
+    field = "max_" + what.replace(" ", "_")
+    budget = Budget(MediaPolicy(**{field: 10}))  # type: ignore[arg-type]
+    budget.spend(what, 10, "a.mp4")
+    with pytest.raises(MediaError, match=rf"a\.mp4 needs 1 {what}: .* may have 10, .* a larger {OPTIONS[field]}$"):
+        budget.spend(what, 1, "a.mp4")
+
+
+def test_a_url_that_takes_too_long_names_the_option():
+    with (
+        running(Server(lambda _: time.sleep(2) or b"")) as server,
+        pytest.raises(MediaError, match=r"did not arrive within 0\.2 s: .* a longer --url-timeout"),
+    ):
+        by_server(f"http://127.0.0.1:{server.port}/", timeout=0.2)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "host", "allowed"),
+    [
+        ("bücher.example", "http://xn--bcher-kva.example/", True),
+        ("xn--bcher-kva.example", "http://BÜCHER.example/", True),
+        ("*.bücher.example", "http://a.bücher.example/", True),
+        ("*.bücher.example", "http://bücher.example/", False),
+        ("Example.ORG.", "http://example.org./", True),
+        ("example.org", "http://example.org.evil.org/", False),
+        ("[::1]", "http://[0:0::1]/", True),
+        ("*", "http://例え.テスト/", True),
+    ],
+)
+def test_allowed_domains_may_be_written_as_people_read_them(pattern: str, host: str, allowed: bool):
+    policy = MediaPolicy(allowed_domains=(pattern,))
+    assert policy.allows_domain(downloading.parse_url(host, host).host) is allowed
+
+
+@pytest.mark.parametrize("pattern", ["", "*.", "https://example.org", "example.org/x", "example.org:80", "a b", "*.*"])
+def test_what_is_no_domain_is_refused_when_the_server_starts(pattern: str):
+    with pytest.raises(ValueError, match=r"is not a domain: write example\.org"):
+        MediaPolicy(allowed_domains=(pattern,))

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 Role = Literal["unified", "encode", "language"]
 
 
+def _above_zero(value: float) -> float:
+    if not value > 0:  # not a number isn't either
+        raise typer.BadParameter(f"{value:g} is not above 0")
+    return value
+
+
 def run(
     checkpoint: Annotated[Path, typer.Argument(help="converted or Hugging Face directory")],
     role: Annotated[Role, typer.Option(help="the whole model, or one side of the split")] = "unified",
@@ -55,6 +61,14 @@ def run(
     max_bytes: Annotated[int, typer.Option(min=1, help="of a request's media, as they come")] = 32 << 20,
     max_pixels: Annotated[int, typer.Option(min=1, help="of a request's images")] = 64 << 20,
     max_frames: Annotated[int, typer.Option(min=1, help="of a request's videos, sampled or not")] = 7200,
+    max_seconds: Annotated[float, typer.Option(callback=_above_zero, help="of a request's videos")] = 600.0,
+    max_decoded_pixels: Annotated[
+        int, typer.Option(min=1, help="of all frames of a request's videos; about two minutes of 1080p by default")
+    ] = 8_000_000_000,
+    max_items: Annotated[int, typer.Option(min=1, help="images and videos of a request")] = 32,
+    url_timeout: Annotated[
+        float, typer.Option(callback=_above_zero, help="seconds for one URL, redirects included")
+    ] = 20.0,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds from a request to its last token")] = 600.0,
     max_waiting: Annotated[int, typer.Option(min=1, help="requests in line; more get a 503")] = 64,
     max_context: Annotated[int | None, typer.Option(min=2, help="tokens of prompt and answer; the model's own")] = None,
@@ -82,6 +96,10 @@ def run(
         max_bytes=max_bytes,
         max_pixels=max_pixels,
         max_frames=max_frames,
+        max_seconds=max_seconds,
+        max_decoded_pixels=max_decoded_pixels,
+        max_items=max_items,
+        timeout=url_timeout,
         allowed_networks=tuple(allow_network or ()),
         allowed_ports=tuple(allow_port or (80, 443)),
     )

@@ -1,8 +1,10 @@
 """What images and videos a server takes from outside, and how much of them."""
 
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
+
+from deepstack_jax.processing.download import ascii_host
 
 
 class MediaError(ValueError):
@@ -13,9 +15,21 @@ class MediaError(ValueError):
         self.status = status
 
 
+# fields of a MediaPolicy that bound something, and the server's options that set them
+OPTIONS = {
+    "max_items": "--max-items",
+    "max_bytes": "--max-bytes",
+    "max_pixels": "--max-pixels",
+    "max_frames": "--max-frames",
+    "max_seconds": "--max-seconds",
+    "max_decoded_pixels": "--max-decoded-pixels",
+    "timeout": "--url-timeout",
+}
+
+
 @dataclass(frozen=True)
 class MediaPolicy:
-    """What is taken. The default takes data URIs alone. Amounts are those of all media of one request together."""
+    """What is taken. The default takes only data URIs. Amounts are those of all media of one request together."""
 
     allowed_domains: tuple[str, ...] = ()  # "example.org", "*.example.org" (not the apex), "*"
     allowed_folder: Path | None = None  # paths under it, symbolic links followed first
@@ -31,8 +45,17 @@ class MediaPolicy:
     allowed_networks: tuple[str, ...] = ()  # "10.1.2.0/24": not public, but URLs of allowed domains may lead there
 
     def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: an amount that isn't above 0, or a domain or network that isn't one.
+        """
+        for name, option in OPTIONS.items():
+            if not getattr(self, name) > 0:  # not a number isn't either
+                raise ValueError(f"{option} {getattr(self, name)} is not above 0: choose another one")
         for network in self.allowed_networks:
             ip_network(network)  # a ValueError that names it
+        domains = tuple(_ascii_pattern(pattern) for pattern in self.allowed_domains)
+        object.__setattr__(self, "allowed_domains", domains)
 
     def allows_address(self, address: str) -> bool:
         """Whether an address is in one of the allowed networks."""
@@ -41,12 +64,24 @@ class MediaPolicy:
     def allows_domain(self, host: str) -> bool:
         """Whether a host's name, in lower case and ASCII, is one of the allowed ones."""
         for pattern in self.allowed_domains:
-            pattern = pattern.lower().rstrip(".")
             if pattern.startswith("*.") and host.endswith(pattern[1:]) and len(host) > len(pattern[1:]):
                 return True
             if pattern in ("*", host):
                 return True
         return False
+
+
+def _ascii_pattern(pattern: str) -> str:
+    """A domain as hosts are compared: hosts beyond ASCII are in IDNA's form."""
+    wild, domain = ("*.", pattern[2:]) if pattern.startswith("*.") else ("", pattern)
+    try:
+        if ":" in domain:
+            return str(IPv6Address(domain.strip("[]")))
+        return pattern if pattern == "*" else wild + ascii_host(domain)
+    except ValueError:
+        raise ValueError(
+            f"{pattern!r} is not a domain: write example.org, '*.example.org' or '*', without a scheme, port or path"
+        ) from None
 
 
 class Budget:
@@ -68,7 +103,7 @@ class Budget:
         return int(self._left["bytes"])
 
     def spend(self, what: str, count: float, name: str) -> None:
-        """Takes `count` of an amount for the source called `name`.
+        """Takes `count` of the bytes, pixels, frames, seconds or decoded pixels for the source called `name`.
 
         Raises:
             MediaError: there is less left; status 413.
@@ -76,4 +111,5 @@ class Budget:
         self._left[what] -= count
         if self._left[what] < 0:
             most = self._most[what]
-            raise MediaError(f"{name} needs {count:g} {what}: a request's media may have {most:g}, send less", 413)
+            remedy = f"send less, or start the server with a larger {OPTIONS[f'max_{what.replace(" ", "_")}']}"
+            raise MediaError(f"{name} needs {count:g} {what}: a request's media may have {most:g}, {remedy}", 413)
