@@ -576,7 +576,7 @@ def test_a_policy_has_no_limit_that_is_not_above_zero(field: str, value: float):
         MediaPolicy(**{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", ["bytes", "pixels", "frames", "seconds", "decoded pixels"])
+@pytest.mark.parametrize("what", ["items", "bytes", "pixels", "frames", "seconds", "decoded pixels"])
 def test_what_is_too_much_names_the_option_that_raises_the_limit(what: str):
     field = "max_" + what.replace(" ", "_")
     budget = Budget(MediaPolicy(**{field: 10}))  # type: ignore[arg-type]

@@ -89,6 +89,7 @@ class Budget:
 
     def __init__(self, policy: MediaPolicy):
         self._most = {
+            "items": policy.max_items,
             "bytes": policy.max_bytes,
             "pixels": policy.max_pixels,
             "frames": policy.max_frames,
@@ -103,7 +104,7 @@ class Budget:
         return int(self._left["bytes"])
 
     def spend(self, what: str, count: float, name: str) -> None:
-        """Takes `count` of the bytes, pixels, frames, seconds or decoded pixels for the source called `name`.
+        """Takes `count` of the items, bytes, pixels, frames, seconds or decoded pixels for the source called `name`.
 
         Raises:
             MediaError: there is less left; status 413.
