@@ -335,7 +335,7 @@ def test_other_domains_are_refused_before_anything_is_asked(site: Server, host: 
 
 @pytest.mark.parametrize(
     "url",
-    ["http://media.example.org/ x", "http://media.example.org\n.evil.org/", "http://media.example.org:99999/",
+    ["http://media.example.org/\x01", "http://media.example.org\n.evil.org/", "http://media.example.org:99999/",
      "http://user:secret@media.example.org/", "http://", "http://[::1/", "http://media.example.org:22/",
      "http://" + "a" * 70 + ".example.org/", "https://media.example.org:25/"],
 )  # fmt: skip
@@ -388,7 +388,7 @@ def test_redirects_are_followed_and_checked_anew(site: Server):
     assert len(site.seen) == 4
 
 
-@pytest.mark.parametrize("page", ["lies", "endless", "chunks", "photo.jpg"])
+@pytest.mark.parametrize("page", ["lies", "endless", "chunks", "gzip", "photo.jpg"])
 def test_bytes_are_bounded(site: Server, page: str):
     started = time.monotonic()
     assert get_refused(site, page, policy_of(site, max_bytes=20_000)).status == 413
@@ -412,7 +412,7 @@ def test_a_resolver_that_hangs_is_not_waited_for(site: Server):
 
 @pytest.mark.parametrize(
     ("page", "reason"),
-    [("gzip", "compressed"), ("short", "can't be fetched"), ("nothing", "answered 404"), ("nonsense", "can't be"),
+    [("short", "can't be fetched"), ("nothing", "answered 404"), ("nonsense", "can't be"),
      ("big-head", "can't be fetched")],
 )  # fmt: skip
 def test_bad_answers_are_refused(site: Server, page: str, reason: str):

@@ -178,12 +178,28 @@ def load_video(
         VideoError: no frames, not a video, a missing file, frames of unlike sizes, too large or too narrow.
     """
     options = replace(options, **rest)
-    if (frames := _jpeg_frames(source)) is not None:
+    if (frames := jpeg_frames(source)) is not None:
         options = replace(options, do_sample_frames=options.do_sample_frames or False)
         return _load_frames(frames, settings, options, JPEG_FRAMES_FPS)
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
         return _load_file(cast(MediaSource, source), settings, options)
     return _load_frames(_frames(source), settings, options, DEFAULT_FPS)
+
+
+def jpeg_frames(source: object) -> list[bytes] | None:
+    """The frames in a data URI of the type video/jpeg, as text or as its bytes; None for any other source.
+
+    Raises:
+        VideoError: a frame that is empty or not base64, by its number.
+    """
+    start, text = _text_of(source)
+    head = re.match(r"\s*data:\s*video/jpe?g\s*(;[^,]*)?,", start, re.IGNORECASE)
+    if head is None:
+        return None
+    pieces = text()[head.end() :].split(",")
+    if len(pieces) > MAX_FRAMES:
+        raise VideoError(f"data URI of {len(pieces)} frames, more than {MAX_FRAMES}: send fewer")
+    return [_jpeg_frame(piece, number, len(pieces)) for number, piece in enumerate(pieces, 1)]
 
 
 def preprocess_videos(videos: Sequence[Video], settings: VideoSettings) -> tuple[np.ndarray, np.ndarray]:
@@ -325,7 +341,7 @@ def _load_frames(
     return Video(np.stack(resized)[places], fps, tuple(indices.tolist()), len(frames))
 
 
-def _loaded(frames: Sequence[ImageSource]) -> Iterable[np.ndarray]:
+def _loaded(frames: Sequence[ImageSource] | np.ndarray) -> Iterable[np.ndarray]:
     """Frames as RGB arrays of one size, one at a time: a list of files need not fit into memory as pictures."""
     if isinstance(frames, np.ndarray) and frames.dtype == np.uint8 and frames.shape[3] == 3:
         yield from frames
@@ -359,18 +375,6 @@ def _frames(source: object) -> Sequence[ImageSource]:
     if array.ndim != 4:
         raise VideoError(f"video array {list(array.shape)} of {array.dtype}: give [F, H, W, 3] of uint8")
     return cast(Sequence[ImageSource], array)
-
-
-def _jpeg_frames(source: object) -> list[ImageSource] | None:
-    """The frames in a data URI of the type video/jpeg, which may come as text or as bytes; None for other sources."""
-    start, text = _text_of(source)
-    head = re.match(r"\s*data:\s*video/jpe?g\s*(;[^,]*)?,", start, re.IGNORECASE)
-    if head is None:
-        return None
-    pieces = text()[head.end() :].split(",")
-    if len(pieces) > MAX_FRAMES:
-        raise VideoError(f"data URI of {len(pieces)} frames, more than {MAX_FRAMES}: send fewer")
-    return [_jpeg_frame(piece, number, len(pieces)) for number, piece in enumerate(pieces, 1)]
 
 
 def _jpeg_frame(piece: str, number: int, count: int) -> bytes:

@@ -13,19 +13,21 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-import av
-import av.error
 from PIL import Image, UnidentifiedImageError
 
-from deepstack_jax.processing.sources import describe, one_line, open_source
-from deepstack_jax.processing.videos import DEFAULT_FPS, VideoSettings
+from deepstack_jax.processing.images import ImageOptions, ImageSettings
+from deepstack_jax.processing.moving_pictures import VideoError, probe
+from deepstack_jax.processing.sources import decode_base64, describe, looks_like_media, one_line, open_source
+from deepstack_jax.processing.videos import VideoOptions, VideoSettings, jpeg_frames
 from deepstack_jax.serving.fetch import fetch
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
 
 # Pillow's other formats run programs (EPS), or have had little scrutiny.
 IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# No playlists: they name other files.
-VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,gif,h264,hevc"
+# FFmpeg's, beside the animations that Pillow reads. No playlists: they name other files.
+VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,h264,hevc,mjpeg,jpeg_pipe"
+
+Admitted = Image.Image | io.BytesIO | list[Image.Image]
 
 
 async def admit(
@@ -33,84 +35,174 @@ async def admit(
     source: object,
     policy: MediaPolicy,
     budget: Budget | None = None,
-) -> Image.Image | io.BytesIO:
+    options: ImageOptions | VideoOptions | None = None,
+) -> Admitted:
     """Reads one source and checks what its header says; nothing is decoded yet.
 
     Args:
         kind: what it is meant to be.
-        source: a path, a `file:`, `http:` or `https:` URL, or a `data:` URI.
+        source: a path, a `file:`, `http:` or `https:` URL, a `data:` URI, or base64; of a video also a list of these,
+            each a picture.
         policy: what is allowed.
         budget: shared by the media of one request; one of its own without.
+        options: with which it will be loaded; those that make it larger count.
 
     Returns:
-        An opened image, whose pixels are decoded when it is used, or the bytes of a video: what `load_image` and
-        `load_video` take.
+        An opened image, whose pixels are decoded when it is used, the bytes of a video, or the opened images of its
+        frames: what `load_image` and `load_video` take.
 
     Raises:
         MediaError: one line that names the source, what is wrong and the remedy.
     """
     budget = budget or Budget(policy)
-    data = io.BytesIO(await read(source, policy, budget))
-    check = check_image if kind == "image" else check_video
-    return await asyncio.to_thread(check, data, budget, describe(source))
+    of_video = options if isinstance(options, VideoOptions) else VideoOptions()
+    if kind == "video" and isinstance(source, list | tuple):
+        return await _admit_frames(source, policy, budget, of_video)
+    if kind == "video" and (frames := await asyncio.to_thread(_jpeg_frames, source, policy, budget)) is not None:
+        await asyncio.to_thread(_check_frames, frames, budget, of_video)
+        assert isinstance(source, str)
+        return io.BytesIO(source.encode())
+    data, name = io.BytesIO(await read(source, policy, budget)), describe(source)
+    if kind == "image":
+        of_image = options if isinstance(options, ImageOptions) else ImageOptions()
+        return await asyncio.to_thread(check_image, data, budget, name, of_image)
+    return await asyncio.to_thread(check_video, data, budget, name, of_video)
 
 
 async def read(source: object, policy: MediaPolicy, budget: Budget) -> bytes:
     """The bytes behind a source that the policy allows."""
     if not isinstance(source, str) or not source:
         raise MediaError(f"an image or video is named by text, not {type(source).__name__}: send a URL or a data URI")
-    name, scheme = describe(source), source[:8].lower()
+    name, scheme = describe(source), source.lstrip()[:8].lower()
     if scheme.startswith(("http://", "https://")):
         return await fetch(source, policy, budget)
-    if scheme.startswith("data:"):
+    bare = _is_base64(source)
+    if bare or scheme.startswith("data:"):
         if not policy.allow_data:
             raise MediaError("data URIs are not allowed here: send the URL of an allowed domain", 403)
-        data = open_source(source, budget.bytes, MediaError)
+        data = open_source(f"data:;base64,{source}" if bare else source, budget.bytes, MediaError)
         assert isinstance(data, io.BytesIO)
         budget.spend("bytes", len(data.getbuffer()), name)
         return data.getvalue()
     return await asyncio.to_thread(_read_file, source, policy, budget)
 
 
-def check_image(data: io.BytesIO, budget: Budget, name: str) -> Image.Image:
+def check_image(data: io.BytesIO, budget: Budget, name: str, options: ImageOptions) -> Image.Image:
     """Opens an image and checks its format and size by its header."""
+    image = _open_image(data, name)
+    pixels = image.width * image.height
+    resized = (options.resized_height or 0) * (options.resized_width or 0)
+    most = options.max_pixels or ImageSettings.max_pixels
+    budget.spend("pixels", max(pixels, options.min_pixels or 0, min(resized, most)), name)
+    return image
+
+
+def check_video(data: io.BytesIO, budget: Budget, name: str, options: VideoOptions) -> io.BytesIO:
+    """Checks a video's container, frame size, number of frames and length, without decoding a frame."""
+    try:
+        found = probe(data, name, VIDEO_FORMATS)
+    except VideoError as error:
+        raise MediaError(str(error)) from None
+    budget.spend("seconds", found.frames / found.fps, name)
+    _spend_frames(found.frames, found.width * found.height, budget, name, options)
+    budget.spend("decoded pixels", found.width * found.height * found.frames, name)
+    data.seek(0)
+    return data
+
+
+def _open_image(data: io.BytesIO, name: str) -> Image.Image:
     Image.init()
     try:
         image = Image.open(data, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
         # a photograph of two views (MPO) is none; counting all frames would take a time that the file chooses
-        animated = image.format != "MPO" and getattr(image, "is_animated", False)
+        several = image.format != "MPO" and getattr(image, "is_animated", False)
     except UnidentifiedImageError:
         raise MediaError(f"{name} is not an image that is read here: send one of {', '.join(IMAGE_FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise MediaError(f"{name} has more pixels than any image needs: scale it down", 413) from None
     except Exception as error:  # decoders raise many types for damaged headers
         raise MediaError(f"{name} can't be read ({one_line(error)}): send an intact image") from None
-    if animated:
-        raise MediaError(f"{name} is animated: send it as a video, or one of its frames")
-    budget.spend("pixels", image.width * image.height, name)
+    if several and image.format == "TIFF":
+        raise MediaError(f"{name} has several pages: send the one that is meant as an image of its own")
+    if several:
+        raise MediaError(
+            f'{name} is animated: send it as a video ({{"type": "video_url", ...}} or video_data), or one of its frames'
+        )
     return image
 
 
-def check_video(data: io.BytesIO, budget: Budget, name: str) -> io.BytesIO:
-    """Checks a video's container, frame size, number of frames and length, without decoding a frame."""
-    options = {"protocol_whitelist": "data", "format_whitelist": VIDEO_FORMATS}
+# ---- videos as frames
+
+
+async def _admit_frames(
+    sources: Sequence[object], policy: MediaPolicy, budget: Budget, options: VideoOptions
+) -> list[Image.Image]:
+    frames: list[bytes] = []
+    budget.spend("frames", len(sources), f"a video of {len(sources)} frames")
+    for number, source in enumerate(sources, 1):
+        if isinstance(source, str) and source.lstrip()[:4].lower() == "http":
+            budget.spend("items", 1, describe(source))  # each takes a connection and its time
+        try:
+            frames.append(await read(source, policy, budget))
+        except MediaError as error:
+            raise MediaError(f"frame {number} of {len(sources)} of a video: {error}", error.status) from None
+    return await asyncio.to_thread(_check_frames, frames, budget, options, counted=True)
+
+
+def _jpeg_frames(source: object, policy: MediaPolicy, budget: Budget) -> list[bytes] | None:
+    """The frames of a data URI of the type video/jpeg; None for another source."""
+    if not isinstance(source, str) or source.lstrip()[:5].lower() != "data:":
+        return None
+    # as many characters as the bytes make in percent signs are surely too many
+    too_long = len(source) > 4 * budget.bytes + 1000
     try:
-        with av.open(data, mode="r", options=options) as container:
-            if not container.streams.video:
-                raise MediaError(f"{name} has no video stream: send a video")
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
-            # some containers don't say how many frames there are
-            frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-            pixels = stream.width * stream.height
-    except av.error.FFmpegError as error:
-        raise MediaError(f"{name} is not a video that is read here ({error.strerror}): send an intact one") from None
-    budget.spend("frames", frames, name)
-    budget.spend("seconds", frames / rate, name)
-    budget.spend("pixels", max(pixels, min(pixels * frames, VideoSettings.max_pixels)), name)
-    budget.spend("decoded pixels", pixels * frames, name)
-    data.seek(0)
-    return data
+        frames = None if too_long else jpeg_frames(source)
+    except VideoError as error:
+        raise MediaError(str(error)) from None
+    if frames is None:
+        return None
+    if not policy.allow_data:
+        raise MediaError("data URIs are not allowed here: send the URL of an allowed domain", 403)
+    budget.spend("bytes", sum(map(len, frames)), describe(source))
+    return frames
+
+
+def _check_frames(
+    frames: Sequence[bytes], budget: Budget, options: VideoOptions, counted: bool = False
+) -> list[Image.Image]:
+    name = f"a video of {len(frames)} frames"
+    if not frames:
+        raise MediaError("a video of no frames: send at least one")
+    images: list[Image.Image] = []
+    for number, data in enumerate(frames, 1):
+        images.append(_open_image(io.BytesIO(data), f"frame {number} of {len(frames)} of a video"))
+        budget.spend("decoded pixels", images[-1].width * images[-1].height, name)
+    largest = max(image.width * image.height for image in images)
+    _spend_frames(len(frames), largest, budget, name, options, counted)
+    return images
+
+
+def _spend_frames(
+    frames: int, pixels: int, budget: Budget, name: str, options: VideoOptions, counted: bool = False
+) -> None:
+    """Takes what `frames` frames of `pixels` pixels come to, once they are sampled and resized."""
+    wanted = max(frames, options.num_frames or 0)
+    budget.spend("frames", wanted - counted * frames, name)
+    resized = (options.resized_height or 0) * (options.resized_width or 0)
+    most = options.max_pixels or VideoSettings.max_pixels
+    budget.spend("pixels", max(pixels, options.min_pixels or 0, min(max(pixels, resized) * wanted, most)), name)
+
+
+# ---- data and files
+
+
+def _is_base64(source: str) -> bool:
+    """Whether a source is the base64 of a picture or video, without a header."""
+    letters = "".join(source[:1000].split())[:400]
+    try:
+        return looks_like_media(decode_base64(letters.rstrip("=")[: len(letters.rstrip("=")) // 4 * 4]))
+    except ValueError:
+        return False
 
 
 def _read_file(source: str, policy: MediaPolicy, budget: Budget) -> bytes:
