@@ -9,13 +9,14 @@ another default for later versions.
 """
 
 import io
+import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 from urllib.parse import unquote
 
 import numpy as np
@@ -29,6 +30,7 @@ from deepstack_jax.processing.images import (
     ImageError,
     ImageSettings,
     ImageSource,
+    ProcessorConfig,
     common_settings,
     load_image,
     patchify,
@@ -251,16 +253,59 @@ def smart_resize_video(
 
 
 def read_video_settings(directory: Path, vision: VisionConfig) -> VideoSettings:
-    """The video settings of a checkpoint; without a file of them, Qwen3-VL's with the encoder's own patch sizes."""
+    """The video settings of a checkpoint; without a file of them, Qwen3-VL's with the encoder's own patch sizes.
+
+    Raises:
+        ImageError, VideoError: naming the file, the key, its value and what it may be.
+    """
     names = ("video_preprocessor_config.json", "preprocessor_config.json")
     raw = read_processor_config(directory, "video_processor", names)
     if raw is None:
         return VideoSettings(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
     # what the file leaves out takes the value of transformers' class, so that both make the same arrays
-    size = raw.get("size") or {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768}
-    chosen = {key: raw[key] for key in ("fps", "min_frames", "max_frames", "max_video_tokens") if raw.get(key)}
-    chosen |= {key: raw[key] for key in ("do_sample_frames", "cap_pixels_per_frame") if raw.get(key) is not None}
-    return VideoSettings(**common_settings(raw, vision, size, (0.5,) * 3, (0.5,) * 3), **chosen)
+    size = raw.get("size", {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768})
+    common = common_settings(raw, vision, size, (0.5,) * 3, (0.5,) * 3)
+    if not common["rescale_factor"]:
+        raise VideoError(f"rescale_factor 0 of {raw.file} makes every frame black: remove it")
+    return VideoSettings(**common, **_sampling(raw))
+
+
+_LEAST = {"num_frames": 1, "min_frames": 0, "max_frames": 1, "max_video_tokens": 0}
+
+
+def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
+    """The fields that `VideoSettings` has beside those of `ImageSettings`, where a file has them."""
+    chosen: dict[str, Any] = {}
+    for key in ("do_sample_frames", "cap_pixels_per_frame"):
+        if key in raw:
+            if not isinstance(raw[key], bool):
+                raise VideoError(f"{key} {raw[key]!r} of {raw.file} must be true or false")
+            chosen[key] = raw[key]
+    for key, least in _LEAST.items():
+        if key in raw:
+            if not _is_number(raw[key]) or raw[key] != int(raw[key]) or not least <= raw[key] <= MAX_FRAMES:
+                raise VideoError(f"{key} {raw[key]!r} of {raw.file} must be a whole number, {least} to {MAX_FRAMES}")
+            chosen[key] = int(raw[key])
+    if "fps" in raw:
+        if not _is_number(raw["fps"]) or raw["fps"] < 0:
+            raise VideoError(f"fps {raw['fps']!r} of {raw.file} must be a number, 0 or more")
+        chosen["fps"] = float(raw["fps"])
+        if "num_frames" in raw:
+            raise VideoError(
+                f"fps {raw['fps']} and num_frames {raw['num_frames']} of {raw.file} exclude one another: drop one"
+            )
+    # of these two, transformers tells null from a key that is absent
+    nulls = _nulls(raw)
+    return chosen | {key: value for key, value in {"fps": None, "do_sample_frames": False}.items() if key in nulls}
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _nulls(raw: ProcessorConfig) -> set[str]:
+    whole = json.loads(Path(raw.file).read_bytes())
+    return {key for key, value in whole.get("video_processor", whole).items() if value is None}
 
 
 def _in_force(settings: VideoSettings, options: VideoOptions) -> VideoSettings:
