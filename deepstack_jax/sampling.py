@@ -2,10 +2,17 @@
 
 The order and the meaning of each parameter are those of transformers' logits processors; presence_penalty is OpenAI's.
 Every parameter is an array over rows, so one program serves any mixture of them.
+
+Extreme values give the limit's answer, whatever the size of the logits: a temperature near 0 gives the likeliest token
+(a draw where several are), a huge one draws uniformly from what top-k, top-p and min-p keep. Equal logits are kept or
+left out together. A logit of NaN counts as -inf, which is never chosen; a row with no other logits gives the pad token.
 """
 
-from collections.abc import Iterable, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +20,21 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 IN_PROMPT, GENERATED = 1, 2  # bits of `seen`
-_MASKED = -1e30
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)  # of the normal numbers: XLA on CPU and TPU takes smaller ones for 0
+_STEEP = 2.0**14  # above it, a logit over the temperature rounds the Gumbel noise added to it to less than 10 bits
+
+
+# neutral value, range, and the range in words
+_RANGES: dict[str, tuple[float, Callable[[float], bool], str]] = {
+    "temperature": (0.0, lambda x: 0 <= x <= _LARGEST, "0 (greedy) or more, at most 3.4e38"),
+    "top_k": (0, lambda x: x >= -1 and _is_whole(x), "0 or -1 (all) or a positive integer"),
+    "top_p": (1.0, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (0.0, lambda x: 0 <= x <= 1, "between 0 and 1"),
+    # beyond it, products with logits would lose digits
+    "repetition_penalty": (1.0, lambda x: 1e-12 <= x <= 1e12, "positive (1 for none), from 1e-12 to 1e12"),
+    "presence_penalty": (0.0, lambda x: abs(x) <= _LARGEST, "finite (0 for none), at most 3.4e38"),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -35,34 +56,34 @@ class SamplingParams:
     def of(
         batch: int,
         *,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        presence_penalty: float = 0.0,
-        seed: int | Sequence[int] = 0,
+        temperature: float | None = 0.0,
+        top_k: int | None = 0,
+        top_p: float | None = 1.0,
+        min_p: float | None = 0.0,
+        repetition_penalty: float | None = 1.0,
+        presence_penalty: float | None = 0.0,
+        seed: int | Sequence[int] | None = 0,
         end_token_ids: Iterable[int] = (),
         pad_token_id: int = 0,
     ) -> "SamplingParams":
         """The same sampling for every row. Row r of an int seed draws as a batch of one with `seed + r` does.
 
+        None means a parameter's neutral value, and so does -1 for top_k. Integers may be whole-number floats. Seeds
+        count modulo 2**32. A positive value below 1.2e-38 (float32's smallest normal number) is taken as that number.
+
         Raises:
-            ValueError: a parameter out of its range.
+            ValueError: a parameter that is not a number or is out of its range.
         """
-        for name, value, good, expected in (
-            ("temperature", temperature, temperature >= 0, "0 (greedy) or more"),
-            ("top_k", top_k, top_k >= 0 and top_k == int(top_k), "0 (all) or a positive integer"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-            ("min_p", min_p, 0 <= min_p <= 1, "between 0 and 1"),
-            ("repetition_penalty", repetition_penalty, repetition_penalty > 0, "positive (1 for none)"),
-            ("presence_penalty", presence_penalty, np.isfinite(presence_penalty), "finite (0 for none)"),
-        ):
-            if not (good and np.isfinite(value)):
-                raise ValueError(f"{name} {value} is out of range: expected {expected}")
-        seeds = np.arange(batch) + seed if isinstance(seed, int | np.integer) else np.asarray(seed)
-        if seeds.shape != (batch,):
-            raise ValueError(f"{len(seeds)} seeds for a batch of {batch}: give one integer or one a row")
+        given = {
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+            "presence_penalty": presence_penalty,
+        }
+        numbers = {name: _checked(name, value, *_RANGES[name]) for name, value in given.items()}
+        in_top_k = max(int(numbers.pop("top_k")), 0)
         ends = list(end_token_ids)
         # room for eight end tokens, so that naming other ones compiles nothing
         ends += [-1] * (-len(ends) % 8 or (8 if not ends else 0))
@@ -71,13 +92,9 @@ class SamplingParams:
             return np.full(batch, value, dtype)
 
         return SamplingParams(
-            temperature=rows(temperature, np.float32),
-            top_k=rows(top_k, np.int32),
-            top_p=rows(top_p, np.float32),
-            min_p=rows(min_p, np.float32),
-            repetition_penalty=rows(repetition_penalty, np.float32),
-            presence_penalty=rows(presence_penalty, np.float32),
-            seed=(seeds % 2**32).astype(np.uint32),
+            **{name: rows(max(x, _SMALLEST) if x > 0 else x, np.float32) for name, x in numbers.items()},
+            top_k=rows(min(in_top_k, np.iinfo(np.int32).max), np.int32),
+            seed=np.array([seed % 2**32 for seed in _seeds(seed, batch)], np.uint32),
             end_token_ids=np.asarray(ends, np.int32),
             pad_token_id=np.asarray(pad_token_id, np.int32),
         )
@@ -86,20 +103,22 @@ class SamplingParams:
 def sample(
     logits: Float[Array, "B V"], seen: UInt8[Array, "B V"], params: SamplingParams, step: Int[Array, ""]
 ) -> Int[Array, "B"]:
-    """The token of every row at `step` of its answer: a function of the row's logits, seed and step alone."""
-    logits = _penalise(logits, seen, params)
+    """The token of every row at `step` of its answer: a function of the row's logits, seed and step only."""
+    logits, unit = _penalise(logits, seen, params)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    highest = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
 
     def draw() -> jax.Array:
-        temperature = jnp.asarray(params.temperature)
-        scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+        temperature = jnp.asarray(params.temperature)[:, None]
+        scale = _scaling(highest, jnp.maximum(temperature * unit, _SMALLEST))
         truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
-        kept = jax.lax.cond(jnp.any(truncates), lambda: _truncate(scaled, params), lambda: scaled)
+        kept = jax.lax.cond(jnp.any(truncates), lambda: _truncate(logits, scale, params), lambda: scale(logits))
         keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(params.seed)
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-        return jnp.where(temperature > 0, drawn, greedy)
+        return jnp.where(temperature[:, 0] > 0, drawn, greedy)
 
-    return jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
+    tokens = jax.lax.cond(jnp.any(params.temperature > 0), draw, lambda: greedy)
+    return jnp.where(highest[:, 0] > -jnp.inf, tokens, params.pad_token_id)
 
 
 def mark_seen(seen: UInt8[Array, "B V"], tokens: Int[Array, "B T"], bit: int) -> UInt8[Array, "B V"]:
@@ -109,25 +128,83 @@ def mark_seen(seen: UInt8[Array, "B V"], tokens: Int[Array, "B T"], bit: int) ->
     return seen | here
 
 
-def _penalise(logits: jax.Array, seen: jax.Array, params: SamplingParams) -> jax.Array:
-    factor = jnp.asarray(params.repetition_penalty)[:, None]
+def _penalise(logits: jax.Array, seen: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array]:
+    """float32 logits [B, V] after the penalties, multiplied by `unit` [B, 1] so that none of them overflows.
+
+    The unit is a power of two, so the digits are those of the plain products, and so are the digits after the division
+    by a temperature in the same unit.
+    """
+    factor, presence = jnp.asarray(params.repetition_penalty)[:, None], jnp.asarray(params.presence_penalty)[:, None]
+    # a quarter of what keeps logits in range: two of them may be subtracted, each after a presence penalty
+    unit = _power_of_two(jnp.minimum(factor, 1 / factor)) / 4
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits).astype(jnp.float32) * unit
     repeated = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(seen > 0, repeated, logits)
-    return logits - jnp.where(seen & GENERATED > 0, jnp.asarray(params.presence_penalty)[:, None], 0)
+    return logits - jnp.where(seen & GENERATED > 0, presence * unit, 0), unit
 
 
-def _truncate(logits: jax.Array, params: SamplingParams) -> jax.Array:
-    """Masks what top-k, top-p and min-p leave out; each keeps at least the likeliest token."""
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The largest power of two that is at most `x`: a positive float32's exponent without its fraction."""
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.uint32) & 0x7F800000, jnp.float32)
+
+
+def _scaling(highest: jax.Array, temperature: jax.Array) -> Callable[[jax.Array], jax.Array]:
+    """The division of logits by the temperature, relative to the highest one where the quotients would be too large.
+
+    Such quotients overflow, or swallow the noise that draws among equal logits. Others stay as they are: a shift would
+    round them differently and change what a seed draws.
+    """
+    peak = jnp.where(jnp.abs(highest / temperature) > _STEEP, highest, 0)
+    return lambda logits: jnp.where(logits == peak, 0, logits - peak) / temperature
+
+
+def _truncate(
+    logits: jax.Array, scale: Callable[[jax.Array], jax.Array], params: SamplingParams
+) -> Float[Array, "B V"]:
+    """Scaled logits with -inf for what top-k, top-p and min-p leave out; each keeps at least the likeliest token.
+
+    Logits are compared before scaling, after which a huge temperature makes them equal.
+    """
     descending = -jnp.sort(-logits, axis=-1)
     vocabulary = logits.shape[-1]
     last = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocabulary), vocabulary) - 1
     of_top_k = jnp.take_along_axis(descending, last[:, None], axis=-1)
 
-    likely = jax.nn.softmax(jnp.where(descending >= of_top_k, descending, _MASKED), axis=-1)
+    scaled = scale(descending)
+    likely = jax.nn.softmax(jnp.where(descending >= of_top_k, scaled, -jnp.inf), axis=-1)
     likelier = jnp.cumsum(likely, axis=-1) - likely
-    inside = likelier < jnp.asarray(params.top_p)[:, None]
+    # sums may reach 1 before the last token, which a row without top-p keeps
+    inside = likelier < jnp.where(params.top_p < 1, params.top_p, jnp.inf)[:, None]
     of_top_p = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
 
-    of_min_p = descending[:, :1] + jnp.log(jnp.asarray(params.min_p))[:, None]
-    lowest = jnp.maximum(jnp.maximum(of_top_k, of_top_p), of_min_p)
-    return jnp.where(logits >= lowest, logits, _MASKED)
+    of_min_p = scaled[:, :1] + jnp.log(jnp.asarray(params.min_p))[:, None]
+    relative = scale(logits)
+    return jnp.where((logits >= jnp.maximum(of_top_k, of_top_p)) & (relative >= of_min_p), relative, -jnp.inf)
+
+
+def _checked(name: str, value: Any, neutral: float, good: Callable[[float], bool], expected: str) -> float:
+    """`value` as a Python number, `neutral` for None."""
+    number = neutral if value is None else _number(name, value)
+    if not good(number):
+        raise ValueError(f"{name} {reprlib.repr(number)} is out of range: expected {expected}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    scalar = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(scalar, bool) or not isinstance(scalar, Real):
+        raise ValueError(f"{name} {reprlib.repr(scalar)} is not a number: give one number for all rows")
+    return scalar if isinstance(scalar, int) else float(scalar)
+
+
+def _is_whole(number: float) -> bool:
+    return isinstance(number, int) or number.is_integer()
+
+
+def _seeds(seed: Any, batch: int) -> list[int]:
+    if not isinstance(seed, list | tuple | range) and getattr(seed, "ndim", None) != 1:
+        first = int(_checked("seed", seed, 0, _is_whole, "a whole number"))
+        return [first + row for row in range(batch)]
+    if len(seed) != batch:
+        raise ValueError(f"{len(seed)} seeds for a batch of {batch}: give one integer or one per row")
+    return [int(_checked(f"seed[{row}]", one, 0, _is_whole, "a whole number")) for row, one in enumerate(seed)]

@@ -1,4 +1,6 @@
-"""Sampling against transformers' logits processors and against the distribution that they leave."""
+"""Sampling against transformers' logits processors, and at the edges against the same rule in float64."""
+
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,8 @@ import torch
 from transformers.generation import logits_process as hf
 
 from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
+
+compiled_sample = jax.jit(sample)
 
 OPTIONS = [
     {"temperature": 0.7},
@@ -41,7 +45,7 @@ def test_draws_follow_the_distribution_that_transformers_leaves(options: dict[st
     expected = reference_distribution(logits, options)[0]
 
     params = SamplingParams.of(draws, **options, seed=0)
-    tokens = jax.jit(sample)(
+    tokens = compiled_sample(
         jnp.broadcast_to(logits, (draws, vocabulary)), jnp.zeros((draws, vocabulary), jnp.uint8), params, 0
     )
     drawn = np.bincount(np.asarray(tokens), minlength=vocabulary)
@@ -68,7 +72,7 @@ def test_penalties_change_logits_as_transformers_and_openai_say():
     params = SamplingParams.of(3, repetition_penalty=1.7, presence_penalty=0.8)
     masked, order = jnp.asarray(logits), []
     for _ in range(20):
-        token = sample(masked, seen, params, jnp.int32(0))
+        token = compiled_sample(masked, seen, params, 0)
         order.append(np.asarray(token))
         masked = masked.at[jnp.arange(3), token].set(-1e30)
     np.testing.assert_array_equal(np.stack(order, axis=1), np.argsort(-expected, axis=1))
@@ -83,9 +87,9 @@ def test_rows_mix_greedy_and_drawn():
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 1, (2, 50)), jnp.float32)
     params = SamplingParams.of(2, temperature=5.0, seed=3)
     params.temperature[0] = 0
-    tokens = {int(sample(logits, jnp.zeros((2, 50), jnp.uint8), params, jnp.int32(step))[1]) for step in range(8)}
+    tokens = {int(compiled_sample(logits, jnp.zeros((2, 50), jnp.uint8), params, step)[1]) for step in range(8)}
     assert len(tokens) > 2
-    assert int(sample(logits, jnp.zeros((2, 50), jnp.uint8), params, jnp.int32(0))[0]) == int(jnp.argmax(logits[0]))
+    assert int(compiled_sample(logits, jnp.zeros((2, 50), jnp.uint8), params, 0)[0]) == int(jnp.argmax(logits[0]))
 
 
 @pytest.mark.parametrize(
@@ -93,16 +97,296 @@ def test_rows_mix_greedy_and_drawn():
     [
         ({"temperature": -0.1}, "temperature -0.1 is out of range: expected 0 (greedy) or more"),
         ({"temperature": float("nan")}, "temperature nan is out of range"),
-        ({"top_k": -1}, "top_k -1 is out of range: expected 0 (all) or a positive integer"),
+        ({"temperature": 1e39}, "temperature 1e+39 is out of range: expected 0 (greedy) or more, at most 3.4e38"),
+        ({"temperature": 10**400}, "temperature 100000000000000000...0000000000000000000 is out of range"),
+        ({"temperature": "0.7"}, "temperature '0.7' is not a number: give one number for all rows"),
+        ({"temperature": True}, "temperature True is not a number"),
+        ({"temperature": np.True_}, "temperature True is not a number"),
+        ({"temperature": [0.5, 0.7]}, "temperature [0.5, 0.7] is not a number: give one number for all rows"),
+        ({"temperature": 1j}, "temperature 1j is not a number"),
+        ({"top_k": -2}, "top_k -2 is out of range: expected 0 or -1 (all) or a positive integer"),
+        ({"top_k": -0.5}, "top_k -0.5 is out of range: expected 0 or -1 (all) or a positive integer"),
+        ({"top_k": 2.5}, "top_k 2.5 is out of range"),
+        ({"top_k": float("inf")}, "top_k inf is out of range"),
+        ({"top_k": "40"}, "top_k '40' is not a number"),
         ({"top_p": 0.0}, "top_p 0.0 is out of range: expected above 0 and at most 1"),
         ({"top_p": 1.5}, "top_p 1.5 is out of range"),
         ({"min_p": 2}, "min_p 2 is out of range: expected between 0 and 1"),
+        ({"top_p": "x" * 1000}, "top_p 'xxxxxxxxxxxx...xxxxxxxxxxxxx' is not a number"),
         ({"repetition_penalty": 0}, "repetition_penalty 0 is out of range: expected positive (1 for none)"),
+        ({"repetition_penalty": 1e13}, "repetition_penalty 10000000000000.0 is out of range"),
         ({"presence_penalty": float("inf")}, "presence_penalty inf is out of range"),
-        ({"seed": [1, 2, 3]}, "3 seeds for a batch of 2: give one integer or one a row"),
+        ({"presence_penalty": -1e39}, "presence_penalty -1e+39 is out of range: expected finite (0 for none)"),
+        ({"seed": [1, 2, 3]}, "3 seeds for a batch of 2: give one integer or one per row"),
+        ({"seed": 1.5}, "seed 1.5 is out of range: expected a whole number"),
+        ({"seed": "1"}, "seed '1' is not a number"),
+        ({"seed": [1, False]}, "seed[1] False is not a number"),
     ],
 )
 def test_parameters_out_of_range_are_named(option: dict, message: str):
     with pytest.raises(ValueError) as error:
         SamplingParams.of(2, **option)
     assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ({"temperature": 1e-50}, np.finfo(np.float32).tiny),  # still a draw, of the likeliest
+        ({"temperature": 1e-40}, np.finfo(np.float32).tiny),
+        ({"temperature": np.float32(0.7)}, np.float32(0.7)),
+        ({"temperature": jnp.float32(0.7)}, np.float32(0.7)),
+        ({"temperature": torch.tensor(0.7)}, np.float32(0.7)),
+        ({"temperature": Fraction(7, 10)}, np.float32(0.7)),
+        ({"temperature": 2}, 2),
+        ({"temperature": 3e38}, np.float32(3e38)),
+        ({"temperature": None}, 0),
+        ({"top_k": -1}, 0),
+        ({"top_k": 40.0}, 40),
+        ({"top_k": np.int64(40)}, 40),
+        ({"top_k": 10**12}, 2**31 - 1),
+        ({"top_k": None}, 0),
+        ({"top_p": 1e-50}, np.finfo(np.float32).tiny),
+        ({"top_p": np.float64(0.5)}, 0.5),
+        ({"top_p": None}, 1),
+        ({"min_p": 1e-50}, np.finfo(np.float32).tiny),
+        ({"min_p": 1}, 1),
+        ({"presence_penalty": -1e-50}, 0),
+        ({"repetition_penalty": None}, 1),
+    ],
+)
+def test_numbers_of_any_kind_become_what_float32_and_int32_hold(option: dict, expected: float):
+    params = SamplingParams.of(2, **option)
+    for name in option:
+        rows = getattr(params, name)
+        assert rows.dtype == (np.int32 if name == "top_k" else np.float32)
+        # what chips take for 0 counts as 0
+        np.testing.assert_array_equal(np.where(np.abs(rows) < np.finfo(np.float32).tiny, 0, rows), [expected] * 2)
+
+
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (7, [7, 8]),
+        (7.0, [7, 8]),
+        (np.uint32(7), [7, 8]),
+        (None, [0, 1]),
+        (2**32 - 1, [2**32 - 1, 0]),
+        (2**64 + 3, [3, 4]),
+        (-1, [2**32 - 1, 0]),
+        ([5, -2], [5, 2**32 - 2]),
+        ((2**40 + 1, 3.0), [1, 3]),
+        (np.array([1, 2]), [1, 2]),
+        (jnp.array([1, 2]), [1, 2]),
+    ],
+)
+def test_seeds_count_modulo_2_to_the_32(seed, expected: list[int]):
+    params = SamplingParams.of(2, seed=seed)
+    assert params.seed.dtype == np.uint32
+    np.testing.assert_array_equal(params.seed, expected)
+
+
+def plain_sample(logits, seen, params: SamplingParams, step) -> jax.Array:
+    """The rule as it is written down, without care for overflow: what a seed draws must not change."""
+    factor = params.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0, logits / factor, logits * factor)
+    logits = jnp.where(seen > 0, repeated, logits)
+    logits = logits - jnp.where(seen & GENERATED > 0, params.presence_penalty[:, None], 0)
+    scaled = logits / params.temperature[:, None]
+
+    descending = -jnp.sort(-scaled, axis=-1)
+    last = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, logits.shape[-1]), logits.shape[-1]) - 1
+    of_top_k = jnp.take_along_axis(descending, last[:, None], axis=-1)
+    likely = jax.nn.softmax(jnp.where(descending >= of_top_k, descending, -1e30), axis=-1)
+    inside = jnp.cumsum(likely, axis=-1) - likely < params.top_p[:, None]
+    of_top_p = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
+    of_min_p = descending[:, :1] + jnp.log(params.min_p)[:, None]
+    kept = jnp.where(scaled >= jnp.maximum(jnp.maximum(of_top_k, of_top_p), of_min_p), scaled, -1e30)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(params.seed)
+    return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3, 30])
+def test_a_seed_draws_the_token_that_the_plain_rule_draws(spread: float):
+    rows, vocabulary = 256, 384
+    rng = np.random.default_rng(3)
+    logits = jnp.asarray(rng.normal(-2, spread, (rows, vocabulary)), jnp.float32)
+    seen = jnp.asarray(rng.integers(0, 4, (rows, vocabulary)), jnp.uint8)
+    plain = jax.jit(plain_sample)
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.7}
+    for options in [*OPTIONS, {"temperature": 0.02}, {"temperature": 1, "top_p": 0.999}, {"temperature": 50}]:
+        for extra in ({}, penalties):
+            params = SamplingParams.of(rows, **options, **extra, seed=11)
+            for step in (0, 5):
+                tokens = compiled_sample(logits, seen, params, step)
+                np.testing.assert_array_equal(tokens, plain(logits, seen, params, step), str(options | extra))
+
+
+LARGEST = 3.4028234663852886e38
+ROW = [0.3, -1.2, 2.1, 0.7, 1.4, -0.4, 2.9, -3.0]
+INF = np.inf
+LOGITS = {
+    "moderate": ROW,
+    "negative": [-5, -3.5, -4, -9, -7, -3, -11, -6],
+    "ties": [1, 4, 4, 0, 4, 1, -2, -2],
+    "all equal": [0.5] * 8,
+    "up to float32's largest": [LARGEST * share for share in (-1, 0.4, 0.9, 1, -0.6, 0.2, 1, -0.3)],
+    "down to float32's lowest": [-LARGEST * share for share in (1, 1, 0.7, 0.5, 0.9, 0.5, 0.8, 1)],
+    "all at float32's largest": [LARGEST] * 8,
+    "all at float32's lowest": [-LARGEST] * 8,
+    "up to bfloat16's largest": [0, -3.3895313892515355e38, 1, 3.3895313892515355e38, 5, 3.3762e38, -2, 3],
+    "large ties": [1e10, 9e9, 1e10, 0, -1e10, 9e9, 1e10, 3],
+    "one token left": [-INF, -INF, -INF, -INF, -INF, -3, -INF, -INF],
+    "one token left, the lowest": [-INF, -INF, -INF, -INF, -LARGEST, -INF, -INF, -INF],
+    "masked as some programs do": [-1e30, -1e30, -1e30, 2, -LARGEST, 1, -INF, -1e9],
+    "below masks of other programs": [-INF, -INF, -2e38, -3e38, -INF, -1.5e38, -1.5e38, -INF],
+    "infinite": [0, 3, INF, 2e38, -INF, INF, 1, 2],
+    "nan": [np.nan, 1, 0.5, np.nan, np.nan, -1, 2, np.nan],
+    "nan and nothing else but one": [np.nan, np.nan, np.nan, np.nan, -7, np.nan, -INF, np.nan],
+}
+TEMPERATURES = [1e-45, 1e-38, 1.2e-38, 1e-30, 1e-6, 0.01, 1, 30, 1e6, 1e30, 3.4e38]
+TRUNCATIONS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 3},
+    {"top_k": 10**9},
+    {"top_p": 1e-9},
+    {"top_p": 1e-45},
+    {"top_p": 0.55},
+    {"min_p": 0.999},
+    {"min_p": 1e-30},
+    {"top_k": 5, "top_p": 0.7, "min_p": 0.01},
+]
+PENALTIES = [
+    {"repetition_penalty": factor, "presence_penalty": presence}
+    for factor in (1e-12, 1e-6, 0.5, 1, 2, 1e6, 1e12)
+    for presence in (-3e38, -1000, 0, 1000, 3e38)
+]
+SEEN = np.array([IN_PROMPT, GENERATED, 0, IN_PROMPT | GENERATED, 0, GENERATED, IN_PROMPT, 0], np.uint8)
+DRAWS = 600
+
+
+def float32_digits(x: np.ndarray) -> np.ndarray:
+    """`x` rounded to the 24 binary digits of float32, of any size."""
+    fraction, exponent = np.frexp(x)
+    return np.ldexp(np.rint(fraction * 2**24), exponent - 24)
+
+
+def exact_logits(logits: list[float], repetition_penalty: float = 1, presence_penalty: float = 0) -> np.ndarray:
+    """Penalised logits with float32's digits in float64's range, which nothing here exceeds; NaN is -inf."""
+    exact = np.nan_to_num(np.asarray(np.float32(logits), np.float64), nan=-INF, posinf=INF, neginf=-INF)
+    factor = np.float64(np.float32(repetition_penalty))
+    repeated = float32_digits(np.where(exact > 0, exact / factor, exact * factor))
+    exact = np.where(SEEN > 0, repeated, exact)
+    return float32_digits(exact - np.where(SEEN & GENERATED > 0, np.float64(np.float32(presence_penalty)), 0))
+
+
+def exact_distribution(exact: np.ndarray, temperature: float, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
+    """float64 probabilities of one row; equal logits are kept or left out together."""
+    top = exact.max()
+    with np.errstate(invalid="ignore", over="ignore"):
+        ratio = np.exp(np.where(exact == top, 0, (exact - top) / temperature))  # to the likeliest token's probability
+    kept = exact > -INF
+    if top_k:
+        kept &= exact >= np.sort(exact)[::-1][min(top_k, 8) - 1]
+    if top_p < 1:
+        order = np.argsort(-exact, kind="stable")
+        likely = np.where(kept, ratio, 0)[order] / np.where(kept, ratio, 0).sum()
+        kept &= exact >= exact[order][np.cumsum(likely) - likely < top_p].min()
+    kept &= ratio >= min_p
+    return np.where(kept, ratio, 0) / np.where(kept, ratio, 0).sum()
+
+
+def assert_draws_follow(logits: list[float], expected: np.ndarray, **options: float):
+    params = SamplingParams.of(DRAWS, **options, seed=17)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, 8))
+    tokens = np.asarray(compiled_sample(rows, jnp.broadcast_to(SEEN, (DRAWS, 8)), params, 3))
+    drawn = np.bincount(tokens, minlength=8)
+    assert not drawn[expected < 1e-12].any(), (options, drawn, expected)
+    # seven standard deviations of each count, and one draw for tokens that are hardly ever drawn: over some 10**5
+    # counts, a right distribution exceeds neither
+    deviation = np.sqrt(DRAWS * expected * (1 - expected))
+    assert (np.abs(drawn - DRAWS * expected) <= 7 * deviation + (expected < 1) * 1).all(), (options, drawn, expected)
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_extreme_temperatures_give_the_limits_distribution(name: str):
+    for temperature in TEMPERATURES:
+        for truncation in TRUNCATIONS:
+            expected = exact_distribution(exact_logits(LOGITS[name]), temperature, **truncation)
+            assert_draws_follow(LOGITS[name], expected, temperature=temperature, **truncation)
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_extreme_penalties_give_the_limits_distribution(name: str):
+    for penalties in PENALTIES:
+        exact = exact_logits(LOGITS[name], **penalties)
+        for options in (
+            {"temperature": 1e-38},
+            {"temperature": 0.8},
+            {"temperature": 1e6, "top_k": 3},
+            {"temperature": 1, "top_p": 1e-9},
+        ):
+            assert_draws_follow(LOGITS[name], exact_distribution(exact, **options), **options, **penalties)
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_greedy_takes_the_first_of_the_highest_logits(name: str):
+    for penalties in PENALTIES:
+        params = SamplingParams.of(1, **penalties)
+        token = compiled_sample(jnp.asarray([LOGITS[name]], jnp.float32), SEEN[None], params, 0)
+        assert int(token[0]) == np.argmax(exact_logits(LOGITS[name], **penalties)), penalties
+
+
+def test_min_p_of_one_leaves_the_likeliest_tokens():
+    for temperature in (1e-38, 0.5, 1e6):
+        expected = exact_distribution(exact_logits(LOGITS["ties"]), temperature, min_p=1.0)
+        np.testing.assert_array_equal(expected > 0, np.array(LOGITS["ties"]) == 4)
+        assert_draws_follow(LOGITS["ties"], expected, temperature=temperature, min_p=1.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_formats_are_drawn_from_in_float32(dtype):
+    largest = float(jnp.finfo(dtype).max)
+    logits = jnp.asarray([[0, largest, 1, largest, -largest, -jnp.inf, jnp.nan, 3]] * 64, dtype)
+    params = SamplingParams.of(64, temperature=1e-38)
+    tokens = compiled_sample(logits, jnp.zeros((64, 8), jnp.uint8), params, 0)
+    assert set(np.asarray(tokens).tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("logits", [[-INF] * 8, [np.nan] * 8, [np.nan, -INF] * 4], ids=["masked", "nan", "both"])
+def test_a_row_with_nothing_to_choose_gives_the_pad_token(logits: list[float]):
+    rows = jnp.asarray([logits, ROW, logits], jnp.float32)
+    for options in ({}, {"temperature": 1.0}, {"temperature": 1e-38, "top_k": 2}, {"temperature": 1e6, "top_p": 0.5}):
+        params = SamplingParams.of(3, pad_token_id=5, **options)
+        tokens = compiled_sample(rows, jnp.zeros((3, 8), jnp.uint8), params, 0)
+        assert (int(tokens[0]), int(tokens[2])) == (5, 5)
+        alone = SamplingParams.of(1, pad_token_id=5, seed=1, **options)
+        assert int(tokens[1]) == int(compiled_sample(rows[1:2], jnp.zeros((1, 8), jnp.uint8), alone, 0)[0])
+
+
+def test_a_row_draws_the_same_beside_rows_with_other_options():
+    everything = [
+        {"temperature": 1e-38, "top_k": 1},
+        {"temperature": 1.0},
+        {"temperature": 1e6, "min_p": 0.5, "repetition_penalty": 1e6},
+        {"temperature": 0.7, "top_p": 0.6, "presence_penalty": 3e38},
+        {},
+    ]
+    vocabulary = 3000
+    logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (5, vocabulary)), jnp.float32)
+    logits = logits.at[0].multiply(3e37)
+    seen = jnp.ones((5, vocabulary), jnp.uint8) * GENERATED
+    alone = [SamplingParams.of(1, seed=row, **options) for row, options in enumerate(everything)]
+    ends, pad = alone[0].end_token_ids, alone[0].pad_token_id
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed")
+    together = SamplingParams(
+        **{name: np.concatenate([getattr(one, name) for one in alone]) for name in names},
+        end_token_ids=ends,
+        pad_token_id=pad,
+    )
+    for step in range(6):
+        tokens = compiled_sample(logits, seen, together, step)
+        each = [int(compiled_sample(logits[row : row + 1], seen[:1], one, step)[0]) for row, one in enumerate(alone)]
+        np.testing.assert_array_equal(tokens, each)
