@@ -1,17 +1,20 @@
 """A Hugging Face checkpoint directory: checked as a whole before any weight is read, then read tensor by tensor.
 
 Takes a single `model.safetensors` or shards with `model.safetensors.index.json`, the expert layouts and names of
-`converters.mapping`, and float32, float16 and bfloat16 tensors. The layout of fused experts is told from the shape of
-`gate_up_proj`; where 2F == D it has to be given. `down_proj` does not settle it: transformers 5 exchanges the axes of
-each tensor only where its shape demands it, so a checkpoint that passed through it may hold one of the two in either
-order. Nor does `transformers_version` in config.json, which names the writer of the config and not of the weights.
+`converters.mapping`, and float32, float16 and bfloat16 tensors. Where their dtypes differ, all are read in the one that
+transformers' `from_pretrained` takes; tensors that are not the model's are left out, as there.
+
+The layout of fused experts is told from the shape of `gate_up_proj`; where 2F == D it has to be given. `down_proj` does
+not settle it: transformers 5 exchanges the axes of each tensor only where its shape demands it, so a checkpoint that
+passed through it may hold one of the two in either order. Nor does `transformers_version` in config.json, which names
+the writer of the config and not of the weights.
 """
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,37 +24,56 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from converters.direct_file import aligned_empty
-from converters.mapping import EXPERT_LAYOUTS, HfTensor, Parameter, current_name, hf_tensors, parameters, tied_head
-from converters.safetensors_file import CheckpointError, Entry, FiniteCheck, read_entries, read_tensor
+from converters.hf_folder import check_index, index_dtype, refuse_other_kinds, weight_files, why_missing
+from converters.mapping import (
+    EXPERT_LAYOUTS,
+    HfTensor,
+    Parameter,
+    current_name,
+    fused_experts,
+    head_and_embedding,
+    hf_tensors,
+    parameters,
+)
+from converters.safetensors_file import (
+    DTYPES,
+    CheckpointError,
+    CheckpointWarning,
+    Entry,
+    FiniteCheck,
+    read_entries,
+    read_tensor,
+)
 
 if TYPE_CHECKING:  # deepstack_jax imports this module to load a checkpoint
     from deepstack_jax.config import ModelConfig
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 Inspect = Callable[[np.ndarray], None]
+_NAMED = 8  # tensors that are left out, in the line about them
 _AT_ONCE = 1 << 18  # values read together: they stay in the processor's cache for what follows
 
 
 @dataclass(frozen=True)
 class HfCheckpoint:
-    """A checked directory. `entries` maps today's tensor names to where they lie; `files` keeps the names as found."""
+    """A checked directory. `entries` maps today's tensor names to where they lie; `files` keeps the names as found.
+
+    `dtype` is the one that the parameters are read in; `notes` says what a user should know of what is read otherwise
+    than it is stored, in a line each. `mixed` is the line about tensors of other dtypes, empty where there are none.
+    """
 
     directory: Path
     config: ModelConfig
     expert_layout: str
     entries: dict[str, Entry]
     files: dict[str, list[str]]
-    has_tied_head: bool = False
+    dtype: np.dtype
+    notes: tuple[str, ...] = ()
+    mixed: str = ""
     parameters: list[Parameter] = field(default_factory=list, repr=False)
 
-    def dtype_of(self, parameter: Parameter) -> np.dtype:
-        """The dtype that the parameter's tensors have on disk."""
-        return self.entries[parameter.tensors[0].name].dtype
-
     def read(self, parameter: Parameter, dtype: DTypeLike | None = None, inspect: Inspect | None = None) -> np.ndarray:
-        """Reads one parameter into a new array of its canonical shape, in `dtype` or as it is on disk."""
-        out = np.empty(parameter.shape, self.dtype_of(parameter) if dtype is None else np.dtype(dtype))
+        """Reads one parameter into a new array of its canonical shape, in `dtype` or the checkpoint's."""
+        out = np.empty(parameter.shape, self.dtype if dtype is None else np.dtype(dtype))
         flat, done = out.reshape(-1), 0
         for values in self.stream(parameter, dtype=dtype, inspect=inspect):
             flat[done : done + values.size] = values.reshape(-1)
@@ -70,18 +92,17 @@ class HfCheckpoint:
 
         Each is valid until the next one is asked for. `inspect` is called with the values as they are on disk.
         """
-        given = self.dtype_of(parameter)
-        wanted = given if dtype is None else np.dtype(dtype)
+        wanted = self.dtype if dtype is None else np.dtype(dtype)
         count = parameter.shape[0] - first if count is None else count
         if parameter.tensors[0].transposed:
             yield from self._stream_experts(parameter, range(first, first + count), wanted, inspect)
             return
         entry = self.entries[parameter.tensors[0].name]
         row = prod(parameter.shape[1:])
-        buffer = aligned_empty((min(_AT_ONCE, count * row),), given)
+        buffer = aligned_empty((min(_AT_ONCE, count * row),), entry.dtype)
         for start in range(first * row, (first + count) * row, buffer.size or 1):
             out = buffer[: (first + count) * row - start]
-            yield read_tensor(entry, start, out, inspect).astype(wanted, copy=False)
+            yield _cast(read_tensor(entry, start, out, inspect), wanted, inspect)
 
     def _stream_experts(
         self, parameter: Parameter, experts: range, dtype: np.dtype, inspect: Inspect | None
@@ -97,7 +118,8 @@ class HfCheckpoint:
                 entry = self.entries[tensor.name]
                 matrix = np.empty(entry.shape[-2:], entry.dtype)
                 start = 0 if tensor.index else i * matrix.size
-                _transpose(read_tensor(entry, start, matrix, inspect), out[tensor.index[1:]])
+                read = _cast(read_tensor(entry, start, matrix, inspect), dtype, inspect)
+                _transpose(read, out[tensor.index[1:]])
             yield out
 
 
@@ -106,33 +128,34 @@ def open_checkpoint(
 ) -> HfCheckpoint:
     """Checks the headers of every file in `directory` against `config` (by default the directory's own config.json).
 
-    Raises `CheckpointError` for a missing, truncated or damaged file, a missing or unknown tensor, a wrong shape, a
-    dtype that is not supported, a superfluous head that differs from the tied embedding, and an expert layout that
-    neither the shapes nor `expert_layout` (hf4 or hf5) settle.
+    Raises `CheckpointError` for a missing, truncated or damaged file, a missing tensor, a wrong shape, a dtype that is
+    not supported, weights that are quantised or an adapter, a superfluous head that differs from the tied embedding,
+    and an expert layout that neither the shapes nor `expert_layout` (hf4 or hf5) settle.
     """
     directory = Path(directory)
     if config is None:
         from deepstack_jax.config import read_config
 
         config = read_config(directory)
-    found = {file: read_entries(directory / file) for file in _files(directory)}
-    _check_index(directory, found)
-    entries: dict[str, Entry] = {}
-    for named in found.values():
-        for name, entry in named.items():
-            now = current_name(name, config)
-            if now in entries:
-                raise CheckpointError(
-                    f"{entry.file}: tensor {name} is also in {entries[now].file}: remove one of the two"
-                )
-            entries[now] = entry
-    files = {file: list(named) for file, named in found.items()}
-    head = _take_tied_head(entries, config)
-    layout = detect_expert_layout(config, {name: entry.shape for name, entry in entries.items()}, expert_layout)
+    found = {file: read_entries(directory / file) for file in weight_files(directory)}
+    refuse_other_kinds(entry for named in found.values() for entry in named.values())
+    shapes = {current_name(name, config): entry.shape for named in found.values() for name, entry in named.items()}
+    layout = detect_expert_layout(config, shapes, expert_layout)
+    entries, files, left_out = _sort_out(found, config, layout)
+    check_index(directory, found, (name for named in files.values() for name in named))
+    has_head = head_and_embedding(config)[0] in entries
     _check_tensors(directory, config, layout, entries)
-    listed = parameters(config, layout)
-    _check_one_dtype(listed, entries)
-    return HfCheckpoint(directory, config, layout, entries, files, head is not None, listed)
+    dtype, mixed = _one_dtype(directory, config, found, entries)
+    _take_tied_head(entries, config, dtype)
+    notes = [f"{directory}: {left_out}"] if left_out else []
+    if config.model_type.endswith("_text") and not has_head:
+        notes.append(
+            f"{directory} holds no lm_head.weight: the embeddings serve as the head, which is right only where the "
+            "whole model tied them; otherwise add its lm_head.weight and set tie_word_embeddings to false"
+        )
+    return HfCheckpoint(
+        directory, config, layout, entries, files, dtype, tuple(notes), mixed, parameters(config, layout)
+    )
 
 
 def read_params(
@@ -144,11 +167,12 @@ def read_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Reads a Hugging Face directory as (dotted path, array of the canonical shape), one parameter at a time.
 
-    `dtype` converts each array, by default the dtype on disk is kept. `prefixes` limits the reading to paths that
+    `dtype` converts each array, by default the checkpoint's is kept. `prefixes` limits the reading to paths that
     start with one of them, such as `("visual.",)`. The directory is checked when the first item is asked for; errors
-    are those of `open_checkpoint`.
+    are those of `open_checkpoint`, and what is read otherwise than it is stored is warned of.
     """
     checkpoint = open_checkpoint(hf_dir, config, expert_layout)
+    warn_of_notes(checkpoint, dtype)
     for parameter in checkpoint.parameters:
         if prefixes is None or parameter.path.startswith(tuple(prefixes)):
             check = FiniteCheck()
@@ -156,6 +180,12 @@ def read_params(
             if check.failed:
                 warn_non_finite(checkpoint, parameter)
             yield parameter.path, values
+
+
+def warn_of_notes(checkpoint: HfCheckpoint, dtype: DTypeLike | None) -> None:
+    """Warns of what a user should know before a checkpoint is read in `dtype`, None for the checkpoint's."""
+    for note in (*checkpoint.notes, *([checkpoint.mixed] if checkpoint.mixed and dtype is None else [])):
+        warnings.warn(note, CheckpointWarning, stacklevel=3)
 
 
 class NonFiniteWarning(UserWarning):
@@ -175,7 +205,7 @@ def detect_expert_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]
         raise CheckpointError(f"expert layout {given!r} is unknown: expected one of {', '.join(EXPERT_LAYOUTS)}")
     if not any(config.text.sparse_layers):
         return "hf4"
-    fused = next((name for name in shapes if name.endswith(".mlp.experts.gate_up_proj")), None)
+    fused = next((name for name in fused_experts(config) if name in shapes), None)
     if fused is None:
         return "per_expert"
     e, d, f = config.text.num_experts, config.text.hidden_size, config.text.moe_intermediate_size
@@ -197,96 +227,122 @@ def detect_expert_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]
     return found
 
 
-def _files(directory: Path) -> list[str]:
-    if not (index := directory / INDEX).exists():
-        if not (directory / SINGLE).exists():
-            raise CheckpointError(
-                f"no {SINGLE} and no {INDEX} in {directory}: give a Hugging Face checkpoint's directory"
-            )
-        return [SINGLE]
-    try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}): download it again") from None
-    for file in files:
-        if Path(file).name != file:
-            raise CheckpointError(
-                f"{index} names {file!r}, which is not inside the directory: download the index again"
-            )
-        if not (directory / file).exists():
-            raise CheckpointError(f"{index} names {file}, which does not exist: download the missing file")
-    return files
+def _sort_out(
+    found: Mapping[str, Mapping[str, Entry]], config: ModelConfig, layout: str
+) -> tuple[dict[str, Entry], dict[str, list[str]], str]:
+    """(the model's tensors by today's name, file -> their names as found, the line about all other tensors)."""
+    wanted = {*hf_tensors(config, layout), *head_and_embedding(config)}
+    entries: dict[str, Entry] = {}
+    files: dict[str, list[str]] = {}
+    others: list[str] = []
+    for file, named in found.items():
+        for name, entry in named.items():
+            if (now := current_name(name, config)) not in wanted:
+                others.append(name)
+                continue
+            if now in entries:
+                raise CheckpointError(
+                    f"{entry.file}: tensor {name} is also in {entries[now].file}: remove one of the two"
+                )
+            entries[now] = entry
+            files.setdefault(file, []).append(name)
+    return entries, files, _line_about(others, config)
 
 
-def _check_index(directory: Path, found: dict[str, dict[str, Entry]]) -> None:
-    if not (index := directory / INDEX).exists():
+def _line_about(others: Sequence[str], config: ModelConfig) -> str:
+    if not others:
+        return ""
+    listed = ", ".join(sorted(others)[:_NAMED]) + (f" and {len(others) - _NAMED} more" if len(others) > _NAMED else "")
+    count = f"{len(others)} tensors are" if len(others) > 1 else "1 tensor is"
+    return f"{count} not part of {config.model_type} and left out: {listed}"
+
+
+def _one_dtype(
+    directory: Path, config: ModelConfig, found: Mapping[str, Mapping[str, Entry]], entries: Mapping[str, Entry]
+) -> tuple[np.dtype, str]:
+    """(dtype of the parameters, the line about its choice): where tensors differ, the one that transformers takes.
+
+    That is config.json's, the index's, or the one of the first tensor by name in the first file.
+    """
+    counts = Counter(entry.dtype.name for entry in entries.values())
+    if len(counts) == 1:
+        return next(iter(entries.values())).dtype, ""
+    named = next(iter(found.values()))
+    first = next(name for name in sorted(named) if named[name].code in DTYPES)
+    said = {
+        "config.json": config.dtype,
+        "its index": index_dtype(directory),
+        f"tensor {first}": named[first].dtype.name,
+    }
+    source, name = next((source, name) for source, name in said.items() if name is not None)
+    dtype = next((dtype for dtype in DTYPES.values() if dtype.name == name), None)
+    if dtype is None:
+        raise CheckpointError(
+            f"{directory}: tensors have different dtypes ({_listed(counts)}) and {source} has {name!r}: set dtype in "
+            "config.json to one of float32, bfloat16, float16"
+        )
+    return dtype, (
+        f"{directory}: tensors have different dtypes ({_listed(counts)}): all are read as {name}, the dtype of {source}"
+    )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def _take_tied_head(entries: dict[str, Entry], config: ModelConfig, dtype: np.dtype) -> None:
+    """Makes one of the two names under which a checkpoint with tied embeddings may hold them: the embedding's.
+
+    Raises `CheckpointError` where it holds both and they differ in `dtype`.
+    """
+    head, embedding = head_and_embedding(config)
+    if not config.text.tie_word_embeddings or head not in entries:
         return
-    for name, file in json.loads(index.read_text())["weight_map"].items():
-        if name not in found[file]:
+    ours = entries.pop(head)
+    theirs = entries.setdefault(embedding, ours)
+    size = prod(ours.shape) if ours is not theirs else 0
+    for start in range(0, size, _AT_ONCE):
+        room = [np.empty(min(_AT_ONCE, size - start), entry.dtype) for entry in (ours, theirs)]
+        read = (read_tensor(entry, start, out) for entry, out in zip((ours, theirs), room, strict=True))
+        one, other = (_cast(values, dtype).tobytes() for values in read)
+        if one != other:
             raise CheckpointError(
-                f"{directory / file} lacks tensor {name}, which {INDEX} places there: download both again"
+                f"{ours.file}: tensor {ours.name} differs from {theirs.name} although tie_word_embeddings is true: "
+                "set it to false in config.json, or remove the tensor"
             )
 
 
-def _take_tied_head(entries: dict[str, Entry], config: ModelConfig) -> Entry | None:
-    """Removes the head that a checkpoint with tied embeddings may hold all the same, when it equals the embedding."""
-    head, embedding = tied_head(config) or (None, None)
-    if head not in entries or embedding not in entries:
-        return None
-    ours, theirs = entries.pop(head), entries[embedding]
-    same = ours.shape == theirs.shape and ours.dtype == theirs.dtype and len(ours.shape) == 2
-    size = prod(ours.shape) if same else 0
-    for start in range(0, size, _AT_ONCE):
-        room = [np.empty(min(_AT_ONCE, size - start), ours.dtype) for _ in range(2)]
-        one, other = (read_tensor(entry, start, out) for entry, out in zip((ours, theirs), room, strict=True))
-        same = same and one.tobytes() == other.tobytes()
-    if not same:
-        raise CheckpointError(
-            f"{ours.file}: tensor {ours.name} differs from {theirs.name} although tie_word_embeddings is true: "
-            "set it to false in config.json, or remove the tensor"
-        )
-    return ours
-
-
-def _check_tensors(directory: Path, config: ModelConfig, layout: str, entries: dict[str, Entry]) -> None:
-    expected = hf_tensors(config, layout)
-    missing = [name for name in expected if name not in entries]
-    unknown = [name for name in entries if name not in expected]
-    if missing:
-        others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{directory} lacks tensor {missing[0]}{others}: download the checkpoint again or correct its config.json"
-        )
-    if unknown:
-        entry = entries[unknown[0]]
-        others = f" (and {len(unknown) - 1} others)" if len(unknown) > 1 else ""
-        raise CheckpointError(
-            f"{entry.file}: tensor {entry.name}{others} is unknown to model_type {config.model_type}: "
-            "give a checkpoint of this family, or remove the tensor"
-        )
-    for name, shape in expected.items():
-        if (entry := entries[name]).shape != shape:
+def _check_tensors(directory: Path, config: ModelConfig, layout: str, entries: Mapping[str, Entry]) -> None:
+    """Raises `CheckpointError` for a tensor that is missing, has another shape or a dtype that is not read."""
+    expected, (head, embedding) = hf_tensors(config, layout), head_and_embedding(config)
+    tied = config.text.tie_word_embeddings and head in entries
+    if missing := [name for name in expected if name not in entries and not (tied and name == embedding)]:
+        raise CheckpointError(why_missing(directory, config, missing, entries))
+    for name, entry in entries.items():
+        shape = expected[embedding if name == head else name]
+        if entry.shape != shape:
             raise CheckpointError(
                 f"{entry.file}: tensor {entry.name} has shape {list(entry.shape)}, expected {list(shape)}: "
                 "the weights do not belong to this config.json"
             )
+        _ = entry.dtype  # raises where it is not read
 
 
-def _check_one_dtype(listed: list[Parameter], entries: dict[str, Entry]) -> None:
-    for parameter in listed:
-        kinds = {entries[tensor.name].dtype.name: tensor.name for tensor in parameter.tensors}
-        if len(kinds) > 1:
-            (one, first), (other, second), *_ = kinds.items()
-            raise CheckpointError(
-                f"experts of one layer have different dtypes ({first} {one}, {second} {other}): give one dtype to all"
-            )
+def _cast(values: np.ndarray, dtype: np.dtype, inspect: Inspect | None = None) -> np.ndarray:
+    """`values` in `dtype`; what became infinite in a narrower one is shown to `inspect`."""
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if inspect and dtype.itemsize < values.itemsize:
+        inspect(cast)
+    return cast
 
 
 def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:
-    """Writes the transpose of `matrix [n, m]` into `out [m, n]`."""
-    if matrix.dtype == out.dtype:
-        bits = np.dtype(f"u{matrix.itemsize}")  # numpy moves integers faster than bfloat16
-        matrix, out = matrix.view(bits), out.view(bits)
+    """Writes the transpose of `matrix [n, m]` into `out [m, n]` of the same dtype."""
+    bits = np.dtype(f"u{matrix.itemsize}")  # numpy moves integers faster than bfloat16
+    matrix, out = matrix.view(bits), out.view(bits)
     rows = 8  # at a time: ten times as fast as all at once, whose strided writes miss the processor's cache
     for i in range(0, matrix.shape[0], rows):
         out[:, i : i + rows] = matrix[i : i + rows].T

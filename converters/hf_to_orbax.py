@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from converters.direct_file import DirectFile
-from converters.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite
+from converters.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite, warn_of_notes
 from converters.mapping import Parameter
 from converters.orbax_checkpoint import (
     FORMAT_FILE,
@@ -32,7 +32,9 @@ from converters.orbax_checkpoint import (
     place_arrays,
     save_tree,
 )
-from converters.safetensors_file import CheckpointError, FiniteCheck
+from converters.safetensors_file import CheckpointError, FiniteCheck, refuse_lfs_pointer
+from deepstack_jax.config import ModelConfig, read_special_tokens
+from deepstack_jax.config_values import read_json_object
 from deepstack_jax.shipped import checkpoint_path
 
 Progress = Callable[[int, int], None]
@@ -66,15 +68,18 @@ def convert(
     Args:
         hf_dir: safetensors, whole or in shards, with config.json.
         out_dir: must not exist, or be empty.
-        dtype: float32 or bfloat16; None keeps each tensor's own, and `export` then gives back the same bits.
+        dtype: float32 or bfloat16; None keeps the checkpoint's, and `export` then gives back the same bits. Where its
+            tensors differ, it is the one that transformers takes.
         expert_layout: hf4 or hf5, where the shapes can't tell.
         progress: called with (bytes converted, bytes in all).
 
     Raises:
         CheckpointError: the checkpoint can't be converted; nothing is written.
+        ConfigError: a JSON file of the directory is damaged or holds a wrong value; nothing is written.
         OSError: the directory exists or can't be written; nothing is left behind.
 
-    Warns `NonFiniteWarning` for weights that hold NaN or infinity.
+    Warns `NonFiniteWarning` for weights that hold NaN or infinity, and `CheckpointWarning` for what is read otherwise
+    than it is stored.
     """
     hf_dir, out_dir = checkpoint_path(hf_dir), Path(out_dir).absolute()
     kept = None if dtype is None else np.dtype(dtype)
@@ -82,8 +87,10 @@ def convert(
         raise CheckpointError(f"dtype {kept.name!r} is not supported: expected float32 or bfloat16")
     refuse_existing(out_dir)
     checkpoint = open_checkpoint(hf_dir, expert_layout=expert_layout)
+    _check_companions(hf_dir, checkpoint.config)
+    warn_of_notes(checkpoint, kept)
     leaves = {
-        parameter.path: Leaf(parameter.shape, kept or checkpoint.dtype_of(parameter))
+        parameter.path: Leaf(parameter.shape, checkpoint.dtype if kept is None else kept)
         for parameter in checkpoint.parameters
     }
     total = sum(leaf.nbytes for leaf in leaves.values())
@@ -139,10 +146,8 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copies the files of the tokenizer, the processor and the configuration that `source` has."""
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    for file in _companions(source):
+        shutil.copyfile(file, target / file.name)
 
 
 def set_config_dtype(file: Path, dtype: str) -> None:
@@ -153,6 +158,21 @@ def set_config_dtype(file: Path, dtype: str) -> None:
             if isinstance(part, dict) and key in part:
                 part[key] = dtype
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _companions(directory: Path) -> Iterator[Path]:
+    for pattern in COMPANIONS:
+        yield from (file for file in sorted(directory.glob(pattern)) if file.is_file())
+
+
+def _check_companions(directory: Path, config: ModelConfig) -> None:
+    """Raises `ConfigError` where a file that is copied beside the weights is damaged."""
+    for file in _companions(directory):
+        if file.suffix == ".json":
+            read_json_object(file)
+        else:
+            refuse_lfs_pointer(file)
+    read_special_tokens(directory, config)
 
 
 def _write_arrays(
@@ -194,12 +214,8 @@ def _write_piece(checkpoint: HfCheckpoint, parameter: Parameter, piece: Piece, d
 
 def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, Any]:
     """What deepstack_jax.json says; `source` is what `export` needs to give back the same files."""
-    dtypes = {p.path: checkpoint.dtype_of(p).name for p in checkpoint.parameters}
-    kinds = sorted(set(dtypes.values()), key=list(dtypes.values()).count)
-    source: dict[str, Any] = {"expert_layout": checkpoint.expert_layout, "dtype": kinds[-1], "files": checkpoint.files}
-    if len(kinds) > 1:
-        source["other_dtypes"] = {path: kind for path, kind in dtypes.items() if kind != kinds[-1]}
-    return {"format_version": FORMAT_VERSION, "dtype": dtype.name if dtype else kinds[-1], "source": source}
+    source = {"expert_layout": checkpoint.expert_layout, "dtype": checkpoint.dtype.name, "files": checkpoint.files}
+    return {"format_version": FORMAT_VERSION, "dtype": (dtype or checkpoint.dtype).name, "source": source}
 
 
 def _as_disk_error(error: OSError | OrbaxError, target: Path, nbytes: int) -> OSError:

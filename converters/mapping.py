@@ -37,6 +37,12 @@ _VL_ALIASES = (
     (re.compile(r"^model\.(?=embed_tokens\.|layers\.|norm\.)"), "model.language_model."),
 )
 _TEXT_ALIASES = ((re.compile(r"^(?=embed_tokens\.|layers\.|norm\.)"), "model."),)
+# The text model of a vision-language checkpoint, taken out of it with its names.
+_TEXT_PART_ALIASES = (
+    (re.compile(r"^(model\.)?language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^(model\.)?language_model\.(model\.)?"), "model."),
+    *_TEXT_ALIASES,
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,8 @@ def parameters(config: ModelConfig, expert_layout: str = "hf4") -> list[Paramete
     """Every parameter of `config`'s model in the model's order, with its tensors in `expert_layout`."""
     if expert_layout not in EXPERT_LAYOUTS:
         raise ValueError(f"expert layout {expert_layout!r} is unknown: expected one of {', '.join(EXPERT_LAYOUTS)}")
-    hf_text = "model.language_model." if "_vl" in config.model_type else "model."
     found = list(_vision(config.vision)) if config.vision else []
-    found += _text(config.text, "language_model.model.", hf_text, expert_layout)
+    found += _text(config.text, "language_model.model.", _text_root(config), expert_layout)
     if not config.text.tie_word_embeddings:
         shape = (config.text.vocab_size, config.text.hidden_size)
         found.append(_reshaped("language_model.lm_head.weight", shape, "lm_head.weight", shape))
@@ -98,17 +103,21 @@ def hf_tensors(config: ModelConfig, expert_layout: str = "hf4") -> dict[str, tup
 
 def current_name(name: str, config: ModelConfig) -> str:
     """The name that transformers gives today to a tensor that an older or bare checkpoint calls `name`."""
-    for pattern, replacement in _VL_ALIASES if "_vl" in config.model_type else _TEXT_ALIASES:
+    for pattern, replacement in _aliases(config):
         if pattern.search(name):
             return pattern.sub(replacement, name, count=1)
     return name
 
 
-def tied_head(config: ModelConfig) -> tuple[str, str] | None:
-    """For tied embeddings: the name of the superfluous head, and of the embedding that it must equal."""
-    if not config.text.tie_word_embeddings:
-        return None
-    return "lm_head.weight", f"model.{'language_model.' if '_vl' in config.model_type else ''}embed_tokens.weight"
+def head_and_embedding(config: ModelConfig) -> tuple[str, str]:
+    """The names of the two tensors that are one where embeddings are tied."""
+    return "lm_head.weight", f"{_text_root(config)}embed_tokens.weight"
+
+
+def fused_experts(config: ModelConfig) -> list[str]:
+    """The names that the first of a layer's two fused expert tensors has, layer by layer."""
+    layers = (i for i, sparse in enumerate(config.text.sparse_layers) if sparse)
+    return [f"{_text_root(config)}layers.{i}.mlp.experts.gate_up_proj" for i in layers]
 
 
 def group_of(path: str) -> str:
@@ -125,6 +134,16 @@ def group_of(path: str) -> str:
         (".mlp.", "dense MLPs"),
     )
     return next((group for part, group in groups if part in path), "norms")
+
+
+def _text_root(config: ModelConfig) -> str:
+    return "model.language_model." if config.is_vision_language else "model."
+
+
+def _aliases(config: ModelConfig) -> tuple[tuple[re.Pattern[str], str], ...]:
+    if config.is_vision_language:
+        return _VL_ALIASES
+    return _TEXT_PART_ALIASES if config.model_type.endswith("_text") else _TEXT_ALIASES
 
 
 def _reshaped(path: str, shape: tuple[int, ...], name: str, hf_shape: tuple[int, ...]) -> Parameter:

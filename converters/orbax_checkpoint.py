@@ -14,6 +14,8 @@ import logging
 import os
 import shutil
 import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from converters.mapping import canonical_shapes
-from converters.safetensors_file import CheckpointError
+from converters.safetensors_file import DTYPES, CheckpointError, CheckpointWarning
 
 if TYPE_CHECKING:  # jax and Orbax take a second to import, in which a conversion already writes
     import jax
@@ -61,7 +63,7 @@ def read_format(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{directory} has no {FORMAT_FILE}: give a directory made by deepstack-jax convert"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{file} is damaged: convert the checkpoint again") from None
     if number != FORMAT_VERSION:
         raise CheckpointError(
@@ -73,7 +75,10 @@ def read_format(directory: str | Path) -> dict[str, Any]:
 def check_files(directory: str | Path) -> None:
     """Checks that every file of `directory/params` has the length it was written with; raises `CheckpointError`."""
     root = Path(directory) / PARAMS
-    for name, expected in read_format(directory).get("params", {}).items():
+    sizes = read_format(directory).get("params") or {}
+    if not isinstance(sizes, dict):
+        raise CheckpointError(f"{Path(directory) / FORMAT_FILE} is damaged: convert the checkpoint again")
+    for name, expected in sizes.items():
         file = root / name
         size = file.stat().st_size if file.is_file() else None
         if size != expected:
@@ -191,7 +196,7 @@ def restore_params(
     Args:
         directory: made by `convert`.
         config: what the parameters must fit.
-        dtype: converts while reading; None keeps what is stored.
+        dtype: converts while reading; None keeps what is stored, or takes config.json's where parameters differ.
         prefixes: limits to the paths that start with one of them, such as `("visual.",)`.
         shardings: by dotted path; None places everything on the default device.
         progress: called with (bytes restored, bytes in all).
@@ -203,6 +208,8 @@ def restore_params(
 
     stored = stored_params(directory)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if dtype is None:
+        dtype = _one_dtype(directory, config, stored)
     wanted: dict[str, jax.ShapeDtypeStruct] = {}
     for path, shape in canonical_shapes(config).items():
         if prefixes is not None and not path.startswith(tuple(prefixes)):
@@ -213,8 +220,7 @@ def restore_params(
                 f"{_params(directory)} holds {found} for {path}, expected {list(shape)}: "
                 "the config.json is of another model"
             )
-        kept = stored[path].dtype if dtype is None else np.dtype(dtype)
-        wanted[path] = jax.ShapeDtypeStruct(shape, kept, sharding=shardings[path] if shardings else device)
+        wanted[path] = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings[path] if shardings else device)
     nbytes = {path: Leaf(leaf.shape, leaf.dtype).nbytes for path, leaf in wanted.items()}
     restored: dict[str, jax.Array] = {}
     done = 0
@@ -224,6 +230,18 @@ def restore_params(
         if progress:
             progress(done, sum(nbytes.values()))
     return restored
+
+
+def _one_dtype(directory: str | Path, config: ModelConfig, stored: Mapping[str, Leaf]) -> np.dtype:
+    """The dtype of the parameters. Earlier conversions kept several: config.json's then, or else the most frequent."""
+    counts = Counter(stored[path].dtype for path in canonical_shapes(config) if path in stored)
+    if len(counts) < 2:
+        return next(iter(counts), np.dtype(np.float32))
+    dtype = next((dtype for dtype in DTYPES.values() if dtype.name == config.dtype), counts.most_common(1)[0][0])
+    listed = ", ".join(sorted(kind.name for kind in counts))
+    message = f"{directory}: parameters have different dtypes ({listed}): all are read as {dtype.name}"
+    warnings.warn(message, CheckpointWarning, stacklevel=4)
+    return dtype
 
 
 def read_orbax_params(directory: str | Path, paths: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:

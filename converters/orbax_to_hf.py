@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from converters.hf_checkpoint import INDEX
+from converters.hf_folder import INDEX
 from converters.hf_to_orbax import Progress, copy_companions, new_directory, refuse_existing
-from converters.mapping import current_name, parameters, tied_head
+from converters.mapping import current_name, head_and_embedding, parameters
 from converters.orbax_checkpoint import read_format, read_orbax_params, stored_params
 from converters.safetensors_file import CheckpointError, FileWriter
 from deepstack_jax.config import ModelConfig, read_config
@@ -34,17 +34,20 @@ def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None =
     listed = {parameter.path: parameter for parameter in parameters(config, source["expert_layout"])}
     if missing := [path for path in listed if path not in stored]:
         raise CheckpointError(f"{ckpt_dir} lacks the parameter {missing[0]}: the config.json is of another model")
+    places = _places(source["files"], config)
+    head, embedding = head_and_embedding(config)
+    # the source may have held tied embeddings under either name, or under both
+    tied = [name for name in (embedding, head) if name in places] or [embedding]
+    names_of = {embedding: tied} if config.text.tie_word_embeddings else {}
     shapes = {
-        tensor.name: (np.dtype(stored[path].dtype), tensor.shape)
+        name: (np.dtype(stored[path].dtype), tensor.shape)
         for path, parameter in listed.items()
         for tensor in parameter.tensors
+        for name in names_of.get(tensor.name, [tensor.name])
     }
-    places = _places(source["files"], config)
-    if tied := tied_head(config):  # a head that the source held beside the embedding it equals
-        shapes[tied[0]] = shapes[tied[1]]
-    if unknown := [name for name in shapes if name not in places and name != (tied or "  ")[0]]:
+    if unknown := [name for name in shapes if name not in places]:
         raise CheckpointError(f"{ckpt_dir} does not say which file holds {unknown[0]}: convert the checkpoint again")
-    total = sum(prod(shape) * dtype.itemsize for name, (dtype, shape) in shapes.items() if name in places)
+    total = sum(prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
     done = 0
     with new_directory(hf_dir, total) as directory:
         with ExitStack() as stack:
@@ -57,10 +60,7 @@ def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None =
             for path, values in read_orbax_params(ckpt_dir, list(listed)):
                 for tensor in listed[path].tensors:
                     part = tensor.take(values)
-                    names = [tensor.name]
-                    if tied and tensor.name == tied[1] and tied[0] in places:
-                        names.append(tied[0])
-                    for name in names:
+                    for name in names_of.get(tensor.name, [tensor.name]):
                         file, called = places[name]
                         writers[file].write(called, part)
                         done += part.nbytes

@@ -34,6 +34,8 @@ _ARCHITECTURES = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_vl_moe_text": "Qwen3VLMoeTextModel",
+    "qwen3_vl_text": "Qwen3VLTextModel",
 }
 # Frequent pairs, so that a random model's output has some letters in common with text.
 _MERGES = (

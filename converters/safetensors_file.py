@@ -18,30 +18,56 @@ import numpy as np
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100 << 20  # as the safetensors library has it
+_LFS_POINTER = b"version https://git-lfs"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that can't be read: the message names the file, the tensor, the value and the remedy."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint is read otherwise than it is stored."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A tensor inside a file: `offset` is the first byte of its data from the start of the file."""
+    """A tensor inside a file: `offset` is the first byte of its data from the start of the file.
+
+    `code` is the dtype as the file spells it, which may be one that is not read here.
+    """
 
     name: str
     file: Path
-    dtype: np.dtype
+    code: str
     shape: tuple[int, ...]
     offset: int
 
     @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+    def dtype(self) -> np.dtype:
+        """The dtype of a tensor that is read; raises `CheckpointError` for any other."""
+        if self.code in DTYPES:
+            return DTYPES[self.code]
+        remedy = f"expected one of {', '.join(DTYPES)}"
+        if self.code.startswith(("F8", "F4")):
+            remedy = "these weights are quantised, give a checkpoint in bfloat16"
+        raise CheckpointError(
+            f"{self.file}: tensor {self.name} has dtype {self.code}, which is not supported: {remedy}"
+        )
+
+
+def refuse_lfs_pointer(file: Path) -> None:
+    """Raises `CheckpointError` for a file whose contents Git LFS has not fetched."""
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise CheckpointError(
+                f"{file} is a Git LFS pointer, not the file itself: run git lfs pull in its directory"
+            )
 
 
 def read_entries(file: Path) -> dict[str, Entry]:
     """Reads and checks the header of `file`; raises `CheckpointError` where the file can't hold what it promises."""
     try:
+        refuse_lfs_pointer(file)
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -53,7 +79,9 @@ def read_entries(file: Path) -> dict[str, Entry]:
             header = json.loads(stream.read(length))
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist: download the missing file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a damaged header ({error}): download it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file} has a damaged header (not an object): download it again")
@@ -64,15 +92,13 @@ def read_entries(file: Path) -> dict[str, Entry]:
 def _entry(file: Path, name: str, value: Any, data: int, size: int) -> Entry:
     try:
         code, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        if type(code) is not str or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
             raise ValueError
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{file} has a damaged header (tensor {name}: {value!r}): download it again") from None
-    if code not in DTYPES:
-        remedy = "give a checkpoint in bfloat16" if code.startswith("F8") else f"expected one of {', '.join(DTYPES)}"
-        raise CheckpointError(f"{file}: tensor {name} has dtype {code}, which is not supported: {remedy}")
-    entry = Entry(name, file, DTYPES[code], shape, data + start)
-    if (given := end - start) != entry.nbytes:
+    entry = Entry(name, file, code, shape, data + start)
+    needed = prod(shape) * DTYPES[code].itemsize if code in DTYPES else end - start
+    if (given := end - start) != needed:
         raise CheckpointError(
             f"{file} has a damaged header (tensor {name}: {given} bytes for {code} {list(shape)}): download it again"
         )

@@ -1,6 +1,5 @@
 """Loading a checkpoint, converted or as Hugging Face has it, as a `Model`."""
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from converters.hf_checkpoint import read_params
-from deepstack_jax.config import ModelConfig, read_config
+from deepstack_jax.config import ModelConfig, read_config, read_special_tokens
 from deepstack_jax.models.qwen3_vl_moe import Params, abstract_params
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.sharding import param_shardings
@@ -65,19 +64,24 @@ def load(
 
     Args:
         path: the directory, or the name of a checkpoint that comes with the package (`tiny-vl`).
-        dtype: float32 or bfloat16; None keeps the checkpoint's.
+        dtype: float32 or bfloat16; None keeps the checkpoint's. Where its tensors differ, that is the one dtype that
+            transformers' from_pretrained takes, and a `CheckpointWarning` says so.
         mesh: places every parameter by its logical axes (sharding.py); None takes the default device.
         expert_layout: hf4 or hf5, for a Hugging Face directory whose layout can't be told from its shapes.
         parts: parameters to load, by prefix ("visual.", "language_model."); None loads all.
         progress: called with (bytes read, bytes in all).
 
     Raises:
-        ValueError: a directory that is no checkpoint of the four families, or is damaged; one line says what and where.
+        ValueError: a directory that is not a checkpoint of the four families, or is damaged, quantised or an adapter;
+            one line says what and where.
+
+    Warns `CheckpointWarning` of tensors that are not the model's and left out.
     """
     path = checkpoint_path(path)
     if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype {jnp.dtype(dtype).name} is not supported: expected float32 or bfloat16")
     config = read_config(path)
+    ends, pad = read_special_tokens(path, config)
     prefixes = None if parts is None else tuple(parts)
     shardings = param_shardings(config, mesh) if mesh else None
     if (path / "deepstack_jax.json").exists():
@@ -93,17 +97,4 @@ def load(
             done += sizes[name]
             if progress:
                 progress(done * array.itemsize, total * array.itemsize)
-    ends, pad = _special_tokens(path, config)
     return Model(config, params, path, ends, pad)
-
-
-def _special_tokens(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], int]:
-    """(end tokens, pad token): generation_config.json's, as transformers' generate takes them, else config.json's."""
-    file = path / "generation_config.json"
-    raw = json.loads(file.read_text()) if file.exists() else {}
-    ends = raw.get("eos_token_id")
-    ends = config.eos_token_ids if ends is None else tuple(np.atleast_1d(ends).tolist())
-    pad = raw.get("pad_token_id", config.pad_token_id)
-    if pad is None:
-        pad = ends[0] if ends else 0
-    return ends, int(pad)

@@ -18,7 +18,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
     """
     data = file.read_bytes()
     if data.startswith(b"version https://git-lfs"):
-        raise ConfigError(f"{file} is a Git LFS pointer, not the file itself: run git lfs pull in its directory")
+        raise ConfigError(f"{file} is a Git LFS pointer, not the file itself: run git lfs pull beside it")
     try:
         raw = json.loads(data.decode())
     except UnicodeDecodeError as error:

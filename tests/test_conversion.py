@@ -227,19 +227,6 @@ def test_orbax_itself_reads_the_tree(tmp_path):
     assert all(found[path].dtype == values.dtype for path, values in expected.items())
 
 
-def test_mixed_dtypes_are_kept(tmp_path):
-    write_random_checkpoint(tmp_path / "a", tiny_config(), dtype="bfloat16")
-    file = tmp_path / "a" / "model.safetensors"
-    mixed = {n: v.astype(np.float32) if "norm" in n or ".gate.weight" in n else v for n, v in load_file(file).items()}
-    save_file(mixed, file)
-    convert(tmp_path / "a", tmp_path / "b")
-    export(tmp_path / "b", tmp_path / "c")
-    assert bits(tmp_path / "c") == bits(tmp_path / "a")
-    source = json.loads((tmp_path / "b" / "deepstack_jax.json").read_text())["source"]
-    assert source["dtype"] == "bfloat16"
-    assert set(source["other_dtypes"].values()) == {"float32"}
-
-
 def test_a_head_beside_tied_embeddings_is_dropped_and_given_back(tmp_path):
     write_random_checkpoint(tmp_path / "a", tiny_config("qwen3_vl", tie_word_embeddings=True))
     file = tmp_path / "a" / "model.safetensors"

@@ -1,0 +1,170 @@
+"""What a Hugging Face directory holds: which of its files are read, and why one that can't be read is none."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.mapping import head_and_embedding
+from converters.safetensors_file import CheckpointError, Entry, refuse_lfs_pointer
+
+if TYPE_CHECKING:  # deepstack_jax imports the converters to load a checkpoint
+    from deepstack_jax.config import ModelConfig
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# Weights in other formats, and what training leaves beside them.
+_OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.h5", "*.msgpack", "*.npz", "*.onnx")
+_NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler")
+# Names that only quantised weights have, and what made them; the first that fits is told.
+_QUANTIZED = (
+    (re.compile(r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$|\.SCB$"), "bitsandbytes"),
+    (re.compile(r"\.g_idx$"), "GPTQ"),
+    (re.compile(r"\.qweight$|\.qzeros$"), "AWQ or GPTQ"),
+    (re.compile(r"\.weight_packed$"), "compressed-tensors"),
+    (re.compile(r"\.weight_scale_2$"), "ModelOpt (NVFP4)"),
+    (re.compile(r"\.weight_scale(_inv)?$|_proj_scale(_inv)?$"), "FP8 or int8"),
+)
+_ADAPTER = re.compile(r"\.lora_(A|B|embedding_[AB]|magnitude_vector)\b|\.base_layer\.|\.modules_to_save\.")
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The files to read: the whole one before the shards of an index, as transformers has it.
+
+    Raises `CheckpointError` where there is neither, or where the index is damaged or names what does not exist.
+    """
+    if (directory / SINGLE).exists():
+        return [SINGLE]
+    index = directory / INDEX
+    if not index.exists():
+        raise CheckpointError(_why_no_weights(directory))
+    files = sorted(set(_weight_map(index).values()))
+    for file in files:
+        if Path(file).name != file:
+            raise CheckpointError(
+                f"{index} names {file!r}, which is not inside the directory: download the index again"
+            )
+        if not (directory / file).exists():
+            raise CheckpointError(f"{index} names {file}, which does not exist: download the missing file")
+    return files
+
+
+def check_index(directory: Path, found: Mapping[str, Mapping[str, Entry]], wanted: Iterable[str]) -> None:
+    """Checks that the index's files hold those of the `wanted` names (as found) that it places there."""
+    if SINGLE in found:  # an index beside it is left over
+        return
+    places = _weight_map(directory / INDEX)
+    for name in wanted:
+        if name in places and name not in found[places[name]]:
+            message = f"{directory / places[name]} lacks tensor {name}, which {INDEX} places there"
+            elsewhere = next((file for file, named in found.items() if name in named), None)
+            remedy = f"it is in {elsewhere}, correct the index" if elsewhere else "download both again"
+            raise CheckpointError(f"{message}: {remedy}")
+
+
+def index_dtype(directory: Path) -> str | None:
+    """The dtype that an index's metadata names."""
+    if (directory / SINGLE).exists() or not (directory / INDEX).exists():
+        return None
+    metadata = _read_index(directory / INDEX).get("metadata")
+    found = metadata.get("dtype") if isinstance(metadata, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def refuse_other_kinds(entries: Iterable[Entry]) -> None:
+    """Raises `CheckpointError` where names tell that weights are quantised, or an adapter that is not merged."""
+    names = {entry.name: entry for entry in entries}
+    for pattern, method in _QUANTIZED:
+        if name := next(filter(pattern.search, names), None):
+            raise CheckpointError(
+                f"{names[name].file}: tensor {name} says that the weights are quantised with {method}, which is not "
+                "supported: give the checkpoint in bfloat16 that it was made from"
+            )
+    if name := next(filter(_ADAPTER.search, names), None):
+        raise CheckpointError(
+            f"{names[name].file}: tensor {name} is of an adapter that is not merged: merge it into its base model "
+            "first (merge_and_unload of PEFT, then save_pretrained)"
+        )
+
+
+def why_missing(directory: Path, config: ModelConfig, missing: list[str], entries: Mapping[str, Entry]) -> str:
+    """The error of a directory that lacks the tensors `missing`; `entries` are those that it holds."""
+    others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
+    lacks = f"{directory} lacks tensor {missing[0]}{others}"
+    head, embedding = head_and_embedding(config)
+    if missing == [head]:
+        return (
+            f"{lacks}: a base model was saved without its head, so save the whole model (Auto{_auto_class(config)} of "
+            "transformers), or set tie_word_embeddings to true in config.json where its embeddings were tied"
+        )
+    if missing == [embedding] and head in entries:
+        return f"{lacks}: set tie_word_embeddings to true in config.json where {head} is the embedding too"
+    held, layer = {_layer(name) for name in entries} - {-1}, _layer(missing[0])
+    if held and layer == max(held) + 1:
+        said = config.text.num_hidden_layers
+        return f"{lacks}: config.json has num_hidden_layers {said} and the weights have {layer} layers: correct it"
+    if all(".visual." in name for name in missing) and not any(".visual." in name for name in entries):
+        return (
+            f"{lacks}: these are the weights of its text model only, so give all of them, or make the object "
+            f"text_config its config.json (model_type {config.model_type}_text)"
+        )
+    if (directory / SINGLE).exists() and (directory / INDEX).exists():
+        return f"{lacks}: {SINGLE} is read before {INDEX}, so remove it where the index's files are the checkpoint"
+    if entries and len(missing) > len(entries):
+        return f"{lacks} and holds {next(iter(entries))}: its weights are of another model than its config.json"
+    return f"{lacks}: download the checkpoint again or correct its config.json"
+
+
+def _layer(name: str) -> int:
+    """The decoder layer that a tensor belongs to; -1 for none."""
+    found = re.match(r"model\.(?:language_model\.)?layers\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _auto_class(config: ModelConfig) -> str:
+    return "ModelForImageTextToText" if config.is_vision_language else "ModelForCausalLM"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = _read_index(index)["weight_map"]
+        if not all(isinstance(file, str) for file in found.values()):
+            raise TypeError("weight_map must map names of tensors to names of files")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(index, error) from None
+    return found
+
+
+def _read_index(index: Path) -> dict[str, Any]:
+    refuse_lfs_pointer(index)
+    try:
+        found = json.loads(index.read_bytes().decode())
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds {type(found).__name__}, not an object")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _damaged(index, error) from None
+    return found
+
+
+def _damaged(index: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{index} is damaged ({type(error).__name__}: {error}): download it again, or correct it")
+
+
+def _why_no_weights(directory: Path) -> str:
+    """What there is in the place of the two files that are looked for."""
+    if shard := min((file.name for file in directory.glob("*.safetensors")), default=None):
+        if re.search(r"-of-\d+\.safetensors$", shard):
+            return f"{directory} holds {shard} without {INDEX}, which says what its files hold: download {INDEX} too"
+        return f"{directory} holds {shard} and no {SINGLE}: rename it to {SINGLE} where it is the whole model"
+    if gguf := min(directory.glob("*.gguf"), default=None):
+        return f"{gguf} is a GGUF file: give the Hugging Face checkpoint in safetensors that it was made from"
+    found = sorted(file.name for pattern in _OTHER_WEIGHTS for file in directory.rglob(pattern))
+    if other := next((name for name in found if not _NO_WEIGHTS.search(name)), None):
+        return (
+            f"{directory} holds its weights as {other} and no {SINGLE}: save them as safetensors first "
+            "(from_pretrained of transformers, then save_pretrained)"
+        )
+    return f"no {SINGLE} and no {INDEX} in {directory}: give a Hugging Face checkpoint's directory"
