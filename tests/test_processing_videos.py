@@ -19,7 +19,6 @@ from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoP
 from transformers.video_utils import VideoMetadata
 from transformers.video_utils import load_video as hf_load_video
 
-from deepstack_jax.config import VisionConfig
 from deepstack_jax.processing.videos import (
     VideoError,
     VideoSettings,
@@ -29,39 +28,9 @@ from deepstack_jax.processing.videos import (
     sample_frames,
     smart_resize_video,
 )
+from tests.films import film, hf_processor, vision_config, write_video
 
-DATA = Path(__file__).parent / "data"
 SETTINGS = VideoSettings()
-
-
-def vision_config() -> VisionConfig:
-    return VisionConfig(1, 16, 24, 2, 32, num_position_embeddings=16)
-
-
-def hf_processor(**kwargs) -> Qwen3VLVideoProcessor:
-    half = [0.5, 0.5, 0.5]
-    size = {"shortest_edge": 4096, "longest_edge": 25165824}
-    defaults = {"image_mean": half, "image_std": half, "size": size, "cap_pixels_per_frame": False}
-    return Qwen3VLVideoProcessor(**(defaults | kwargs))
-
-
-def film(frames: int, height: int = 64, width: int = 96) -> np.ndarray:
-    """Frames `[F, H, W, 3]` that can be told apart: a photograph that grows brighter."""
-    with Image.open(DATA / "astronaut.jpg") as image:
-        picture = np.asarray(image.resize((width, height))).astype(np.float32)
-    brightness = np.linspace(0.2, 1, frames)[:, None, None, None]
-    return (picture * brightness).astype(np.uint8)
-
-
-def write_video(path: Path, frames: np.ndarray, fps: Fraction | int = 10, codec: str = "libx264") -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = {"gif": "rgb8", "ffv1": "bgr0"}.get(codec, "yuv420p")
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 def decoded(path: Path) -> np.ndarray:

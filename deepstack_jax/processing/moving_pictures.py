@@ -5,6 +5,7 @@ gives the first picture only of some of them, and knows no transparency.
 """
 
 import io
+import math
 import struct
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -174,7 +175,7 @@ def _probe_picture(file: File, name: str) -> VideoProbe | None:
         raise VideoError(f"{name} is damaged or cut short: give an intact {kind} file") from None
     if len(delays) == 1 and not skipped:
         raise _still(name, kind)
-    seconds = sum(delay if delay > 0 else DEFAULT_DELAY for delay in delays)
+    seconds = math.fsum(delay if delay > 0 else DEFAULT_DELAY for delay in delays)
     return VideoProbe(len(delays), width, height, len(delays) / (seconds or DEFAULT_DELAY), kind, skipped)
 
 
