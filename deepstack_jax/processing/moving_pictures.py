@@ -188,10 +188,23 @@ def _decode_animation(file: File, found: VideoProbe, wanted: Collection[int], na
         for number in range(found.frames):
             try:
                 image.seek(number + found.skipped)
-                image.load()
+                _load(image)
             except Exception:  # decoders raise many types; what came before is good
                 return
             yield _upright(image, size, f"frame {number + 1} of {name}") if number in wanted else None
+
+
+def _load(image: Image.Image) -> None:
+    """Decodes the frame that `image` stands at.
+
+    Pillow draws a PNG's frame that is blended into the very picture that it keeps to bring back when the frame is to be
+    undone, so that nothing is undone: it is given a copy to keep.
+    """
+    kept = getattr(image, "_prev_im", None) if image.format == "PNG" else None
+    copy = kept.copy() if kept is not None and image.tell() else None
+    image.load()
+    if copy is not None:
+        vars(image)["_prev_im"] = copy
 
 
 def _open_animation(file: File, found: VideoProbe) -> Image.Image | None:
