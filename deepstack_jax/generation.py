@@ -38,6 +38,7 @@ def prepare(
     messages_or_prompt: UserPrompt | Sequence[UserPrompt],
     images: Sequence[ImageSource] = (),
     videos: Sequence[VideoSource] = (),
+    **options: Any,
 ) -> dict[str, Any]:
     """Arrays for `forward` and `generate`, with the names of a Hugging Face processor's output.
 
@@ -46,11 +47,16 @@ def prepare(
             makes a batch padded on the left. A text that already has chat or vision markers is taken as it is.
         images: paths, URLs, data URIs, PIL images or arrays, in the order of the prompts' image placeholders.
         videos: paths, or arrays and lists of frames.
+        options: `tools`, `chat_template_kwargs` and `enable_thinking` for the chat template; `min_pixels` and
+            `max_pixels` of every image, `fps`, `num_frames`, `min_frames`, `max_frames` and `do_sample_frames` of every
+            video, all with transformers' meaning, where the part of a message doesn't say otherwise; `images_kwargs`
+            and `videos_kwargs` with the same and more (`ImageOptions`, `VideoOptions`).
 
     Raises:
-        ValueError: what can't be read, and placeholders that don't match the images and videos given.
+        ValueError: what can't be read, placeholders that don't match the images and videos given, and options that
+            don't exist or are out of their range.
     """
-    return model.processor.prepare(messages_or_prompt, images=images, videos=videos)
+    return model.processor.prepare(messages_or_prompt, images=images, videos=videos, **options)
 
 
 def decode(model: Model, out: GenerateOutput) -> list[str]:

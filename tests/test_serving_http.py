@@ -43,6 +43,7 @@ CONFIG = tiny_config(
     vision_config={"depth": 1, "deepstack_visual_indexes": [0]},
 )
 LONG = 1900  # tokens
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +211,7 @@ def test_pictures_come_as_path_data_and_parts_of_messages(client: httpx.Client, 
 
     two = expected(model, messages(str(first), str(second)))
     check(ask(client, messages=messages(data_uri(first), "1.png")), *two)
-    raw = "<|vision_start|><|image_pad|><|vision_end|>Which color?"
+    raw = f"{IMAGE}Which color?"
     check(
         ask(client, text=raw, image_data="0.png"),
         *expected(model, raw, images=[first]),
@@ -282,6 +283,92 @@ def test_thirty_two_at_once_are_all_right(client: httpx.Client, model: dsj.Model
         check(answer, *expected(model, questions[i], images=[p for p in pictures[i : i + 1] if p], **options[i]))
 
 
+# ---- requests as people send them ----
+
+
+def test_a_stream_of_deltas_adds_up_to_the_whole_answer(client: httpx.Client, model: dsj.Model):
+    options = {"max_new_tokens": 64, "temperature": 1.5, "seed": 4}
+    text, tokens = expected(model, "Who is there?", **options)
+    body = {"text": "Who is there?", "sampling_params": options, "stream": True, "stream_deltas": True}
+    with client.stream("POST", "/generate", json=body) as response:
+        *events, done = events_of(response.iter_lines())
+    assert done == "[DONE]"
+    assert len(events) > 2
+    assert "".join(event["text"] for event in events) == text
+    assert [token for event in events for token in event["output_ids"]] == tokens
+    assert events[-1]["meta_info"]["completion_tokens"] == len(tokens)
+    assert [event["meta_info"]["finish_reason"] is None for event in events] == [True] * (len(events) - 1) + [False]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_end_an_answer_before_them(client: httpx.Client, node: Watched, model: dsj.Model, stream: bool):
+    """Against a search of the whole text; also where a stop string begins inside one token and ends in another."""
+    options = {"max_new_tokens": 64, "temperature": 1.5, "seed": 4, "ignore_eos": True}
+    inputs = dsj.prepare(model, "Who is there?")
+    out = dsj.generate(model, **inputs, max_new_tokens=64, temperature=1.5, seed=4, eos_token_id=[])
+    tokens, text = out.tokens[0].tolist(), dsj.decode(model, out)[0]
+    stop = text[20:23]
+    first = text.find(stop)
+    for given in (stop, ["never said", stop, ""]):
+        body = {"text": "Who is there?", "sampling_params": options | {"stop": given}, "stream": stream}
+        if stream:
+            with client.stream("POST", "/generate", json=body) as response:
+                answers = list(events_of(response.iter_lines()))[:-1]
+            assert all(text[:first].startswith(answer["text"]) for answer in answers)
+            answer = answers[-1]
+        else:
+            answer = ask(client, **{key: value for key, value in body.items() if key != "stream"})
+        assert answer["text"] == text[:first]
+        assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+        # the token that made it whole is the last
+        count = len(answer["output_ids"])
+        assert answer["output_ids"] == tokens[:count]
+        until_now = [model.processor.decode(np.array([tokens]), np.array([n]))[0] for n in (count - 1, count)]
+        assert [stop in part for part in until_now] == [False, True]
+        assert answer["meta_info"]["timings"].keys() == {"queue", "encode", "prefill", "decode"}
+    until(lambda: node._node.runner.waiting == 0)
+    never = ask(client, text="Who is there?", sampling_params=options | {"stop": "never said"})
+    check(never, text, tokens)
+
+
+def test_the_published_designs_example_works_as_it_stands(client: httpx.Client, model: dsj.Model, folder: Path):
+    first, second = (folder / "media" / f"{i}.png" for i in range(2))
+    answer = ask(client, text="Which color?", image=data_uri(first), max_tokens=9)
+    check(answer, *expected(model, "Which color?", images=[first], max_new_tokens=9))
+    answer = ask(client, text="Which?", images=[data_uri(first), "1.png"], max_tokens=9, temperature=0.7, seed=3)
+    check(answer, *expected(model, "Which?", images=[first, second], max_new_tokens=9, temperature=0.7, seed=3))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"sampling_params": {"top_k": -1, "top_p": 1, "min_p": 0, "repetition_penalty": 1}},
+        {"sampling_params": {"max_new_tokens": 64.0, "top_k": 0.0, "seed": 0.0, "temperature": 0}},
+        {"sampling_params": None, "image_data": None, "video_data": None, "stream": None, "messages": None},
+        {"sampling_params": {"temperature": None, "stop": None, "stop_token_ids": None, "max_new_tokens": None}},
+        {"sampling_params": {"stop": "", "frequency_penalty": 0.0, "n": 1, "min_new_tokens": 0, "regex": None}},
+        {"sampling_params": {"stop": [""], "skip_special_tokens": True, "json_schema": None, "no_stop_trim": False}},
+        {"image_data": "", "video_data": [], "audio_data": "", "return_logprob": False, "logprob_start_len": -1},
+        {"image_data": [""], "lora_path": None, "top_logprobs_num": 0, "modalities": ["image"], "session_params": None},
+        {"tools": None, "chat_template_kwargs": None, "mm_processor_kwargs": None, "enable_thinking": None},
+        {"tools": [], "chat_template_kwargs": {}, "mm_processor_kwargs": {"max_pixels": None, "fps": None}},
+        {"input_ids": None, "return_hidden_states": False, "log_metrics": True, "rid": None},
+    ],
+)
+def test_neutral_values_ask_for_nothing(client: httpx.Client, model: dsj.Model, body: dict[str, Any]):
+    check(ask(client, text="Who is there?", **body), *expected(model, "Who is there?"))
+
+
+def test_a_request_may_bring_its_id_and_an_empty_text(client: httpx.Client, model: dsj.Model, folder: Path):
+    assert ask(client, text="Who?", rid="mine")["meta_info"]["id"] == "mine"
+    first = folder / "media" / "0.png"
+    check(ask(client, text="", image_data=data_uri(first)), *expected(model, "", images=[first]))
+    messages = [{"role": "user", "content": "Who?"}]
+    check(ask(client, text="", messages=messages), *expected(model, messages))
+    bare = base64.b64encode(first.read_bytes()).decode()
+    check(ask(client, text="Who?", image_data=bare), *expected(model, "Who?", images=[first]))
+
+
 # ---- refusals ----
 
 
@@ -325,8 +412,28 @@ def test_thirty_two_at_once_are_all_right(client: httpx.Client, model: dsj.Model
         ({"messages": [{"role": "user", "content": "a", "tool": 1}]}, 400, "unknown field messages[0].tool: use role"),
         ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, 400, "content part"),
         ({"messages": [{"role": "user", "content": [{"type": "video", "video": "x", "fps": "7"}]}]}, 400, "fps '7'"),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "video": ["0.png"]}]}]}, 400, "named by text"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": [7]}]}]}, 400, "named by text"),
         ({"text": "a", "image_data": {"url": "x"}}, 400, "image_data"),
+        ({"text": "a", "image": "0.png", "image_data": "0.png"}, 400, "image_data: both given"),
+        ({"text": "a", "max_tokens": 3, "sampling_params": {"max_new_tokens": 3}}, 400, "max_new_tokens: both given"),
+        ({"text": "a", "max_token": 3}, 400, "unknown field max_token: use text"),
+        ({"text": "a", "max_token": None}, 400, "unknown field max_token: use text"),
+        ({"text": "a", "sampling_params": {"top_k": -2}}, 400, "top_k -2: expected"),
+        ({"text": "a", "sampling_params": {"top_k": -1.5}}, 400, "top_k -1.5: expected"),
+        ({"text": "a", "sampling_params": {"n": 2}}, 400, "sampling_params.n 2 is not supported"),
+        ({"text": "a", "sampling_params": {"n": True}}, 400, "sampling_params.n True is not supported"),
+        ({"text": "a", "sampling_params": {"regex": "a+"}}, 400, "sampling_params.regex 'a+' is not supported"),
+        ({"text": "a", "sampling_params": {"frequency_penalty": 0.5}}, 400, "frequency_penalty 0.5 is not supported"),
+        ({"text": "a", "return_logprob": True}, 400, "return_logprob True is not supported"),
+        ({"text": "a", "input_ids": [1, 2]}, 400, "input_ids [1, 2] is not supported"),
+        ({"text": "a", "sampling_params": {"stop": [3]}}, 400, "stop"),
+        ({"text": "a", "sampling_params": {"stop": [f"a{i}" for i in range(17)]}}, 400, "stop"),
+        ({"text": "a", "sampling_params": {"stop": "a" * 2000}}, 400, "stop"),
+        ({"text": "a", "mm_processor_kwargs": {"max_pixel": 3}}, 400, "unknown field mm_processor_kwargs.max_pixel"),
+        ({"text": "a", "mm_processor_kwargs": {"tools": []}}, 400, "unknown field mm_processor_kwargs.tools"),
+        ({"text": "a", "mm_processor_kwargs": {"max_pixels": 0}}, 400, "max_pixels 0"),
+        ({"text": "a", "tools": [{}] * 257}, 400, "tools"),
+        ({"text": "a", "rid": "x" * 200}, 400, "rid"),
         ({"text": "a", "image_data": "missing.png"}, 400, "missing.png can't be read"),
         ({"text": "a", "image_data": "../secret.png"}, 403, "outside the allowed folder"),
         ({"text": "a", "image_data": "/etc/passwd"}, 403, "outside the allowed folder"),
@@ -335,8 +442,9 @@ def test_thirty_two_at_once_are_all_right(client: httpx.Client, model: dsj.Model
         ({"text": "a", "image_data": "data:image/png;base64,!"}, 400, "not valid base64"),
         ({"text": "a", "image_data": ["0.png"] * 5}, 413, "more than 4 images and videos"),
         ({"text": "a", "video_data": "0.png"}, 400, "not a video"),
-        ({"text": "<|image_pad|>"}, 400, "1 image placeholders in the prompt, but 0 images"),
-        ({"text": "<|image_pad|>", "image_data": ["0.png", "1.png"]}, 400, "1 image placeholders in the prompt, but 2"),
+        ({"text": IMAGE}, 400, "1 image placeholders in the prompt, but 0 images"),
+        ({"text": IMAGE, "image_data": ["0.png", "1.png"]}, 400, "1 image placeholders in the prompt, but 2"),
+        ({"text": "<|image_pad|>?", "image_data": "0.png"}, 400, "the text holds <|image_pad|>"),
         ({"messages": [{"role": "user", "content": "a"}], "image_data": "0.png"}, 400, "0 image placeholders"),
     ],
 )  # fmt: skip

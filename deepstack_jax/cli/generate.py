@@ -4,16 +4,38 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from deepstack_jax.checkpoint import Model
 
 
 def run(
     checkpoint: Annotated[Path, typer.Argument(help="directory made by convert, or a Hugging Face directory")],
-    prompt: Annotated[str, typer.Option(help="the question")],
+    prompt: Annotated[str | None, typer.Option(help="the question, or a whole prompt with chat markers")] = None,
+    messages: Annotated[
+        str | None, typer.Option(help="a conversation in place of --prompt: a JSON file, - for stdin, or JSON")
+    ] = None,
     image: Annotated[list[str] | None, typer.Option(help="file, URL or data URI; may be given several times")] = None,
-    video: Annotated[list[str] | None, typer.Option(help="file; may be given several times")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="the same; may be given several times")] = None,
+    tools: Annotated[str | None, typer.Option(help="JSON schemas for the chat template, as --messages")] = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(help="variables of the chat template: a JSON object, as --messages")
+    ] = None,
+    enable_thinking: Annotated[
+        bool | None, typer.Option("--enable-thinking/--no-enable-thinking", help="for templates that read it")
+    ] = None,
+    min_pixels: Annotated[int | None, typer.Option(help="of each image after resizing; the checkpoint's")] = None,
+    max_pixels: Annotated[int | None, typer.Option(help="of each image after resizing; the checkpoint's")] = None,
+    fps: Annotated[float | None, typer.Option(help="frames sampled per second of video; the checkpoint's")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="frames sampled per video, in place of --fps")] = None,
+    min_frames: Annotated[int | None, typer.Option(help="frames sampled per video at least")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="frames sampled per video at most")] = None,
+    sample_frames: Annotated[
+        bool | None, typer.Option("--sample-frames/--all-frames", help="sample videos, or take every frame")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
     top_k: Annotated[int, typer.Option(help="draw among the k likeliest; 0 for all")] = 0,
@@ -22,6 +44,9 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="above 1 repeats less")] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="above 0 repeats less")] = 0.0,
     seed: Annotated[int, typer.Option(help="the same seed draws the same answer")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="text that ends the answer; may be given several times")
+    ] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
     expert_layout: Annotated[Literal["hf4", "hf5"] | None, typer.Option(help="where shapes can't tell")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming")] = False,
@@ -30,16 +55,21 @@ def run(
 
     Example: deepstack-jax generate ckpt --prompt "What is on the table?" --image coffee.jpg
     """
-    import deepstack_jax as dsj
-    from deepstack_jax.cli.progress import loading
-
-    started = time.perf_counter()
-    with loading(f"loading {checkpoint}") as progress:
-        model = dsj.load(checkpoint, dtype, expert_layout=expert_layout, progress=progress)
-    loaded = time.perf_counter()
-    inputs = dsj.prepare(model, prompt, images=image or (), videos=video or ())
-    prepared = time.perf_counter()
-    timings = {"load": loaded - started, "prepare": prepared - loaded}
+    if (prompt is None) == (messages is None):
+        raise typer.BadParameter("give either --prompt or --messages")
+    question: Any = prompt if messages is None else _read_json(messages, "--messages", list)
+    prompt_options: dict[str, Any] = {
+        "tools": None if tools is None else _read_json(tools, "--tools", list),
+        "chat_template_kwargs": _read_json(chat_template_kwargs or "{}", "--chat-template-kwargs", dict),
+        "enable_thinking": enable_thinking,
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "fps": fps,
+        "num_frames": num_frames,
+        "min_frames": min_frames,
+        "max_frames": max_frames,
+        "do_sample_frames": sample_frames,
+    }
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -50,22 +80,90 @@ def run(
         "presence_penalty": presence_penalty,
         "seed": seed,
     }
+    import deepstack_jax as dsj
+    from deepstack_jax.cli.progress import loading
+    from deepstack_jax.processing.prompt_options import PromptOptions
+    from deepstack_jax.processing.stop_strings import StopStrings
+
+    PromptOptions.of(prompt_options)  # before the weights are read
+    stops = StopStrings.of(stop)
+    started = time.perf_counter()
+    with loading(f"loading {checkpoint}") as progress:
+        model = dsj.load(checkpoint, dtype, expert_layout=expert_layout, progress=progress)
+    loaded = time.perf_counter()
+    inputs = dsj.prepare(model, question, images=image or (), videos=video or (), **prompt_options)
+    prepared = time.perf_counter()
     prompt_tokens = int(inputs["attention_mask"].sum())
-    if as_json:
+    if as_json and not stop:
         out = dsj.generate(model, **inputs, **options)
+        tokens, text = out.tokens[0, : out.lengths[0]].tolist(), dsj.decode(model, out)[0]
+        timings = {"load": loaded - started, "prepare": prepared - loaded, **out.timings}
+    else:
+        tokens, text = _stream(model, inputs, options, stops, shown=not as_json)
+        timings = {"load": loaded - started, "prepare": prepared - loaded, "generate": time.perf_counter() - prepared}
+    if as_json:
         answer = {
-            "text": dsj.decode(model, out)[0],
-            "token_ids": out.tokens[0, : out.lengths[0]].tolist(),
+            "text": text,
+            "token_ids": tokens,
             "prompt_tokens": prompt_tokens,
-            "timings": {stage: round(seconds, 6) for stage, seconds in (timings | out.timings).items()},
+            "timings": {stage: round(seconds, 6) for stage, seconds in timings.items()},
         }
         print(json.dumps(answer, ensure_ascii=False))
         return
+    seconds = timings["generate"]
+    print(
+        f"{prompt_tokens} prompt tokens, {len(tokens)} new ones in {seconds:.1f} s, compiling included", file=sys.stderr
+    )
+
+
+def _stream(
+    model: "Model", inputs: dict[str, Any], options: dict[str, Any], stops: Any, *, shown: bool
+) -> tuple[list[int], str]:
+    """The tokens and the text of an answer up to a stop string; printed as it comes if `shown`."""
+    import deepstack_jax as dsj
+
     pieces = model.processor.decode_stream()
-    made = 0
+    tokens: list[int] = []
+    text = ""
+
+    def say(piece: str) -> None:
+        nonlocal text
+        text += piece
+        if shown:
+            print(piece, end="", flush=True)
+
     for token in dsj.stream(model, inputs, **options):
-        made += 1
-        print(pieces.feed(int(token[0])), end="", flush=True)
-    print(pieces.finish(), flush=True)
-    seconds = time.perf_counter() - prepared
-    print(f"{prompt_tokens} prompt tokens, {made} new ones in {seconds:.1f} s, compiling included", file=sys.stderr)
+        tokens.append(int(token[0]))
+        say(stops.feed(pieces.feed(tokens[-1])))
+        if stops.matched is not None:
+            break
+    else:
+        say(stops.feed(pieces.finish()) + stops.finish())
+    if shown:
+        print(flush=True)
+    return tokens, text
+
+
+def _read_json(value: str, option: str, kind: type) -> Any:
+    """What an option says in JSON: by itself, in a file, or on standard input.
+
+    Raises:
+        ValueError: the option, and where its JSON is damaged.
+    """
+    if value[:1] in ("[", "{"):
+        text, where = value, option
+    elif value == "-":
+        text, where = sys.stdin.read(), f"{option} on standard input"
+    else:
+        where = f"{option} {value}"
+        if not Path(value).is_file():
+            raise ValueError(f"{where}: there is no such file: give an existing one, - or JSON")
+        text = Path(value).read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is not valid JSON ({error}): correct it") from None
+    if not isinstance(found, kind):
+        expected = "a list" if kind is list else "an object"
+        raise ValueError(f"{where} holds {type(found).__name__}, not {expected}")
+    return found

@@ -49,13 +49,13 @@ class StoppingError(WorkError):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next tokens of an answer. The last chunk of an answer, and no other, says why it ended."""
+    """The next tokens of an answer, and what it took so far. Only its last chunk says why it ended."""
 
     tokens: tuple[int, ...]
     prompt_tokens: int
     finish: Literal["stop", "length"] | None = None  # at an end token, which `tokens` includes; at max_new_tokens
     timings: dict[str, float] = field(default_factory=dict)  # seconds of queue, encode, prefill, decode
-    split: dict[str, Any] | None = None  # of a last chunk whose rows came from an encode node: how, for `meta_info`
+    split: dict[str, Any] | None = None  # where rows came from an encode node: how, for `meta_info`
 
 
 Event = Chunk | WorkError
@@ -283,7 +283,7 @@ class Runner:
                 return Chunk(tokens, count, finish, dict(laps.seconds))
             if not self._wanted(work, f"after {made} tokens"):
                 return None
-            _emit(work, Chunk(tokens, count))
+            _emit(work, Chunk(tokens, count, None, dict(laps.seconds)))
             self._busy_since = time.monotonic()
         raise AssertionError("an answer ends with an end token or at max_new_tokens")
 

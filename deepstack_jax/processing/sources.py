@@ -334,14 +334,15 @@ def _torch_to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _option(name: str, value: Any, kind: type, what: str, error: type[ValueError]) -> Any:
+    shown = repr(value[:100]) if isinstance(value, str) else _shown(value)
     if kind is bool:
         if not isinstance(value, bool | np.bool_):
-            raise error(f"{name} {_shown(value)} of {what} must be true or false")
+            raise error(f"{name} {shown} of {what} must be true or false")
         return bool(value)
     number = math.nan if isinstance(value, bool) or not isinstance(value, numbers.Real) else cast(Any, value)
     if not 0 < number < math.inf or (kind is int and number != int(number)):
         whole = "a whole number" if kind is int else "a number"
-        raise error(f"{name} {_shown(value)} of {what} must be {whole} above 0")
+        raise error(f"{name} {shown} of {what} must be {whole} above 0")
     return kind(number)
 
 

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from deepstack_jax.engine.runner import Chunk, DeadlineError, QueueFullError, StoppingError, WorkError
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.processing.sources import one_line
+from deepstack_jax.processing.stop_strings import StopStrings
 from deepstack_jax.serving.policy import MediaError, MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest, RequestError, parse_request
 
@@ -141,7 +142,7 @@ class _Generate:
     async def _respond(
         self, request: GenerateRequest, deadline: float, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        answer = _Answer(self._node.decode_stream())
+        answer = _Answer(self._node.decode_stream(), request)
         begun = False
         try:
             async with aclosing(self._node.generate(request, deadline)) as chunks:
@@ -152,7 +153,9 @@ class _Generate:
                         if not begun:
                             await send(_STREAM_START)
                             begun = True
-                        await send(_event(msgspec.json.encode(answer.body())))
+                        await send(_event(msgspec.json.encode(answer.event())))
+                    if answer.ended:
+                        break
             if not request.stream:
                 await JSONResponse(answer.body())(scope, receive, send)
                 return
@@ -168,31 +171,33 @@ class _Generate:
 
 
 class _Answer:
-    """An answer as far as it has come, in the shape of SGLang's."""
+    """An answer as far as it has come, in the shape of SGLang's. It ends with its last chunk, or at a stop string."""
 
-    def __init__(self, pieces: DecodeStream):
+    def __init__(self, pieces: DecodeStream, request: GenerateRequest):
+        self.ended = False
         self._pieces = pieces
+        self._stop = StopStrings.of(request.sampling_params.stop)
+        self._only_new = request.stream_deltas
         self._started = time.monotonic()
         self._text, self._ids = "", []
-        self._meta: dict[str, Any] = {"id": uuid.uuid4().hex}
+        self._sent = 0, 0  # characters and tokens that events have had
+        self._meta: dict[str, Any] = {"id": request.rid or uuid.uuid4().hex}
 
     def add(self, chunk: Chunk) -> None:
         for token in chunk.tokens:
             self._ids.append(token)
-            self._text += self._pieces.feed(token)
-        reason = None
-        if chunk.finish is not None:
-            self._text += self._pieces.finish()
-            if chunk.finish == "stop":
-                reason = {"type": "stop", "matched": self._ids[-1]}
-            else:
-                reason = {"type": "length", "length": len(self._ids)}
+            self._text += self._stop.feed(self._pieces.feed(token))
+            if self._stop.matched is not None:
+                break  # what came with it in one chunk is not of the answer
+        if chunk.finish is not None and self._stop.matched is None:
+            self._text += self._stop.feed(self._pieces.finish()) + self._stop.finish()
+        self.ended = chunk.finish is not None or self._stop.matched is not None
         self._meta |= {
             "prompt_tokens": chunk.prompt_tokens,
             "completion_tokens": len(self._ids),
-            "finish_reason": reason,
+            "finish_reason": self._reason(chunk) if self.ended else None,
         }
-        if chunk.finish is not None:
+        if self.ended:
             self._meta["e2e_latency"] = round(time.monotonic() - self._started, 6)
             self._meta["timings"] = {stage: round(seconds, 6) for stage, seconds in chunk.timings.items()}
             if chunk.split is not None:
@@ -200,6 +205,21 @@ class _Answer:
 
     def body(self) -> dict[str, Any]:
         return {"text": self._text, "output_ids": self._ids, "meta_info": self._meta}
+
+    def event(self) -> dict[str, Any]:
+        """What a stream says now: the whole answer so far, or only what is new since the last event."""
+        if not self._only_new:
+            return self.body()
+        characters, tokens = self._sent
+        self._sent = len(self._text), len(self._ids)
+        return {"text": self._text[characters:], "output_ids": self._ids[tokens:], "meta_info": self._meta}
+
+    def _reason(self, chunk: Chunk) -> dict[str, Any]:
+        if self._stop.matched is not None:
+            return {"type": "stop", "matched": self._stop.matched}
+        if chunk.finish == "stop":
+            return {"type": "stop", "matched": self._ids[-1]}
+        return {"type": "length", "length": len(self._ids)}
 
 
 _STREAM_START = {

@@ -1,21 +1,66 @@
 """What `POST /generate` takes: SGLang's native API in shape, checked field by field."""
 
 import asyncio
-import io
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
-from PIL import Image
 
-from deepstack_jax.processing.chat import parse_messages
+from deepstack_jax.processing.messages import parse_messages, short
+from deepstack_jax.processing.prompt_options import MEDIA_OPTIONS, PromptOptions
+from deepstack_jax.processing.sources import one_line
+from deepstack_jax.processing.stop_strings import StopStrings
 from deepstack_jax.serving.media import admit
 from deepstack_jax.serving.policy import Budget, MediaPolicy
 
-MAX_FPS = 120.0
+MAX_TOOLS = 256
 _WHOLE = 2**31 - 1  # what the programs' int32 holds
+
+# Fields of SGLang's API that nothing here has a use for, and the values with which they ask for nothing.
+_NEUTRAL: dict[str, Sequence[Any]] = {
+    "audio_data": ("", []),
+    "input_ids": (),
+    "input_embeds": (),
+    "lora_path": ("",),
+    "log_metrics": (True, False),
+    "logprob_start_len": (-1,),
+    "modalities": (["image"], ["video"], ["multi-images"]),
+    "return_hidden_states": (False,),
+    "return_logprob": (False,),
+    "return_text_in_logprobs": (True, False),
+    "session_params": ({},),
+    "custom_logit_processor": ("",),
+    "token_ids_logprob": ([],),
+    "top_logprobs_num": (0,),
+}
+_NEUTRAL_SAMPLING: dict[str, Sequence[Any]] = {
+    "custom_params": ({},),
+    "ebnf": ("",),
+    "frequency_penalty": (0,),
+    "json_schema": ("",),
+    "logit_bias": ({},),
+    "min_new_tokens": (0,),
+    "n": (1,),
+    "no_stop_trim": (False,),
+    "regex": ("",),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_regex": ("", []),
+    "stream_interval": (1,),
+    "structural_tag": ("",),
+}
+# other names of fields: those of the published design's example and their plurals; SGLang's later name of the seed
+_OTHER_NAMES = {
+    "image": "image_data",
+    "images": "image_data",
+    "video": "video_data",
+    "videos": "video_data",
+    "max_tokens": "max_new_tokens",
+}
+_OTHER_SAMPLING_NAMES = {"sampling_seed": "seed"}
 
 
 class RequestError(Exception):
@@ -37,42 +82,47 @@ class RequestError(Exception):
 
 
 class SamplingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`sampling_params`: the names and neutral values of `dsj.generate`, and SGLang's way to name end tokens."""
+    """`sampling_params`: the names and neutral values of `dsj.generate`, and SGLang's ways to name ends."""
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=_WHOLE)] = 64
     temperature: Annotated[float, Meta(ge=0, le=1000)] = 0.0
-    top_k: Annotated[int, Meta(ge=0, le=_WHOLE)] = 0
+    top_k: Annotated[int, Meta(ge=-1, le=_WHOLE)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0, le=1000)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-1000, le=1000)] = 0.0
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    stop: str | list[str] = []
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=_WHOLE)]], Meta(max_length=16)] = []
     ignore_eos: bool = False
 
     def options(self, eos_token_ids: tuple[int, ...]) -> dict[str, Any]:
-        """The keyword arguments of `dsj.generate`, for a model with these end tokens."""
-        taken = {name: getattr(self, name) for name in self.__struct_fields__}
+        """The keyword arguments of `dsj.generate`, for a model with these end tokens. Stop strings are not of them."""
+        taken = {name: getattr(self, name) for name in self.__struct_fields__ if name != "stop"}
         own = () if taken.pop("ignore_eos") else eos_token_ids
         return taken | {"eos_token_id": [*own, *taken.pop("stop_token_ids")]}
 
 
-class ChatMessage(msgspec.Struct, forbid_unknown_fields=True):
-    """One message; the parts of its content are checked when it is parsed."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | list[Any]
-
-
 class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of `POST /generate`."""
+    """The body of `POST /generate`. Messages are checked by `parse_messages`, media and their options when admitted."""
 
     text: str | None = None
-    messages: list[ChatMessage] | None = None
-    image_data: str | list[str] | None = None
-    video_data: str | list[str] | None = None
+    messages: list[Any] | None = None
+    image_data: str | list[str] = []
+    video_data: str | list[str | list[str]] = []
+    tools: Annotated[list[dict[str, Any]], Meta(max_length=MAX_TOOLS)] = []
+    chat_template_kwargs: dict[str, Any] = {}
+    enable_thinking: bool | None = None
+    mm_processor_kwargs: dict[str, Any] = {}
     sampling_params: SamplingOptions = SamplingOptions()
     stream: bool = False
+    stream_deltas: bool = False
+    rid: Annotated[str, Meta(max_length=128)] = ""
+
+    def prompt_options(self) -> dict[str, Any]:
+        """The keyword arguments of `processor.prepare`."""
+        named = {name: getattr(self, name) for name in ("tools", "chat_template_kwargs", "enable_thinking")}
+        return {name: value for name, value in named.items() if value or value is False} | self.mm_processor_kwargs
 
 
 @dataclass
@@ -80,8 +130,9 @@ class Inputs:
     """What `processor.prepare` takes, all media admitted."""
 
     prompt: str | list[dict[str, Any]]
-    images: list[Image.Image]
-    videos: list[io.BytesIO]
+    images: list[Any]
+    videos: list[Any]
+    options: dict[str, Any]
     has_media: bool
 
 
@@ -95,13 +146,12 @@ def parse_request(body: bytes) -> GenerateRequest:
         raw = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not valid JSON ({error}): send one JSON object", code="invalid_json") from None
+    plain = _plain(raw) if isinstance(raw, dict) else raw
     try:
-        request = msgspec.convert(raw, GenerateRequest)
+        request = msgspec.convert(plain, GenerateRequest)
     except msgspec.ValidationError as error:
-        raise _explained(str(error), raw) from None
-    if (request.text is None) == (request.messages is None):
-        found = "neither" if request.text is None else "both"
-        raise RequestError(f"text and messages: {found} given, send one of them", param="text")
+        raise _explained(str(error), plain) from None
+    _check_whole(request)
     return request
 
 
@@ -109,14 +159,16 @@ async def admit_media(request: GenerateRequest, policy: MediaPolicy) -> Inputs:
     """Fetches and checks all images and videos of a request; nothing of them is decoded yet.
 
     Raises:
-        RequestError: too many of them, or one that is no text or number where it should be.
+        RequestError: too many of them, or one that is no text where it should be.
         MediaError, PromptError: what the policy refuses, messages that can't be served.
     """
     budget, tasks = Budget(policy), []
 
     def later(kind: Literal["image", "video"], source: Any) -> asyncio.Task[Any]:
         if len(tasks) == policy.max_items:
-            raise RequestError(f"more than {policy.max_items} images and videos: send fewer", 413)
+            raise RequestError(
+                f"more than {policy.max_items} images and videos: send fewer, or serve with --max-items", 413
+            )
         tasks.append(asyncio.create_task(admit(kind, source, policy, budget)))
         return tasks[-1]
 
@@ -125,11 +177,11 @@ async def admit_media(request: GenerateRequest, policy: MediaPolicy) -> Inputs:
         videos = [later("video", source) for source in _listed(request.video_data)]
         prompt, parts = request.text or "", []
         if request.messages is not None:
-            prompt, media = parse_messages(msgspec.to_builtins(request.messages))
+            prompt, media = parse_messages(request.messages)
             parts = [part for message in prompt for part in message["content"] if isinstance(part, dict)]
             parts = [part for part in parts if part["type"] != "text"]
             for part, one in zip(parts, media, strict=True):
-                part |= _checked_options(one.options)
+                part |= one.options
                 if one.source is not None:
                     part[one.kind] = later("image" if one.kind == "image" else "video", one.source)
         await asyncio.gather(*tasks)
@@ -139,20 +191,85 @@ async def admit_media(request: GenerateRequest, policy: MediaPolicy) -> Inputs:
     for part in parts:
         if part["type"] in part:
             part[part["type"]] = part[part["type"]].result()
-    return Inputs(prompt, [task.result() for task in images], [task.result() for task in videos], bool(tasks))
+    admitted_images, admitted_videos = ([task.result() for task in of_kind] for of_kind in (images, videos))
+    return Inputs(prompt, admitted_images, admitted_videos, request.prompt_options(), bool(tasks))
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [] if value is None else [value] if isinstance(value, str) else value
+def _listed(value: str | list[Any]) -> list[Any]:
+    """One source or several as a list; an empty text is none."""
+    return [one for one in ([value] if isinstance(value, str) else value) if one != ""]
 
 
-def _checked_options(options: dict[str, Any]) -> dict[str, Any]:
-    fps, sample = options.get("fps", 1.0), options.get("do_sample_frames", True)
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= MAX_FPS:
-        raise RequestError(f"fps {_short(fps)} of a video: expected a number above 0, at most {MAX_FPS:g}", param="fps")
-    if not isinstance(sample, bool):
-        raise RequestError(f"do_sample_frames {_short(sample)} of a video: expected true or false")
-    return options
+def _check_whole(request: GenerateRequest) -> None:
+    """What no field says by itself."""
+    has_messages = request.messages is not None
+    has_text = request.text is not None and not (has_messages and not request.text)
+    if has_text == has_messages:
+        found = "both" if has_text else "neither"
+        raise RequestError(f"text and messages: {found} given, send one of them", param="text")
+    if unknown := [name for name in request.mm_processor_kwargs if name not in MEDIA_OPTIONS]:
+        raise _unknown_field(f"mm_processor_kwargs.{unknown[0]}", MEDIA_OPTIONS)
+    try:
+        StopStrings.of(request.sampling_params.stop)
+        PromptOptions.of(request.prompt_options())
+    except ValueError as error:
+        raise RequestError(one_line(error), code="invalid_value") from None
+
+
+def _plain(raw: dict[str, Any]) -> dict[str, Any]:
+    """A body with the fields of `GenerateRequest` only: other names, nulls and what asks for nothing are resolved.
+
+    Sampling options may stand beside the text, as the published design writes them.
+
+    Raises:
+        RequestError: 400 for a field that is given twice, or that asks for what isn't served.
+    """
+    body = _known_fields(raw, _NEUTRAL | _NEUTRAL_SAMPLING, _OTHER_NAMES | _OTHER_SAMPLING_NAMES, "")
+    params = body.pop("sampling_params", {})
+    if not isinstance(params, dict):
+        return body | {"sampling_params": params}
+    params = _known_fields(params, _NEUTRAL_SAMPLING, _OTHER_SAMPLING_NAMES, "sampling_params.")
+    for name in [name for name in SamplingOptions.__struct_fields__ if name in body]:
+        if name in params:
+            raise RequestError(f"{name} and sampling_params.{name}: both given, send one of them", param=name)
+        params[name] = body.pop(name)
+    for name in ("max_new_tokens", "top_k", "seed"):
+        if isinstance(value := params.get(name), float) and value.is_integer():
+            params[name] = int(value)
+    return body | {"sampling_params": params}
+
+
+def _known_fields(
+    raw: Mapping[str, Any], neutral: Mapping[str, Sequence[Any]], other_names: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for given, value in raw.items():
+        name = other_names.get(given, given)
+        if name in neutral:
+            if value is not None and not any(_same(value, one) for one in neutral[name]):
+                raise RequestError(
+                    f"{where}{name} {short(value)} is not supported: leave it out",
+                    param=f"{where}{name}",
+                    code="unsupported_value",
+                )
+        elif name in fields:
+            raise RequestError(f"{where}{given} and {where}{name}: both given, send one of them", param=where + given)
+        elif value is not None or name not in _FIELDS:
+            fields[name] = value
+    return fields
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    # to Python True is 1; to a client it isn't
+    return value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
+
+
+_FIELDS = {*GenerateRequest.__struct_fields__, *SamplingOptions.__struct_fields__}
+
+
+def _unknown_field(name: str, known: Sequence[str]) -> RequestError:
+    message = f"unknown field {short(name)[1:-1]}: use {', '.join(known)}"
+    return RequestError(message, param=name[:100], code="unknown_field")
 
 
 def _explained(text: str, raw: Any) -> RequestError:
@@ -161,20 +278,14 @@ def _explained(text: str, raw: Any) -> RequestError:
     steps = [int(step) if step.isdigit() else step for step in re.findall(r"\w+", path)]
     where = re.sub(r"^\.", "", path.rstrip("`")) or None
     if field := re.search(r"unknown field `(.*)`", text):
-        struct = ChatMessage if "messages" in steps else SamplingOptions if steps else GenerateRequest
+        struct = SamplingOptions if steps else GenerateRequest
         name = f"{where}.{field[1]}" if where else field[1]
-        known = ", ".join(struct.__struct_fields__)
-        return RequestError(f"unknown field {_short(name)[1:-1]}: use {known}", param=name[:100], code="unknown_field")
+        return _unknown_field(name, struct.__struct_fields__)
     value = raw
     for step in steps:
         try:
             value = value[step]
         except (KeyError, IndexError, TypeError):
             break
-    message = f"{where or 'the body'} {_short(value)}: {text[:1].lower()}{text[1:].replace('`', '')}"
+    message = f"{where or 'the body'} {short(value)}: {text[:1].lower()}{text[1:].replace('`', '')}"
     return RequestError(message, param=where, code="invalid_value")
-
-
-def _short(value: Any) -> str:
-    text = repr(value[:100] if isinstance(value, str) else value)
-    return text if len(text) <= 100 else text[:100] + "..."

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -17,6 +17,7 @@ from deepstack_jax.disagg.payload import pack
 from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
 from deepstack_jax.generation import Plan, plan_answer
 from deepstack_jax.processing.batch import Batch, arrange
+from deepstack_jax.processing.messages import texts_in
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.processing.sources import one_line
 from deepstack_jax.programs import Prompt
@@ -86,7 +87,8 @@ class TextNode:
                     loop = asyncio.get_running_loop()
                     batch = arrival = None
                     if inputs.has_media and self._encoders:
-                        payload = await loop.run_in_executor(pool, pack, inputs.prompt, inputs.images, inputs.videos)
+                        parts = inputs.prompt, inputs.images, inputs.videos, inputs.options
+                        payload = await loop.run_in_executor(pool, pack, *parts)
                         arrival = await self._fetch(payload, deadline)
                     if arrival is not None:
                         batch, plan = arrival.prompt, self._plan(request, arrival.prompt)
@@ -101,7 +103,7 @@ class TextNode:
             try:
                 async for chunk in chunks:
                     await prepared.aclose()  # the pixels are encoded
-                    if arrival and chunk.finish:
+                    if arrival:
                         timings, split = chunk.timings | arrival.timings, _told(arrival, started)
                         chunk = replace(chunk, timings=timings, split=split)
                     yield chunk
@@ -153,17 +155,17 @@ class TextNode:
 
     def _check_text(self, request: GenerateRequest) -> None:
         """Refuses what can't fit before it is rendered and tokenized."""
-        size = len(request.text or "")
+        size = len(request.text or "") + sum(map(len, texts_in([request.tools, request.chat_template_kwargs])))
         for message in request.messages or ():
-            parts = [message.content] if isinstance(message.content, str) else message.content
-            texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-            size += sum(len(text) for text in texts if isinstance(text, str))
+            size += sum(map(len, _texts_of(message)))
         if size > TEXT_BYTES_A_TOKEN * self._max_context:
             raise RequestError(f"the text has {size} characters, too many for {self._max_context} tokens: shorten it")
 
     def _prepare(self, request: GenerateRequest, inputs: Inputs) -> tuple[Batch, Plan]:
         """Decodes pictures, tokenizes, and checks that prompt and answer fit."""
-        arrays = self._model.processor.prepare(inputs.prompt, images=inputs.images, videos=inputs.videos)
+        arrays = self._model.processor.prepare(
+            inputs.prompt, images=inputs.images, videos=inputs.videos, **inputs.options
+        )
         batch = arrange(self._model.config, **arrays)
         return batch, self._plan(request, batch)
 
@@ -179,6 +181,16 @@ class TextNode:
                 code="context_length_exceeded",
             )
         return plan_answer(self._model, prompt, **options)
+
+
+def _texts_of(message: Any) -> Iterator[str]:
+    """The texts of a message as it came, without the pictures in it."""
+    if not isinstance(message, dict):
+        return
+    yield from texts_in([value for key, value in message.items() if key != "content"])
+    content = message.get("content")
+    for part in content if isinstance(content, list) else [content]:
+        yield from texts_in(part.get("text") if isinstance(part, dict) else part)
 
 
 def _told(arrival: Arrival, started: float) -> dict[str, Any]:
