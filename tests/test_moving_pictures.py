@@ -173,6 +173,14 @@ def test_a_png_is_composed_as_its_specification_says(dispose: int, blend: int, s
     assert loaded.fps == pytest.approx(10)
 
 
+def test_opacity_blended_over_nothing_is_kept():
+    """By the specification's formula, the opacity of a pixel over a clear one is its own."""
+    frames = [(rgba(64, 64, 0, 0, 0, 0), (0, 0), 0, 0), (rgba(64, 64, 200, 0, 100, 128), (0, 0), 0, 1)]
+    seen = every_frame(apng((64, 64), frames)).frames[1].astype(int)
+    over_white = [255 + (colour - 255) * 128 / 255 for colour in (200, 0, 100)]
+    assert np.abs(seen - over_white).max() < 1
+
+
 @pytest.mark.parametrize("disposal", [0, 1, 2, 3])
 def test_a_gif_is_composed_as_its_specification_says(disposal: int):
     """Opaque squares laid over a full first frame; 2 clears their place, 3 brings back what was there."""
@@ -219,6 +227,13 @@ def test_rotation_noted_in_exif_is_applied(kind: str, orientation: int, turn: in
     turned = every_frame(animation(kind, flat(3), exif=exif)).frames
     stored = every_frame(animation(kind, flat(3))).frames
     np.testing.assert_array_equal(turned, np.rot90(stored, turn, axes=(1, 2)))
+
+
+def test_a_png_of_16_bits_is_refused_as_a_picture_of_it_is():
+    deep = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) * 16
+    content = animation("PNG", [Image.fromarray(deep), Image.fromarray(deep[::-1].copy())])
+    with pytest.raises(VideoError, match=r"frame 1 of file of \d+ bytes: .* of mode I;16 has values 0 to 65520"):
+        every_frame(content)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])

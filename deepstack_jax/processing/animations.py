@@ -1,0 +1,311 @@
+"""Animated pictures, from header to frames: GIF, WebP, PNG and AVIF.
+
+Pillow decodes them. FFmpeg, which decodes videos, gives only the first picture of some of them, and knows no
+transparency.
+"""
+
+import io
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+from PIL import Image
+
+from deepstack_jax.processing.images import ImageError, load_image
+
+ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF")
+# what browsers and FFmpeg take for a frame that names no time
+DEFAULT_DELAY = 0.1
+
+File = Path | io.BytesIO
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its frames.
+
+    Attributes:
+        delays: for how many seconds each is shown, 0 where the file doesn't say; one for a still picture.
+        width, height: of the largest frame.
+        skipped: whether a picture that is not a frame stands before them.
+    """
+
+    delays: list[float]
+    width: int
+    height: int
+    skipped: bool = False
+
+    @property
+    def fps(self) -> float:
+        """Frames per second, on average."""
+        seconds = math.fsum(delay if delay > 0 else DEFAULT_DELAY for delay in self.delays)
+        return len(self.delays) / seconds if seconds else 1 / DEFAULT_DELAY
+
+
+def picture_format(file: File) -> str | None:
+    """Pillow's name of a file's format, of those that are mistaken for videos or are some."""
+    with _reading(file) as content:
+        start = content.read(32)
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "WEBP"
+    if start[4:8] == b"ftyp" and (b"avif" in start[8:] or b"avis" in start[8:]):
+        return "AVIF"
+    return next((kind for signature, kind in _SIGNATURES.items() if start.startswith(signature)), None)
+
+
+_SIGNATURES = {
+    b"GIF87a": "GIF",
+    b"GIF89a": "GIF",
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+}
+
+
+def has_views(file: File) -> bool:
+    """Whether a JPEG file is one photograph with previews or views behind it (MPO)."""
+    try:
+        with _opened(file, "JPEG", "MPO") as image:
+            return image.format == "MPO"
+    except Exception:  # decoders raise many types for damaged headers
+        return False
+
+
+def read_header(file: File, kind: str) -> Header:
+    """Reads the times and sizes of an animation's frames, of which none is decoded.
+
+    Args:
+        file: the file, at any position.
+        kind: one of `ANIMATIONS`.
+
+    Raises:
+        struct.error, IndexError: it ends too soon.
+    """
+    if kind == "AVIF":
+        return _read_avif(file)
+    with _reading(file) as content:
+        return {"GIF": _read_gif, "WEBP": _read_webp, "PNG": _read_png}[kind](content)
+
+
+def frames_of(file: File, kind: str) -> Iterator[Image.Image]:
+    """Frames of an animation in order, all of one size, up to the first that is damaged.
+
+    Raises:
+        ImageError: pixels of a kind that pictures may not have either.
+    """
+    try:
+        yield from _png_frames(file) if kind == "PNG" else _pillow_frames(file, kind)
+    except ImageError:
+        raise
+    except Exception:  # decoders raise many types; what came before is good
+        return
+
+
+def _opened(file: File, *formats: str) -> Image.Image:
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    with warnings.catch_warnings():
+        # sizes are checked by the header, and other doubts of Pillow's show when frames are decoded
+        warnings.simplefilter("ignore")
+        return Image.open(file, formats=formats)
+
+
+def _pillow_frames(file: File, kind: str) -> Iterator[Image.Image]:
+    with _opened(file, kind) as image:
+        size = image.size
+        for number in range(1 << 31):
+            image.seek(number)
+            image.load()
+            # a GIF's frame may reach beyond its screen, where viewers cut it off
+            yield image.copy() if image.size == size else image.crop((0, 0, *size))
+
+
+@contextmanager
+def _reading(file: File) -> Iterator[BinaryIO]:
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+        yield file
+    else:
+        with file.open("rb") as content:
+            yield content
+
+
+# ---- headers
+
+
+def _read_gif(content: BinaryIO) -> Header:
+    """By the GIF89a specification."""
+    width, height, flags = struct.unpack("<6xHHB2x", content.read(13))
+    delays, delay = [], 0.0
+    _skip_palette(content, flags)
+    while (block := content.read(1)) and block != b";":
+        if block == b"!":
+            label = content.read(1)
+            data = next(pieces := _sub_blocks(content), b"")
+            for _ in pieces:
+                pass
+            if label == b"\xf9" and len(data) >= 4:  # graphic control: what holds for the next frame
+                delay = struct.unpack_from("<H", data, 1)[0] / 100
+        elif block == b",":
+            left, top, columns, rows, flags = struct.unpack("<HHHHB", content.read(9))
+            width, height = max(width, left + columns), max(height, top + rows)
+            _skip_palette(content, flags)
+            content.read(1)
+            for _ in _sub_blocks(content):
+                pass
+            delays.append(delay)
+            delay = 0.0
+    return Header(delays, width, height)
+
+
+def _skip_palette(content: BinaryIO, flags: int) -> None:
+    if flags & 0x80:
+        content.seek(3 << ((flags & 7) + 1), io.SEEK_CUR)
+
+
+def _sub_blocks(content: BinaryIO) -> Iterator[bytes]:
+    while (size := content.read(1)) not in (b"", b"\0"):
+        yield content.read(size[0])
+
+
+def _read_webp(content: BinaryIO) -> Header:
+    """By the specification of WebP's container."""
+    delays: list[float] = []
+    width = height = 0
+    content.seek(12)
+    while len(head := content.read(8)) == 8:
+        kind, size = struct.unpack("<4sI", head)
+        start = content.tell()
+        if kind == b"VP8X":
+            data = content.read(10)
+            width, height = (1 + int.from_bytes(data[i : i + 3], "little") for i in (4, 7))
+        elif kind == b"ANMF":
+            delays.append(int.from_bytes(content.read(16)[12:15], "little") / 1000)
+        content.seek(start + size + size % 2)
+    return Header(delays or [0.0], width, height)
+
+
+def _read_avif(file: File) -> Header:
+    """FFmpeg lists its still, its frames and its opacities as streams of their own."""
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    # files may name others: none is opened
+    source, allowed = (file, "data") if isinstance(file, io.BytesIO) else (str(file), "file")
+    with av.open(source, mode="r", options={"protocol_whitelist": allowed}) as container:
+        streams = container.streams.video
+        if not streams:
+            return Header([0.0], 0, 0)
+        track = max(streams, key=lambda stream: stream.frames)
+        width, height = (max(getattr(stream, side) for stream in streams) for side in ("width", "height"))
+        packets = [packet for packet in container.demux(track) if packet.size]
+        delays = [float((packet.duration or 0) * (packet.time_base or 0)) for packet in packets]
+    return Header(delays, width, height)
+
+
+# ---- PNG, by the third edition of its specification
+
+
+def _png_chunks(content: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Kinds and lengths of the chunks; `content` stands at the data of each when it is given."""
+    content.seek(8)
+    while len(head := content.read(8)) == 8:
+        size, kind = struct.unpack(">I4s", head)
+        start = content.tell()
+        yield kind, size
+        content.seek(start + size + 4)
+
+
+def _read_png(content: BinaryIO) -> Header:
+    delays: list[float] = []
+    animated, skipped, width, height = False, False, 0, 0
+    for kind, _ in _png_chunks(content):
+        if kind == b"IHDR":
+            width, height = struct.unpack(">II", content.read(8))
+        elif kind == b"acTL":
+            animated = struct.unpack(">I", content.read(4))[0] > 0
+        elif kind == b"fcTL":
+            numerator, denominator = struct.unpack(">20xHH", content.read(24))
+            delays.append(numerator / (denominator or 100))
+        elif kind == b"IDAT":
+            if not animated:
+                break
+            skipped = skipped or not delays  # a picture for programs that know no animations
+    return Header(delays, width, height, skipped) if animated else Header([0.0], width, height)
+
+
+def _png_frames(file: File) -> Iterator[Image.Image]:
+    """Decodes the frames as pictures of their own and lays them over one another.
+
+    Pillow's own composition neither undoes a frame that is blended nor keeps the opacity of what is blended over
+    nothing.
+    """
+    with _reading(file) as content:
+        header, shared, exif = _png_header(content)
+        canvas = Image.new("RGBA", struct.unpack_from(">II", header))
+        for control, data in _png_pieces(content):
+            width, height, x, y = struct.unpack_from(">IIII", control, 4)
+            disposal, blending = control[24:26]
+            if x + width > canvas.width or y + height > canvas.height:
+                return
+            piece = _png_piece(struct.pack(">II", width, height) + header[8:], shared, data)
+            before = canvas.copy() if disposal == 2 else None
+            if blending:
+                canvas.alpha_composite(piece, (x, y))
+            else:
+                canvas.paste(piece, (x, y))
+            frame = canvas.copy()
+            frame.info = {"exif": exif} if exif else {}
+            yield frame
+            if disposal == 1:
+                canvas.paste((0, 0, 0, 0), (x, y, x + width, y + height))
+            canvas = before or canvas
+
+
+def _png_header(content: BinaryIO) -> tuple[bytes, bytes, bytes]:
+    """The data of IHDR, the chunks that say what all pixels mean, and the EXIF data."""
+    header, shared, exif = b"", b"", b""
+    for kind, size in _png_chunks(content):
+        if kind == b"IHDR":
+            header = content.read(13)
+        elif kind in (b"PLTE", b"tRNS"):
+            shared += _png_chunk(kind, content.read(size))
+        elif kind == b"eXIf":
+            exif = b"Exif\0\0" + content.read(size)
+    return header, shared, exif
+
+
+def _png_pieces(content: BinaryIO) -> Iterator[tuple[bytes, bytearray]]:
+    """The control data of each frame and its compressed pixels."""
+    control, data = b"", bytearray()
+    for kind, size in _png_chunks(content):
+        if kind in (b"fcTL", b"IEND"):
+            if control:
+                yield control, data
+            control, data = content.read(26), bytearray()
+        elif kind in (b"IDAT", b"fdAT") and control:
+            skipped = 4 if kind == b"fdAT" else 0  # the number of the chunk
+            data += content.read(size)[skipped:]
+    if control and data:
+        yield control, data  # cut short: its decoder says whether it is whole
+
+
+def _png_piece(header: bytes, shared: bytes, data: bytearray) -> Image.Image:
+    whole = _png_chunk(b"IHDR", header) + shared + _png_chunk(b"IDAT", bytes(data)) + _png_chunk(b"IEND", b"")
+    with _opened(io.BytesIO(b"\x89PNG\r\n\x1a\n" + whole), "PNG") as piece:
+        if piece.mode.startswith("I"):
+            piece.load()
+            return load_image(piece).convert("RGBA")  # or its error, by the rules of pictures
+        return piece.convert("RGBA")
+
+
+def _png_chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
