@@ -33,6 +33,7 @@ from deepstack_jax.disagg.encode import EncodeServer
 from deepstack_jax.disagg.language import EncoderLinks, TransferFailedError
 from deepstack_jax.disagg.link import SILENCE
 from deepstack_jax.disagg.messages import (
+    PROTOCOL,
     Abort,
     Accepted,
     Goodbye,
@@ -261,7 +262,7 @@ class TestConnecting:
     @pytest.mark.parametrize(
         ("changed", "remedy"),
         [
-            ({"protocol": 2}, "install the same release on both"),
+            ({"protocol": PROTOCOL - 1}, "install the same release on both"),
             ({"model": "another"}, "load the same checkpoint on both"),
             ({"dtype": "bfloat16"}, "load both with the same dtype"),
             ({"hidden_size": 8}, "load the same checkpoint on both"),

@@ -174,11 +174,12 @@ def test_nodes_of_other_versions_can_part_with_a_reason():
     data = other + msgspec.msgpack.encode(msgspec.to_builtins(newer) | {"a_new_field": 1})
     assert decode(data) == (newer, "")
     assert refusal(newer, encoder_hello()) == (
-        "protocol is 2 on the language node and 1 on the encode node: install the same release on both"
+        f"protocol is {PROTOCOL + 1} on the language node and {PROTOCOL} on the encode node: "
+        "install the same release on both"
     )
     message, why = decode(other + encode(Release("r", 1))[1:])
     assert message is None
-    assert why.startswith("protocol 2, this node speaks 1")
+    assert why.startswith(f"protocol {PROTOCOL + 1}, this node speaks {PROTOCOL}")
 
 
 class TestRefusal:

@@ -235,48 +235,49 @@ class EncodeServer:
                 except Exception as error:  # then nothing of it was started
                     _log.exception("a write failed to start")
                     now, reason = time.monotonic(), f"the write failed to start ({type(error).__name__})"
-                    self._do(self.sender.failed(key, 500, reason, now))
+                    self._do(self.sender.failed(key, 503, reason, now))
                     self._do(self.sender.write_skipped(key, round, [block for block, _ in blocks], now))
             case Forget(key):
                 if (job := self._jobs.pop(key, None)) and job.task:
                     job.task.cancel()
 
     async def _prepare(self, action: Prepare) -> None:
-        key, began = action.key, time.monotonic()
+        """Prepares and encodes one request. Whatever goes wrong with it is said of it, and of nothing else."""
+        key, stage = action.key, "preparing the request"
         try:
-            prompt, visuals, keys = await self._loop.run_in_executor(self._pool, self._read, action.payload)
-            prepared = time.monotonic()
+            began = time.monotonic()
+            try:
+                prompt, visuals, keys = await self._loop.run_in_executor(self._pool, self._read, action.payload)
+            except ValueError as error:  # only here: a ValueError of the encoder is none of the request
+                self._do(self.sender.failed(key, 400, one_line(error), time.monotonic()))
+                return
+            prepared, stage = time.monotonic(), "encoding the images and videos"
             encoded = await asyncio.wrap_future(self.worker.submit(visuals, keys)) if visuals else None
             if (job := self._jobs.get(key)) is None:
                 return
             job.prompt = OutgoingPrompt(**prompt, rows=encoded.rows if encoded else None)
-        except asyncio.CancelledError:
-            raise
-        except ValueError as error:
-            self._do(self.sender.failed(key, 400, one_line(error), time.monotonic()))
-            return
+            aux, ids, positions = (prompt[name] for name in ("aux_datas", "fill_ids", "mrope_positions"))
+            actions = self.sender.prepared(
+                key,
+                len(ids),
+                int(aux[AUX_VISUAL_ROWS]),
+                int(aux[AUX_ROPE_DELTA]),
+                fingerprint(self.hello.model, ids, positions, xxhash.xxh3_128(b"".join(keys)).digest()),
+                time.monotonic(),
+                prepare_us=int((prepared - began) * 1e6),
+                encode_us=int((time.monotonic() - prepared) * 1e6),
+            )
         except Exception as error:
-            _log.exception("encoding failed")
-            reason = f"the encoder failed ({type(error).__name__}): {one_line(error)[:300]}"
+            _log.exception("%s failed", stage)
+            reason = f"{stage} failed ({type(error).__name__}): {one_line(error)[:300]}"
             self._do(self.sender.failed(key, 500, reason, time.monotonic()))
             return
-        aux, ids, positions = (prompt[name] for name in ("aux_datas", "fill_ids", "mrope_positions"))
-        actions = self.sender.prepared(
-            key,
-            len(ids),
-            int(aux[AUX_VISUAL_ROWS]),
-            int(aux[AUX_ROPE_DELTA]),
-            fingerprint(self.hello.model, ids, positions, xxhash.xxh3_128(b"".join(keys)).digest()),
-            time.monotonic(),
-            prepare_us=int((prepared - began) * 1e6),
-            encode_us=int((time.monotonic() - prepared) * 1e6),
-        )
         self._do(actions)
 
     def _read(self, payload: bytes) -> tuple[dict[str, Any], tuple[Visual, ...], list[bytes]]:
         """(an OutgoingPrompt's arrays, the images and videos, their keys)."""
-        prompt, images, videos = unpack(payload)
-        arrays = self._model.processor.prepare(prompt, images=images, videos=videos)
+        prompt, images, videos, options = unpack(payload)
+        arrays = self._model.processor.prepare(prompt, images=images, videos=videos, **options)
         batch = arrange(self._model.config, **arrays)
         count = int(batch.lengths[0])
         aux = np.zeros(AUX_LENGTH, np.int32)

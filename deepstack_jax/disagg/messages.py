@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from deepstack_jax.disagg.wire import BufferLayout
 
-PROTOCOL = 1
+PROTOCOL = 2  # of these messages, and of what a Submit's payload holds
 MAX_PAYLOAD = 128 << 20  # bytes of one request's messages, images and videos
 MAX_MESSAGE = MAX_PAYLOAD + (1 << 20)
 MAX_TOKENS = 1 << 20  # of a prompt
@@ -175,7 +175,10 @@ class Aborted(Message, frozen=True):
 
 
 class Error(Message, frozen=True):
-    """encode -> language: the attempt has failed. 4xx: so it would anywhere; 5xx: another encoder may do better."""
+    """encode -> language: the attempt has failed.
+
+    4xx: so it would anywhere. 5xx: another encoder may do better; 500 is of this request, others of the node's state.
+    """
 
     request_id: Name
     attempt: Counter

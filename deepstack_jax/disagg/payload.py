@@ -1,6 +1,11 @@
-"""A request on its way from a language node to an encode node: prompt, images and videos as they came, as msgpack."""
+"""A request on its way from a language node to an encode node: prompt, images, videos and options, as msgpack.
+
+Images and videos travel as the files that they came as, and integers that msgpack can't hold as bytes. What changes
+here changes `messages.PROTOCOL` too: nodes of unlike releases refuse each other before they exchange requests.
+"""
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -8,25 +13,50 @@ from PIL import Image
 
 from deepstack_jax.processing.sources import one_line
 
-_IMAGE, _VIDEO = 1, 2  # msgpack extension types
+Prompt = str | list[dict[str, Any]]
+Video = io.BytesIO | list[Image.Image]
+
+_IMAGE, _VIDEO, _INTEGER = 1, 2, 3  # msgpack extension types
 
 
-def pack(prompt: str | list[dict[str, Any]], images: list[Image.Image], videos: list[io.BytesIO]) -> bytes:
-    """The request as bytes. Images must have been opened from bytes and not decoded: their files are what travels."""
-    return _ENCODER.encode((prompt, images, videos))
+def pack(
+    prompt: Prompt,
+    images: Sequence[Image.Image],
+    videos: Sequence[Video],
+    options: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The request as bytes.
+
+    Args:
+        prompt: text, or messages whose parts may hold what `images` and `videos` hold.
+        images: opened from an io.BytesIO and not decoded: their files are what travels.
+        videos: files of any container, or lists of images.
+        options: keyword arguments of `processor.prepare`.
+
+    Raises:
+        ValueError: lists or objects are nested too deeply.
+        TypeError: something else than text, numbers, images and videos.
+    """
+    request = (prompt, list(images), list(videos), dict(options or {}))
+    try:
+        try:
+            return _ENCODER.encode(request)
+        except OverflowError:
+            return _ENCODER.encode(_with_large_integers(request))
+    except RecursionError:
+        raise ValueError("the request is nested too deeply: send flatter messages, tools and options") from None
 
 
-def unpack(data: bytes) -> tuple[str | list[dict[str, Any]], list[Image.Image], list[io.BytesIO]]:
+def unpack(data: bytes) -> tuple[Prompt, list[Image.Image], list[Video], dict[str, Any]]:
     """What `pack` was given.
 
     Raises:
-        ValueError: the bytes are no request.
+        ValueError: the bytes are not a request, or hold an image that this node's Pillow doesn't read.
     """
     try:
-        prompt, images, videos = _DECODER.decode(data)
-    except (msgspec.MsgspecError, RecursionError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"the request can't be read: {one_line(error)[:200]}") from None
-    return prompt, images, videos
+        return _DECODER.decode(data)
+    except Exception as error:  # Pillow's plugins raise many types
+        raise ValueError(f"the encode node can't read the request: {one_line(error)[:300]}") from None
 
 
 def _to_ext(value: object) -> msgspec.msgpack.Ext:
@@ -40,14 +70,41 @@ def _to_ext(value: object) -> msgspec.msgpack.Ext:
     raise TypeError(f"a {type(value).__name__} can't be sent to an encode node")
 
 
-def _from_ext(code: int, data: memoryview) -> Image.Image | io.BytesIO:
+def _with_large_integers(value: Any) -> Any:
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return msgspec.msgpack.Ext(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+    if isinstance(value, Mapping):
+        return {key: _with_large_integers(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_large_integers(one) for one in value]
+    return value
+
+
+def _from_ext(code: int, data: memoryview) -> Image.Image | io.BytesIO | int:
     if code == _VIDEO:
         return io.BytesIO(data)
     if code == _IMAGE:
-        # as what it was admitted, and as nothing else that its bytes could be taken for
-        return Image.open(io.BytesIO(data[8:]), formats=[bytes(data[:8]).decode("ascii", "replace").strip()])
+        return _open(bytes(data[:8]).decode("ascii", "replace").strip(), io.BytesIO(data[8:]))
+    if code == _INTEGER:
+        return int.from_bytes(data, "big", signed=True)
     raise ValueError(f"extension type {code} is not known")
 
 
+def _open(name: str, file: io.BytesIO) -> Image.Image:
+    """Opens an image as what it was admitted, and as nothing else that its bytes could be taken for."""
+    Image.init()
+    # Pillow has no opener of MPO: its JPEG opener finds out
+    opener = "JPEG" if name == "MPO" else name
+    if opener not in Image.OPEN:
+        raise ValueError(f"images of the format {name} are not supported there: send a PNG or JPEG")
+    try:
+        return Image.open(file, formats=[opener])
+    except Exception as error:  # a codec that is missing there, or another version of it
+        reason = "it is not supported there" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
+        raise ValueError(f"an image of the format {name} can't be opened ({reason}): send a PNG or JPEG") from None
+
+
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_ext)
-_DECODER = msgspec.msgpack.Decoder(tuple[str | list[dict[str, Any]], list[Any], list[Any]], ext_hook=_from_ext)
+_DECODER = msgspec.msgpack.Decoder(
+    tuple[str | list[dict[str, Any]], list[Any], list[Any], dict[str, Any]], ext_hook=_from_ext
+)
