@@ -319,6 +319,41 @@ class TestReceiver:
         made.tick(2)
         assert made.receive("a", Error("r", 3, 503, "busy"), 2)[-1].status == 503
 
+    def test_when_every_encoder_has_failed_the_request_its_own_reason_is_told(self):
+        made = receiver()
+        made.submit("r", b"", 60, 0)
+        made.receive("a", Error("r", 1, 500, "encoding failed (KeyError)"), 1)
+        made.receive("b", Error("r", 2, 500, "encoding failed (TypeError)"), 1)
+        now = 1.0
+        while "r" in made.requests:
+            now += 1
+            made.tick(now)
+            [request] = made.requests.values()
+            actions = made.receive(request.peer, Error("r", request.attempt, 500, f"failed at {request.peer}"), now)
+        assert actions[-1] == Ended("r", State.FAILED, 500, "b: failed at b")
+        assert sorted(made.peers) == ["a", "b"]  # neither of them counts as gone
+
+    def test_an_encoder_that_goes_away_is_not_blamed_for_what_another_said_of_the_request(self):
+        made = receiver()
+        made.submit("r", b"", 60, 0)
+        made.receive("a", Error("r", 1, 500, "out of memory"), 1)
+        made.peer_down("a", "a is dead", 2)
+        assert made.peer_down("b", "b is dead", 2)[-1] == Ended("r", State.FAILED, 500, "a: out of memory")
+
+    @pytest.mark.parametrize(("status", "reason"), [(503, "the encode node has 256 requests"), (504, "too late")])
+    def test_an_encoder_that_refuses_for_its_own_state_is_quoted(self, status, reason):
+        made = receiver(max_attempts=2)
+        made.submit("r", b"", 60, 0)
+        made.receive("a", Error("r", 1, 503, "busy"), 1)
+        ended = made.receive("b", Error("r", 2, status, reason), 1)[-1]
+        assert ended == Ended("r", State.FAILED, status, f"b: {reason}")
+
+    def test_this_node_encodes_what_every_encoder_has_failed(self):
+        made = receiver(encodes_here=True, max_attempts=2)
+        made.submit("r", b"", 60, 0)
+        made.receive("a", Error("r", 1, 500, "out of memory"), 1)
+        assert made.receive("b", Error("r", 2, 500, "the same"), 1)[-1] == EncodeHere("r", "b: the same")
+
     def test_damaged_blocks_are_asked_for_again_a_few_times(self):
         made = receiver(max_damaged=2)
         made.submit("r", b"", 60, 0)

@@ -21,11 +21,12 @@ import deepstack_jax as dsj
 from converters.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.disagg.encode_worker import MAX_TOGETHER
 from deepstack_jax.disagg.language import Arrival, EncoderLinks, TransferFailedError
-from deepstack_jax.disagg.nodes import open_encoder_links
+from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
 from deepstack_jax.disagg.payload import pack
 from deepstack_jax.generation import answer, plan_answer, prompt_of
 from deepstack_jax.processing.batch import arrange
 from deepstack_jax.programs import Prompt, all_logits
+from tests.test_disagg_payload import IMAGES, VIDEOS, opened
 
 BLOCK = 16  # tokens
 VIDEO = "an .mp4 of eight frames"
@@ -256,6 +257,97 @@ def test_what_a_request_is_refused_for_is_told(pair: tuple[dsj.Model, EncodeProc
     with pytest.raises(TransferFailedError, match="placeholder") as error:
         fetched(model, process, [pack("<|vision_start|><|image_pad|><|image_pad|><|vision_end|>", images, [])])
     assert error.value.status == 400
+
+
+Request = tuple[Any, list[Image.Image], list[Any], dict[str, Any]]
+
+
+def requests_of_many_kinds() -> dict[str, Request]:
+    """Anew for every call: preparing one reads its files."""
+    question, tool = "What is this?", {"type": "function", "function": {"name": "f", "parameters": {"top": 10**30}}}
+    frames = lambda: [opened(IMAGES[name]()) for name in ("MPO", "JPEG RGB", "PNG RGB", "AVIF RGB")]  # noqa: E731
+    part = {"type": "video", "video": frames(), "fps": 1.5}
+    messages = [{"role": "user", "content": [part, {"type": "image"}, question]}]
+    return {
+        **{name: (question, [opened(IMAGES[name]())], [], {}) for name in SENT_IMAGES},
+        **{name: (question, [], [io.BytesIO(VIDEOS[name]())], {}) for name in SENT_VIDEOS},
+        "frames": (question, [], [frames()], {}),
+        "frames in a message": (messages, [opened(IMAGES["MPO"]())], [], {"max_pixels": 4096}),
+        "tools": (messages, [opened(IMAGES["PNG P"]())], [], {"tools": [tool]}),
+    }
+
+
+SENT_IMAGES = (
+    "MPO",
+    "MPO turned",
+    "JPEG CMYK",
+    "PNG LA",
+    "WebP lossless RGBA",
+    "GIF P",
+    "BMP 1",
+    "TIFF LZW",
+    "AVIF RGB",
+)
+SENT_VIDEOS = ("webm", "ts", "gif", "webp", "png", "avif", "frames in a data URI")
+
+
+def test_every_kind_of_file_goes_through_real_nodes(pair: tuple[dsj.Model, EncodeProcess]):
+    model, process = pair
+    payloads = [pack(*request) for request in requests_of_many_kinds().values()]
+    arrivals = fetched(model, process, payloads)
+    for (name, request), arrival in zip(requests_of_many_kinds().items(), arrivals, strict=True):
+        prompt, images, videos, options = request
+        arrays = model.processor.prepare(prompt, images=images, videos=videos, **options)
+        whole = prompt_of(model, arrange(model.config, **arrays))
+        rows = int((np.asarray(whole.visual_index) >= 0).sum())
+        for field in ("input_ids", "position_ids", "visual_index"):
+            np.testing.assert_array_equal(getattr(arrival.prompt, field), getattr(whole, field), err_msg=name)
+        for arrived, encoded in zip(arrival.prompt.rows or (), whole.rows or (), strict=True):
+            np.testing.assert_array_equal(np.asarray(arrived)[:rows], np.asarray(encoded)[:rows], err_msg=name)
+
+
+def test_what_one_request_is_refused_for_is_nothing_to_the_others(pair: tuple[dsj.Model, EncodeProcess]):
+    """Pictures that are damaged behind their headers, of a format that isn't read there, and what is no request."""
+    model, process = pair
+    good = pack("What is this?", [opened(IMAGES["MPO"]())], [])
+    cut = pack("What is this?", [opened(IMAGES["MPO"]()[:3000])], [])
+    unknown = good.replace(b"MPO     ", b"HEIF    ")
+    reasons = {cut: "truncated", unknown: "format HEIF are not supported", b"junk": "can't read the request"}
+    text_alone = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
+    links = open_encoder_links(text_alone, [process.endpoint], block_size=BLOCK)
+
+    async def work() -> list[Any]:
+        payloads = [good, *(payload for bad in reasons for payload in (bad, good))]
+        deadline = time.monotonic() + 100
+        asked = (links.fetch(f"r{i}", payload, deadline) for i, payload in enumerate(payloads))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    answers = asyncio.run(with_links(links, work()))
+    assert all(isinstance(arrival, Arrival) for arrival in answers[::2])
+    for error, reason in zip(answers[1::2], reasons.values(), strict=True):
+        assert isinstance(error, TransferFailedError)
+        assert (error.status, reason in str(error)) == (400, True), error
+    assert links.receiver.attempts == len(answers)  # none was tried twice, and the node was never given up
+
+
+def test_a_failure_inside_the_encoder_is_told_with_its_reason(checkpoint: Path):
+    """Not as a bad request, and not as an encoder that is gone. Its weights are missing, so every attempt fails."""
+    model = dsj.load(checkpoint, "float32")
+    text_alone = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
+
+    async def work() -> None:
+        server = open_encode_server(text_alone, block_size=BLOCK)
+        await server.start()
+        links = open_encoder_links(text_alone, [server.listener.endpoint], block_size=BLOCK)
+        try:
+            await with_links(links, links.fetch("r", pack("?", *media("one image")), time.monotonic() + 60))
+        finally:
+            await server.close()
+
+    with pytest.raises(TransferFailedError, match=r": encoding the images and videos failed \(\w+\): ") as error:
+        asyncio.run(work())
+    assert error.value.status == 500
+    assert "no encoder" not in str(error.value)
 
 
 def test_a_node_with_another_model_is_refused_with_the_reason(checkpoint: Path, tmp_path: Path):

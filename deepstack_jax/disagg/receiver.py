@@ -72,6 +72,7 @@ class Request:
     written: dict[int, WrittenBlock] = field(default_factory=dict)  # those of them that are being copied out
     received: set[int] = field(default_factory=set)  # token blocks
     damaged: int = 0
+    failure: str = ""  # what an encoder said went wrong with this request, and with none of its others
 
     @property
     def waits_for_blocks(self) -> bool:
@@ -117,7 +118,9 @@ class Receiver:
         if not re.fullmatch(NAME_PATTERN, request_id):
             raise ValueError(f"request id {request_id!r}: expected 1 to 64 printable ASCII characters without spaces")
         if len(payload) > MAX_PAYLOAD:
-            raise ValueError(f"request {request_id!r} has {len(payload)} bytes: expected up to {MAX_PAYLOAD}")
+            raise ValueError(
+                f"request {request_id!r} has {len(payload)} bytes: expected up to {MAX_PAYLOAD}, send less"
+            )
         self.requests[request_id] = Request(payload, deadline)
         return self._next_attempt(request_id, "no encoder is connected", now)
 
@@ -193,8 +196,10 @@ class Receiver:
                         actions = self._written(request, message, now)
                     case Error(request_id, _, status, reason) if status < 500:
                         actions = self._fail(request_id, status, reason, now)
-                    case Error(request_id, _, _, reason):
-                        actions = self._next_attempt(request_id, f"{peer}: {reason}", now)
+                    case Error(request_id, _, status, reason):
+                        reason = f"{peer}: {reason}"
+                        request.failure = reason if status == 500 else request.failure
+                        actions = self._next_attempt(request_id, reason, now, status)
         if actions is None:
             self.dropped[type(message).__name__] += 1
             return []
@@ -229,16 +234,22 @@ class Receiver:
 
     # attempts
 
-    def _next_attempt(self, request_id: str, reason: str, now: float) -> list[Action]:
-        """Gives up the attempt, if there is one, and goes on with the encoder tried least, then the least busy."""
+    def _next_attempt(self, request_id: str, reason: str, now: float, status: int | None = None) -> list[Action]:
+        """Gives up the attempt, if there is one, and goes on with the encoder tried least, then the least busy.
+
+        `status` is the encoder's own, where it has said itself why.
+        """
         request = self.requests[request_id]
         actions = self._abandon(request_id, request, reason, now)
         if not self.peers or sum(request.tried.values()) >= self.settings.max_attempts:
             if self.settings.encodes_here:
                 del self.requests[request_id]
                 return [*actions, EncodeHere(request_id, reason)]
-            reason = f"no encoder is left: {reason}" if request.tried else reason
-            return actions + self._fail(request_id, 503, reason, now)
+            if request.failure:  # of encoders that went away meanwhile nothing is said: they were not to blame
+                status, reason = 500, request.failure
+            elif status is None and request.tried:
+                reason = f"no encoder is left: {reason}"
+            return actions + self._fail(request_id, status or 503, reason, now)
         busy = Counter(other.peer for other in self.requests.values())
         peer = min(self.peers, key=lambda peer: (request.tried.get(peer, 0), busy[peer]))
         again = peer in request.tried

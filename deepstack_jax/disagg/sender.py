@@ -97,7 +97,7 @@ class Sender:
         return [Send(key.peer, outgoing.prepared)]
 
     def failed(self, key: Key, status: int, reason: str, now: float) -> list[Action]:
-        """A Prepare has failed, or rows are lost. 4xx: so it would anywhere; 5xx: another encoder may do better."""
+        """A Prepare has failed, or rows are lost; `status` as in `messages.Error`."""
         return self._fail(key, status, reason) if self._runs(key) else []
 
     def may_write(self, key: Key, now: float) -> bool:
