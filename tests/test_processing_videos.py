@@ -21,6 +21,7 @@ from transformers.video_utils import load_video as hf_load_video
 
 from deepstack_jax.processing.videos import (
     VideoError,
+    VideoOptions,
     VideoSettings,
     load_video,
     preprocess_videos,
@@ -71,7 +72,7 @@ def test_sizes_of_frames_equal_transformers(num_frames: int, height: int, width:
 @pytest.mark.parametrize("sample", [True, False])
 def test_frames_that_need_no_resizing_equal_transformers_bit_for_bit(frames: int, sample: bool):
     video = film(frames)
-    loaded = load_video(video, SETTINGS, do_sample_frames=sample)
+    loaded = load_video(video, SETTINGS, VideoOptions(do_sample_frames=sample))
     pixel_values, grid = preprocess_videos([loaded], SETTINGS)
     expected = hf_processor()([video], do_sample_frames=sample, return_metadata=True, return_tensors="np")
     metadata = expected["video_metadata"][0]
@@ -88,7 +89,7 @@ def test_frames_that_need_no_resizing_equal_transformers_bit_for_bit(frames: int
 def test_videos_of_unlike_sizes_follow_one_another():
     videos = [film(4, 64, 96), film(9, 96, 64)]
     expected = hf_processor()(videos, do_sample_frames=False, return_tensors="np")
-    loaded = [load_video(video, SETTINGS, do_sample_frames=False) for video in videos]
+    loaded = [load_video(video, SETTINGS, VideoOptions(do_sample_frames=False)) for video in videos]
     pixel_values, grid = preprocess_videos(loaded, SETTINGS)
     np.testing.assert_array_equal(grid, expected["video_grid_thw"])
     np.testing.assert_array_equal(pixel_values, expected["pixel_values_videos"])
@@ -103,7 +104,7 @@ def test_resized_frames_differ_from_torchvision_by_little(cap: bool, budget: int
     processor = hf_processor(size=size, cap_pixels_per_frame=cap)
     processor.max_video_tokens = 12
     expected = processor([video], do_sample_frames=False, return_tensors="np")
-    pixel_values, grid = preprocess_videos([load_video(video, options, do_sample_frames=False)], options)
+    pixel_values, grid = preprocess_videos([load_video(video, options, VideoOptions(do_sample_frames=False))], options)
     np.testing.assert_array_equal(grid, expected["video_grid_thw"])
     difference = np.abs(pixel_values - expected["pixel_values_videos"]) * 127.5
     assert difference.max() < 1.01
@@ -136,14 +137,14 @@ def test_a_file_is_sampled_as_transformers_samples_it(suffix: str, codec: str, t
 def test_fps_of_a_file_is_the_rate_of_sampling(tmp_path: Path):
     path = write_video(tmp_path / "film.mp4", film(40), 10)
     assert len(load_video(path, SETTINGS).frame_indices) == 8
-    assert len(load_video(path, SETTINGS, fps=5).frame_indices) == 20
-    assert load_video(path, SETTINGS, do_sample_frames=False).frame_indices == tuple(range(40))
+    assert len(load_video(path, SETTINGS, VideoOptions(fps=5)).frame_indices) == 20
+    assert load_video(path, SETTINGS, VideoOptions(do_sample_frames=False)).frame_indices == tuple(range(40))
 
 
 def test_fps_of_frames_is_their_own_rate():
     video = film(40)
     assert load_video(video, SETTINGS).timestamps(2)[0] == pytest.approx(13 / 24 / 2)  # frames 0 and 13 of 4 sampled
-    loaded = load_video(video, SETTINGS, fps=10)
+    loaded = load_video(video, SETTINGS, VideoOptions(fps=10))
     assert len(loaded.frame_indices) == 8
     assert loaded.timestamps(2)[0] == pytest.approx(6 / 10 / 2)
 
@@ -163,7 +164,7 @@ def test_a_file_may_come_as_a_uri(form: str, tmp_path: Path):
 
 def test_an_animation_is_a_video(tmp_path: Path):
     path = write_video(tmp_path / "film.gif", film(12), 10, "gif")
-    assert load_video(path, SETTINGS, do_sample_frames=False).frames.shape == (12, 64, 96, 3)
+    assert load_video(path, SETTINGS, VideoOptions(do_sample_frames=False)).frames.shape == (12, 64, 96, 3)
 
 
 def test_lists_of_images_are_frames():
@@ -226,9 +227,9 @@ def test_a_long_film_is_never_in_memory_whole(tmp_path: Path):
     write_video(path, np.broadcast_to(frame, (300, *frame.shape)), 30, "mpeg4")
     code = (
         "import resource, sys\n"
-        "from deepstack_jax.processing.videos import VideoSettings, load_video\n"
+        "from deepstack_jax.processing.videos import VideoOptions, VideoSettings, load_video\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "video = load_video(sys.argv[1], VideoSettings(max_pixels=2**22), do_sample_frames=False)\n"
+        "video = load_video(sys.argv[1], VideoSettings(max_pixels=2**22), VideoOptions(do_sample_frames=False))\n"
         "assert video.frames.shape[0] == 300, video.frames.shape\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
     )
@@ -297,7 +298,7 @@ def test_sources_that_hold_no_video_are_refused(source, message: str):
 
 def test_an_impossible_rate_is_refused():
     with pytest.raises(VideoError, match="fps 0 of a video must be a number above 0"):
-        load_video(film(4), SETTINGS, fps=0)
+        load_video(film(4), SETTINGS, VideoOptions(fps=0))
 
 
 def test_a_playlist_from_elsewhere_opens_no_local_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

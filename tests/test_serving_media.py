@@ -23,10 +23,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deepstack_jax.processing.images import ImageOptions
+from deepstack_jax.processing.videos import VideoOptions, VideoSettings, load_video
 from deepstack_jax.serving import fetch as fetching
 from deepstack_jax.serving.fetch import fetch, is_public
 from deepstack_jax.serving.media import _open_beneath, admit
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
+from tests.films import animation, film, picture
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.jpg"
 
@@ -47,12 +50,12 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 
 
-def video(frames: int = 6, size: int = 32, rate: int = 2, container: str = "mp4") -> bytes:
+def video(frames: int = 6, size: int = 32, rate: int = 2, container: str = "mp4", codec: str = "mpeg4") -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format=container) as out:
-        stream = out.add_stream("mpeg4", rate=rate)
+        stream = out.add_stream(codec, rate=rate)
         stream.width = stream.height = size
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         stream.time_base = Fraction(1, rate)
         for i in range(frames):
             picture = np.full((size, size, 3), 20 * i % 256, np.uint8)
@@ -510,3 +513,202 @@ def test_videos_are_refused_before_a_frame_is_decoded(container: str, changes: d
 )
 def test_what_is_no_video_is_refused(data: bytes):
     assert "not a video" in str(refused("video", data_uri(data), MediaPolicy()))
+
+
+# ---- the same videos as the library, in every form
+
+
+def moving(kind: str, count: int = 6, **options: object) -> bytes:
+    return animation(kind, film(count, 32, 32), **({"duration": 500} | options))
+
+
+CONTAINERS = ("mp4", "matroska", "webm", "avi", "mov", "mpegts", "flv", "asf", "mpeg", "h264", "mjpeg")
+
+
+@pytest.mark.parametrize("container", [*CONTAINERS, "GIF", "WEBP", "PNG", "AVIF"])
+def test_the_server_takes_the_videos_that_the_library_takes(container: str):
+    codec = {"webm": "libvpx", "h264": "libx264", "mjpeg": "mjpeg", "mpeg": "mpeg1video", "flv": "flv1"}
+    data = moving(container) if container.isupper() else video(24, 32, 24, container, codec.get(container, "mpeg4"))
+    expected = load_video(io.BytesIO(data), VideoSettings())
+    bare = base64.b64encode(data).decode()
+    for source in (data_uri(data), *([bare] if container != "h264" else [])):  # which starts like nothing in particular
+        admitted = asyncio.run(admit("video", source, MediaPolicy()))
+        loaded = load_video(admitted, VideoSettings())  # type: ignore[arg-type]
+        np.testing.assert_array_equal(loaded.frames, expected.frames)
+        assert (loaded.fps, loaded.frame_indices) == (expected.fps, expected.frame_indices)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"max_frames": 5}, "frames"), ({"max_seconds": 2.9}, "seconds"), ({"max_pixels": 1000}, "pixels"),
+     ({"max_decoded_pixels": 6 * 32 * 32 - 1}, "decoded pixels")],
+)  # fmt: skip
+def test_animations_are_bounded_as_videos(kind: str, changes: dict[str, int], what: str):
+    error = refused("video", data_uri(moving(kind)), MediaPolicy(**changes))  # type: ignore[arg-type]
+    assert f" {what}:" in str(error)
+    assert error.status == 413
+    exact = {"max_frames": 6, "max_seconds": 3.001, "max_pixels": 6 * 32 * 32, "max_decoded_pixels": 6 * 32 * 32}
+    asyncio.run(admit("video", data_uri(moving(kind)), MediaPolicy(**exact)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF", "TIFF"])
+def test_several_pictures_in_one_are_not_an_image(kind: str):
+    message = str(refused("image", data_uri(moving(kind)), MediaPolicy()))
+    if kind == "TIFF":
+        assert "has several pages: send the one" in message
+    else:
+        assert "is animated: send it as a video" in message  # which works: the test above
+        assert "video_url" in message
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_a_still_picture_is_not_a_video(kind: str):
+    message = str(refused("video", data_uri(picture(kind, film(1, 32, 32)[0])), MediaPolicy()))
+    assert f"is a still picture ({kind}), not a video: pass it as an image" in message
+
+
+def test_the_refusal_of_a_video_lists_what_is_read():
+    message = str(refused("video", data_uri(b"hello, I am text"), MediaPolicy()))
+    assert "mp4, matroska, webm" in message
+    assert "animated GIF, WEBP, PNG, AVIF" in message
+
+
+# ---- videos as frames
+
+
+def frames_of(count: int, kind: str = "PNG", size: int = 32) -> list[bytes]:
+    return [picture(kind, frame) for frame in film(count, size, size)]
+
+
+def test_a_list_of_frames_is_the_video_that_the_library_makes_of_it(folder: Path):
+    contents = frames_of(6)
+    (folder / "frame.png").write_bytes(contents[0])
+    sources = ["frame.png", base64.b64encode(contents[1]).decode(), *map(data_uri, contents[2:])]
+    admitted = asyncio.run(admit("video", sources, MediaPolicy(allowed_folder=folder)))
+    options = VideoOptions(fps=2)
+    np.testing.assert_array_equal(
+        load_video(admitted, VideoSettings(), options).frames,  # type: ignore[arg-type]
+        load_video(contents, VideoSettings(), options).frames,
+    )
+
+
+def jpeg_uri(contents: list[bytes]) -> str:
+    return "data:video/jpeg;base64," + ",".join(base64.b64encode(content).decode() for content in contents)
+
+
+def test_frames_in_one_data_uri_are_the_video_that_the_library_makes_of_them():
+    uri = jpeg_uri(frames_of(7, "JPEG"))
+    for source in (uri, uri.replace(",", ",\n"), " " + uri):
+        loaded = load_video(asyncio.run(admit("video", source, MediaPolicy())), VideoSettings())  # type: ignore[arg-type]
+        expected = load_video(source, VideoSettings())
+        np.testing.assert_array_equal(loaded.frames, expected.frames)
+        assert loaded.timestamps(2) == expected.timestamps(2) == [0.25, 1.25, 2.25, 3]
+
+
+@pytest.mark.parametrize("form", ["list", "data URI"])
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"max_frames": 5}, "frames"), ({"max_pixels": 6 * 32 * 32 - 1}, "pixels"),
+     ({"max_decoded_pixels": 6 * 32 * 32 - 1}, "decoded pixels"), ({"max_bytes": 1000}, "bytes")],
+)  # fmt: skip
+def test_frames_share_the_budget_of_their_request(form: str, changes: dict[str, int], what: str):
+    contents = frames_of(6, "JPEG")
+    source = jpeg_uri(contents) if form == "data URI" else [data_uri(content) for content in contents]
+    error = refused("video", source, MediaPolicy(**changes))  # type: ignore[arg-type]
+    assert f" {what}" in str(error)
+    total = sum(map(len, contents))
+    exact = {"max_frames": 6, "max_pixels": 6 * 32 * 32, "max_decoded_pixels": 6 * 32 * 32, "max_bytes": total}
+    asyncio.run(admit("video", source, MediaPolicy(**exact)))  # type: ignore[arg-type]
+
+
+def test_frames_by_url_count_as_items(site: Server):
+    url = f"http://media.example.org:{site.server_port}/photo.jpg"
+    error = refused("video", [url] * 3, policy_of(site, max_items=2, allowed_domains=("elsewhere.org",)))
+    assert error.status == 403
+    assert "frame 1 of 3 of a video: " in str(error)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [("data:image/png;base64,", "not an image"), ("data:image/png;base64,!!!!", "not valid base64"),
+     ("", "named by text"), (7, "named by text"), (data_uri(b"hello"), "not an image"),
+     ("/etc/passwd", "not allowed here"),
+     (data_uri(moving("GIF")), "is animated"), (["x"], "named by text")],
+)  # fmt: skip
+def test_a_bad_frame_is_named_by_its_number(bad: object, message: str):
+    good = data_uri(frames_of(1)[0])
+    error = refused("video", [good, bad, good], MediaPolicy())
+    assert "frame 2 of 3" in str(error)
+    assert message in str(error)
+
+
+@pytest.mark.parametrize(("bad", "message"), [(b"", "is empty"), (b"hello", "not an image")])
+def test_a_bad_frame_of_a_data_uri_is_named_by_its_number(bad: bytes, message: str):
+    contents = frames_of(3, "JPEG")
+    error = refused("video", jpeg_uri([*contents[:2], bad]), MediaPolicy())
+    assert "frame 3 of 3" in str(error)
+    assert message in str(error)
+
+
+def test_no_frames_are_no_video():
+    assert "no frames" in str(refused("video", [], MediaPolicy()))
+
+
+def test_frames_need_what_data_need():
+    sources = [data_uri(content) for content in frames_of(2)]
+    for source in (sources, jpeg_uri(frames_of(2, "JPEG"))):
+        assert refused("video", source, MediaPolicy(allow_data=False)).status == 403
+
+
+# ---- bare base64
+
+
+@pytest.mark.parametrize("has_folder", [False, True])
+@pytest.mark.parametrize("write", ["plain", "lines", "space", "urlsafe", "unpadded"])
+def test_base64_without_a_header_is_data(write: str, has_folder: bool, folder: Path):
+    encode = base64.urlsafe_b64encode if write == "urlsafe" else base64.b64encode
+    text = encode(PHOTO.read_bytes()).decode()
+    text = {
+        "lines": "\r\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+        "space": f"\n {text}\n",
+        "unpadded": text.rstrip("="),
+    }.get(write, text)
+    policy = MediaPolicy(allowed_folder=folder if has_folder else None)
+    image = asyncio.run(admit("image", text, policy))
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(Image.open(PHOTO)))
+    assert refused("image", text, MediaPolicy(allow_data=False)).status == 403
+    refused("image", text, MediaPolicy(max_bytes=PHOTO.stat().st_size - 1))
+
+
+@pytest.mark.parametrize("name", ["photo", "abcd", "aGVsbG8=", "AAAA" * 100, "sub/cat", "iVBORw0KGgo"])
+def test_other_text_is_a_name_of_a_file(name: str):
+    error = refused("image", name, MediaPolicy())
+    assert error.status == 403
+    assert "files of the server are not allowed here" in str(error)
+
+
+# ---- options that make media larger
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("image", ImageOptions(min_pixels=90_000_000)),
+        ("image", ImageOptions(resized_height=50_000, resized_width=50_000, max_pixels=10**10)),
+        ("video", VideoOptions(min_pixels=90_000_000)),
+        ("video", VideoOptions(resized_height=50_000, resized_width=50_000, max_pixels=10**10)),
+        ("video", VideoOptions(num_frames=100_000)),
+        ("frames", VideoOptions(num_frames=100_000)),
+        ("frames", VideoOptions(resized_height=50_000, resized_width=50_000, max_pixels=10**10)),
+    ],
+)
+def test_options_that_make_media_larger_count(kind: str, options: ImageOptions | VideoOptions):
+    source: object = data_uri(png() if kind == "image" else video())
+    if kind == "frames":
+        source = [data_uri(png())] * 3
+    with pytest.raises(MediaError) as caught:
+        asyncio.run(admit("image" if kind == "image" else "video", source, MediaPolicy(), None, options))
+    assert caught.value.status == 413
+    usual = ImageOptions(max_pixels=10**6) if kind == "image" else VideoOptions(fps=2, max_pixels=10**6)
+    asyncio.run(admit("image" if kind == "image" else "video", source, MediaPolicy(), None, usual))

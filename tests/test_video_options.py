@@ -143,7 +143,7 @@ def test_a_resized_size_is_that_of_frames_of_this_size(height: int, width: int):
         *[({key: 0}, f"{key} 0 of a video must be") for key in VIDEO_OPTIONS if key != "do_sample_frames"],
         *[({key: -1}, f"{key} -1 of a video must be") for key in VIDEO_OPTIONS if key != "do_sample_frames"],
         *[({key: True}, f"{key} True of a video must be") for key in VIDEO_OPTIONS if key != "do_sample_frames"],
-        *[({key: "2"}, f"{key} 2 of a video must be") for key in VIDEO_OPTIONS],
+        *[({key: "2"}, f"{key} '2' of a video must be") for key in VIDEO_OPTIONS],
         *[({key: float("nan")}, f"{key} nan of a video must be") for key in VIDEO_OPTIONS],
         ({"fps": float("inf")}, "fps inf of a video must be a number above 0"),
         ({"num_frames": 2.5}, "num_frames 2.5 of a video must be a whole number"),

@@ -3,38 +3,29 @@
 Sampling, size budget and timestamps follow transformers' Qwen3VLVideoProcessor and Qwen3VLProcessor. Frames are resized
 with Pillow, not torchvision, which rounds the last bit of some pixels otherwise; frames that need no resizing give the
 same arrays bit for bit.
-
-`cap_pixels_per_frame` is off unless the checkpoint's file turns it on, as in transformers 5.23, which announces
-another default for later versions.
 """
 
 import io
-import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import cast
 from urllib.parse import unquote
 
 import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from deepstack_jax.config import VisionConfig
 from deepstack_jax.processing.images import (
     MAX_ASPECT_RATIO,
     MAX_IMAGE_PIXELS,
     ImageError,
-    ImageSettings,
     ImageSource,
-    ProcessorConfig,
-    common_settings,
     load_image,
     patchify,
-    read_processor_config,
     resize,
 )
 from deepstack_jax.processing.moving_pictures import DEFAULT_FPS, VideoError, VideoProbe, decode, no_frames, probe
@@ -45,105 +36,35 @@ from deepstack_jax.processing.sources import (
     host_array,
     is_array,
     open_source,
-    option_values,
+)
+from deepstack_jax.processing.video_settings import (
+    MAX_FRAMES,
+    VIDEO_OPTIONS,
+    VideoOptions,
+    VideoSettings,
+    read_video_settings,
 )
 
 MAX_VIDEO_BYTES = 1 << 30
-# more than any video has a use for, and few enough to be counted out in memory
-MAX_FRAMES = 1_000_000
 # what vLLM says of the frames that its clients send in one data URI
 JPEG_FRAMES_FPS = 2.0
 
+__all__ = [
+    "VIDEO_OPTIONS",
+    "Video",
+    "VideoError",
+    "VideoOptions",
+    "VideoSettings",
+    "VideoSource",
+    "jpeg_frames",
+    "load_video",
+    "preprocess_videos",
+    "read_video_settings",
+    "sample_frames",
+    "smart_resize_video",
+]
+
 VideoSource = MediaSource | ArrayLike | Sequence[ImageSource]
-
-
-@dataclass(frozen=True)
-class VideoSettings(ImageSettings):
-    """How a video becomes patches. `min_pixels` and `max_pixels` count the sampled frames together.
-
-    With `num_frames`, so many frames are sampled whatever the rate. With neither that nor `fps`, all of them are,
-    within `min_frames` and `max_frames`.
-    """
-
-    min_pixels: int = 4096
-    max_pixels: int = 25165824
-    fps: float | None = 2.0
-    num_frames: int | None = None
-    min_frames: int = 4
-    max_frames: int = 768
-    do_sample_frames: bool = True
-    cap_pixels_per_frame: bool = False
-    max_video_tokens: int = 768
-
-
-@dataclass(frozen=True)
-class VideoOptions:
-    """How one video is sampled and resized, where it differs from the checkpoint's settings.
-
-    The names and meanings are those of transformers' video processor; `min_pixels` and `max_pixels` are the two edges
-    of its `size`, and count the sampled frames together.
-
-    Attributes:
-        fps: of a file, how many frames per second are sampled; of given frames, how many of them make a second (24).
-        num_frames: how many frames are sampled; above the video's own number, frames are repeated.
-        min_frames, max_frames: bounds of what `fps` makes.
-        do_sample_frames: False keeps every frame, whatever the other options say.
-        min_pixels, max_pixels: with only one of the two given, the settings' other bound stays in force.
-        resized_height, resized_width: the size that the frames are resized to, rounded to whole merge blocks and kept
-            within the bounds.
-
-    Raises:
-        VideoError: a value that isn't a number above 0, or options that exclude one another.
-    """
-
-    fps: float | None = None
-    num_frames: int | None = None
-    min_frames: int | None = None
-    max_frames: int | None = None
-    do_sample_frames: bool | None = None
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    resized_height: int | None = None
-    resized_width: int | None = None
-
-    def __post_init__(self) -> None:
-        option_values(asdict(self), _OPTION_KINDS, "a video", VideoError)
-        if self.fps and self.num_frames:
-            raise VideoError(
-                f"fps {self.fps:g} and num_frames {self.num_frames} of a video exclude one another: give one of them"
-            )
-        for name, most in _MOST.items():
-            if (value := getattr(self, name) or 0) > most:
-                raise VideoError(f"{name} {value} of a video is above {most}: lower it")
-        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
-            least, most = getattr(self, low), getattr(self, high)
-            if least and most and least > most:
-                raise VideoError(f"{low} {least} of a video is above its {high} {most}: swap or lower it")
-        height, width = self.resized_height, self.resized_width
-        if (height is None) != (width is None):
-            given, missing = ("height", "width") if width is None else ("width", "height")
-            raise VideoError(f"resized_{given} {height or width} of a video needs resized_{missing} beside it")
-        if height and width and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise VideoError(
-                f"resized_height {height} and resized_width {width} of a video have an aspect ratio above "
-                f"{MAX_ASPECT_RATIO}: give sides that are closer"
-            )
-
-    @classmethod
-    def of(cls, raw: Mapping[str, Any]) -> "VideoOptions":
-        """Options by name, as a part of a message has them; null values are as if absent.
-
-        Raises:
-            VideoError: an unknown name, or what the class refuses.
-        """
-        return cls(**option_values(raw, _OPTION_KINDS, "a video", VideoError))
-
-
-_OPTION_KINDS: dict[str, type] = {
-    field.name: {"fps": float, "do_sample_frames": bool}.get(field.name, int) for field in fields(VideoOptions)
-}
-_MOST = {"num_frames": MAX_FRAMES, "min_pixels": MAX_IMAGE_PIXELS}
-VIDEO_OPTIONS: tuple[str, ...] = tuple(_OPTION_KINDS)
 
 
 @dataclass(frozen=True)
@@ -164,9 +85,7 @@ class Video:
         return [(first + last) / 2 for first, last in zip(firsts, lasts, strict=True)]
 
 
-def load_video(
-    source: VideoSource, settings: VideoSettings, options: VideoOptions = VideoOptions(), **rest: Any
-) -> Video:
+def load_video(source: VideoSource, settings: VideoSettings, options: VideoOptions | None = None) -> Video:
     """Samples a video and resizes the sampled frames to the budget; no other frame is kept.
 
     Args:
@@ -179,7 +98,7 @@ def load_video(
     Raises:
         VideoError: no frames, not a video, a missing file, frames of unlike sizes, too large or too narrow.
     """
-    options = replace(options, **rest)
+    options = options or VideoOptions()
     if (frames := jpeg_frames(source)) is not None:
         options = replace(options, do_sample_frames=options.do_sample_frames or False)
         return _load_frames(frames, settings, options, JPEG_FRAMES_FPS)
@@ -250,62 +169,6 @@ def smart_resize_video(
         scale = math.sqrt(settings.min_pixels / (num_frames * height * width))
         rows, columns = (math.ceil(side * scale / factor) * factor for side in (height, width))
     return rows, columns
-
-
-def read_video_settings(directory: Path, vision: VisionConfig) -> VideoSettings:
-    """The video settings of a checkpoint; without a file of them, Qwen3-VL's with the encoder's own patch sizes.
-
-    Raises:
-        ImageError, VideoError: naming the file, the key, its value and what it may be.
-    """
-    names = ("video_preprocessor_config.json", "preprocessor_config.json")
-    raw = read_processor_config(directory, "video_processor", names)
-    if raw is None:
-        return VideoSettings(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-    # what the file leaves out takes the value of transformers' class, so that both make the same arrays
-    size = raw.get("size", {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768})
-    common = common_settings(raw, vision, size, (0.5,) * 3, (0.5,) * 3)
-    if not common["rescale_factor"]:
-        raise VideoError(f"rescale_factor 0 of {raw.file} makes every frame black: remove it")
-    return VideoSettings(**common, **_sampling(raw))
-
-
-_LEAST = {"num_frames": 1, "min_frames": 0, "max_frames": 1, "max_video_tokens": 0}
-
-
-def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
-    """The fields that `VideoSettings` has beside those of `ImageSettings`, where a file has them."""
-    chosen: dict[str, Any] = {}
-    for key in ("do_sample_frames", "cap_pixels_per_frame"):
-        if key in raw:
-            if not isinstance(raw[key], bool):
-                raise VideoError(f"{key} {raw[key]!r} of {raw.file} must be true or false")
-            chosen[key] = raw[key]
-    for key, least in _LEAST.items():
-        if key in raw:
-            if not _is_number(raw[key]) or raw[key] != int(raw[key]) or not least <= raw[key] <= MAX_FRAMES:
-                raise VideoError(f"{key} {raw[key]!r} of {raw.file} must be a whole number, {least} to {MAX_FRAMES}")
-            chosen[key] = int(raw[key])
-    if "fps" in raw:
-        if not _is_number(raw["fps"]) or raw["fps"] < 0:
-            raise VideoError(f"fps {raw['fps']!r} of {raw.file} must be a number, 0 or more")
-        chosen["fps"] = float(raw["fps"])
-        if "num_frames" in raw:
-            raise VideoError(
-                f"fps {raw['fps']} and num_frames {raw['num_frames']} of {raw.file} exclude one another: drop one"
-            )
-    # of these two, transformers tells null from a key that is absent
-    nulls = _nulls(raw)
-    return chosen | {key: value for key, value in {"fps": None, "do_sample_frames": False}.items() if key in nulls}
-
-
-def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _nulls(raw: ProcessorConfig) -> set[str]:
-    whole = json.loads(Path(raw.file).read_bytes())
-    return {key for key, value in whole.get("video_processor", whole).items() if value is None}
 
 
 def _in_force(settings: VideoSettings, options: VideoOptions) -> VideoSettings:
