@@ -122,11 +122,12 @@ def generate(
 
     Args:
         max_new_tokens: at least 1; prompt and answer must fit max_position_embeddings.
-        temperature: 0 takes the likeliest token; above 0 draws.
-        top_k, top_p, min_p: what drawing leaves out; 0, 1.0 and 0.0 leave nothing out.
+        temperature: 0 takes the likeliest token; above 0 draws, near 0 among the likeliest only.
+        top_k, top_p, min_p: what drawing leaves out; 0 (or -1), 1.0 and 0.0 leave nothing out.
         repetition_penalty: above 1 makes tokens of prompt and answer less likely (transformers' rule).
         presence_penalty: subtracted from the logits of tokens of the answer (OpenAI's rule).
-        seed: an int (row r draws with seed + r) or one a row. A row's answer depends on nothing else of its batch.
+        seed: any whole number modulo 2**32 (row r draws with seed + r), or one per row. A row's answer depends on
+            nothing else of its batch.
         eos_token_id: end tokens; None takes the checkpoint's own, an empty list none.
 
     Raises:

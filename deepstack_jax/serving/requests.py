@@ -82,16 +82,16 @@ class RequestError(Exception):
 
 
 class SamplingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`sampling_params`: the names and neutral values of `dsj.generate`, and SGLang's ways to name ends."""
+    """`sampling_params`: the names, ranges and neutral values of `dsj.generate`, and SGLang's ways to name ends."""
 
     max_new_tokens: Annotated[int, Meta(ge=1, le=_WHOLE)] = 64
-    temperature: Annotated[float, Meta(ge=0, le=1000)] = 0.0
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
     top_k: Annotated[int, Meta(ge=-1, le=_WHOLE)] = 0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=1000)] = 1.0
-    presence_penalty: Annotated[float, Meta(ge=-1000, le=1000)] = 0.0
-    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
+    presence_penalty: float = 0.0
+    seed: int = 0
     stop: str | list[str] = []
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=_WHOLE)]], Meta(max_length=16)] = []
     ignore_eos: bool = False
