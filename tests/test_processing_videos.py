@@ -289,6 +289,7 @@ def test_a_file_with_no_frames_is_refused(suffix: str, tmp_path: Path):
         ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "unlike sizes"),
         (np.zeros((4, 2, 402, 3), np.uint8), "402x2 have an aspect ratio above 200"),
         (7, "can't be read from int"),
+        (Image.new("RGB", (64, 64)), "a PIL image is one picture: pass it as an image, a list of them"),
     ],
 )
 def test_sources_that_hold_no_video_are_refused(source, message: str):

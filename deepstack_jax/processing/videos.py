@@ -272,7 +272,9 @@ def _loaded(frames: Sequence[ImageSource] | np.ndarray) -> Iterable[np.ndarray]:
 def _frames(source: object) -> Sequence[ImageSource]:
     if isinstance(source, list | tuple):
         return source
-    if isinstance(source, Image.Image) or not is_array(source):
+    if isinstance(source, Image.Image):
+        raise VideoError("a PIL image is one picture: pass it as an image, a list of them, or the file of an animation")
+    if not is_array(source):
         raise VideoError(
             f"a video can't be read from {type(source).__name__}: give a path, URL, bytes, file object, array or list "
             "of frames"
