@@ -163,18 +163,19 @@ async def admit_media(request: GenerateRequest, policy: MediaPolicy) -> Inputs:
         MediaError, PromptError: what the policy refuses, messages that can't be served.
     """
     budget, tasks = Budget(policy), []
+    options = PromptOptions.of(request.prompt_options())
 
-    def later(kind: Literal["image", "video"], source: Any) -> asyncio.Task[Any]:
+    def later(kind: Literal["image", "video"], source: Any, own: Mapping[str, Any]) -> asyncio.Task[Any]:
         if len(tasks) == policy.max_items:
             raise RequestError(
                 f"more than {policy.max_items} images and videos: send fewer, or serve with --max-items", 413
             )
-        tasks.append(asyncio.create_task(admit(kind, source, policy, budget)))
+        tasks.append(asyncio.create_task(admit(kind, source, policy, budget, options.of_media(kind, own))))
         return tasks[-1]
 
     try:
-        images = [later("image", source) for source in _listed(request.image_data)]
-        videos = [later("video", source) for source in _listed(request.video_data)]
+        images = [later("image", source, {}) for source in _listed(request.image_data)]
+        videos = [later("video", source, {}) for source in _listed(request.video_data)]
         prompt, parts = request.text or "", []
         if request.messages is not None:
             prompt, media = parse_messages(request.messages)
@@ -183,7 +184,7 @@ async def admit_media(request: GenerateRequest, policy: MediaPolicy) -> Inputs:
             for part, one in zip(parts, media, strict=True):
                 part |= one.options
                 if one.source is not None:
-                    part[one.kind] = later("image" if one.kind == "image" else "video", one.source)
+                    part[one.kind] = later("image" if one.kind == "image" else "video", one.source, one.options)
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:  # where one fails, or the client goes away, the others are not needed

@@ -20,7 +20,7 @@ from deepstack_jax.models.vision import PatchGeometry, patch_geometry
 from deepstack_jax.processing.images import ImageSettings, patchify, resize, smart_resize
 from deepstack_jax.processing.positions import rope_positions
 from deepstack_jax.processing.processor import Processor
-from deepstack_jax.processing.videos import load_video
+from deepstack_jax.processing.videos import VideoOptions, load_video
 from tiny_vl.changes import Clip
 from tiny_vl.checkpoint import FRAMES_PER_SECOND
 from tiny_vl.questions import ask_of_clip, ask_of_pair, ask_of_picture, ask_of_what_is_not
@@ -171,7 +171,7 @@ class Batcher:
         """(patches of each view as bytes, grids, tokens up to where the question starts)."""
         if one.video:
             settings = self.processor.video_settings
-            video = load_video(one.video, settings, FRAMES_PER_SECOND)
+            video = load_video(one.video, settings, VideoOptions(fps=FRAMES_PER_SECOND))
             steps, height, width = len(video.frames) // 2 + len(video.frames) % 2, *video.frames.shape[1:3]
             grid = steps, height // settings.patch_size, width // settings.patch_size
             patches = np.split(_bytes(video.frames, settings), steps)
