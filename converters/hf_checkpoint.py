@@ -71,6 +71,10 @@ class HfCheckpoint:
     mixed: str = ""
     parameters: list[Parameter] = field(default_factory=list, repr=False)
 
+    def dtype_of(self, parameter: Parameter) -> np.dtype:
+        """The dtype that the parameter's first tensor has on disk."""
+        return self.entries[parameter.tensors[0].name].dtype
+
     def read(self, parameter: Parameter, dtype: DTypeLike | None = None, inspect: Inspect | None = None) -> np.ndarray:
         """Reads one parameter into a new array of its canonical shape, in `dtype` or the checkpoint's."""
         out = np.empty(parameter.shape, self.dtype if dtype is None else np.dtype(dtype))
@@ -144,7 +148,7 @@ def open_checkpoint(
     entries, files, left_out = _sort_out(found, config, layout)
     check_index(directory, found, (name for named in files.values() for name in named))
     has_head = head_and_embedding(config)[0] in entries
-    _check_tensors(directory, config, layout, entries)
+    _check_tensors(directory, config, layout, entries, left_out)
     dtype, mixed = _one_dtype(directory, config, found, entries)
     _take_tied_head(entries, config, dtype)
     notes = [f"{directory}: {left_out}"] if left_out else []
@@ -312,12 +316,14 @@ def _take_tied_head(entries: dict[str, Entry], config: ModelConfig, dtype: np.dt
             )
 
 
-def _check_tensors(directory: Path, config: ModelConfig, layout: str, entries: Mapping[str, Entry]) -> None:
+def _check_tensors(
+    directory: Path, config: ModelConfig, layout: str, entries: Mapping[str, Entry], left_out: str
+) -> None:
     """Raises `CheckpointError` for a tensor that is missing, has another shape or a dtype that is not read."""
     expected, (head, embedding) = hf_tensors(config, layout), head_and_embedding(config)
     tied = config.text.tie_word_embeddings and head in entries
     if missing := [name for name in expected if name not in entries and not (tied and name == embedding)]:
-        raise CheckpointError(why_missing(directory, config, missing, entries))
+        raise CheckpointError(why_missing(directory, config, missing, entries, left_out))
     for name, entry in entries.items():
         shape = expected[embedding if name == head else name]
         if entry.shape != shape:

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters.mapping import head_and_embedding
-from converters.safetensors_file import CheckpointError, Entry, refuse_lfs_pointer
+from converters.mapping import current_name, head_and_embedding
+from converters.safetensors_file import CheckpointError, Entry, read_entries, refuse_lfs_pointer
 
 if TYPE_CHECKING:  # deepstack_jax imports the converters to load a checkpoint
     from deepstack_jax.config import ModelConfig
@@ -90,11 +90,20 @@ def refuse_other_kinds(entries: Iterable[Entry]) -> None:
         )
 
 
-def why_missing(directory: Path, config: ModelConfig, missing: list[str], entries: Mapping[str, Entry]) -> str:
-    """The error of a directory that lacks the tensors `missing`; `entries` are those that it holds."""
+def why_missing(
+    directory: Path, config: ModelConfig, missing: list[str], entries: Mapping[str, Entry], left_out: str
+) -> str:
+    """The error of a directory that lacks the tensors `missing`.
+
+    `entries` are those of the model that it holds; `left_out` is the line about those that are not the model's.
+    """
     others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
     lacks = f"{directory} lacks tensor {missing[0]}{others}"
     head, embedding = head_and_embedding(config)
+    if (directory / SINGLE).exists() and (directory / INDEX).exists():
+        return f"{lacks}: {SINGLE} is read before {INDEX}, so remove it where the index's files are the checkpoint"
+    if file := _unread_file(directory, config, missing[0], entries):
+        return f"{lacks}: it is in {file}, which {INDEX} does not name, so correct the index"
     if missing == [head]:
         return (
             f"{lacks}: a base model was saved without its head, so save the whole model (Auto{_auto_class(config)} of "
@@ -111,11 +120,21 @@ def why_missing(directory: Path, config: ModelConfig, missing: list[str], entrie
             f"{lacks}: these are the weights of its text model only, so give all of them, or make the object "
             f"text_config its config.json (model_type {config.model_type}_text)"
         )
-    if (directory / SINGLE).exists() and (directory / INDEX).exists():
-        return f"{lacks}: {SINGLE} is read before {INDEX}, so remove it where the index's files are the checkpoint"
-    if entries and len(missing) > len(entries):
-        return f"{lacks} and holds {next(iter(entries))}: its weights are of another model than its config.json"
+    if not entries:
+        return f"{lacks}: its weights are of another model than its config.json ({left_out})"
     return f"{lacks}: download the checkpoint again or correct its config.json"
+
+
+def _unread_file(directory: Path, config: ModelConfig, name: str, entries: Mapping[str, Entry]) -> str | None:
+    """The file that holds the tensor and that nothing names."""
+    read = {entry.file.name for entry in entries.values()}
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            if file.name not in read and name in {current_name(found, config) for found in read_entries(file)}:
+                return file.name
+        except CheckpointError:  # of no use, whatever it was
+            continue
+    return None
 
 
 def _layer(name: str) -> int:
