@@ -264,7 +264,7 @@ Request = tuple[Any, list[Image.Image], list[Any], dict[str, Any]]
 
 def requests_of_many_kinds() -> dict[str, Request]:
     """Anew for every call: preparing one reads its files."""
-    question, tool = "What is this?", {"type": "function", "function": {"name": "f", "parameters": {"top": 10**30}}}
+    question = "What is this?"
     frames = lambda: [opened(IMAGES[name]()) for name in ("MPO", "JPEG RGB", "PNG RGB", "AVIF RGB")]  # noqa: E731
     part = {"type": "video", "video": frames(), "fps": 1.5}
     messages = [{"role": "user", "content": [part, {"type": "image"}, question]}]
@@ -273,22 +273,11 @@ def requests_of_many_kinds() -> dict[str, Request]:
         **{name: (question, [], [io.BytesIO(VIDEOS[name]())], {}) for name in SENT_VIDEOS},
         "frames": (question, [], [frames()], {}),
         "frames in a message": (messages, [opened(IMAGES["MPO"]())], [], {"max_pixels": 4096}),
-        "tools": (messages, [opened(IMAGES["PNG P"]())], [], {"tools": [tool]}),
     }
 
 
-SENT_IMAGES = (
-    "MPO",
-    "MPO turned",
-    "JPEG CMYK",
-    "PNG LA",
-    "WebP lossless RGBA",
-    "GIF P",
-    "BMP 1",
-    "TIFF LZW",
-    "AVIF RGB",
-)
-SENT_VIDEOS = ("webm", "ts", "gif", "webp", "png", "avif", "frames in a data URI")
+SENT_IMAGES = ("MPO turned", "JPEG CMYK", "WebP lossless RGBA", "TIFF LZW", "AVIF RGB")
+SENT_VIDEOS = ("webm", "webp", "png", "frames in a data URI")
 
 
 def test_every_kind_of_file_goes_through_real_nodes(pair: tuple[dsj.Model, EncodeProcess]):
@@ -299,11 +288,16 @@ def test_every_kind_of_file_goes_through_real_nodes(pair: tuple[dsj.Model, Encod
         prompt, images, videos, options = request
         arrays = model.processor.prepare(prompt, images=images, videos=videos, **options)
         whole = prompt_of(model, arrange(model.config, **arrays))
-        rows = int((np.asarray(whole.visual_index) >= 0).sum())
-        for field in ("input_ids", "position_ids", "visual_index"):
+        for field in ("input_ids", "position_ids", "rope_deltas"):
             np.testing.assert_array_equal(getattr(arrival.prompt, field), getattr(whole, field), err_msg=name)
-        for arrived, encoded in zip(arrival.prompt.rows or (), whole.rows or (), strict=True):
-            np.testing.assert_array_equal(np.asarray(arrived)[:rows], np.asarray(encoded)[:rows], err_msg=name)
+        # the whole model has images before videos, the split has rows in the order of their tokens
+        for arrived, encoded in zip(rows_by_token(arrival.prompt), rows_by_token(whole), strict=True):
+            np.testing.assert_array_equal(arrived, encoded, err_msg=name)
+
+
+def rows_by_token(prompt: Prompt) -> list[np.ndarray]:
+    index = np.asarray(prompt.visual_index)
+    return [np.asarray(rows)[index[index >= 0]] for rows in prompt.rows or ()]
 
 
 def test_what_one_request_is_refused_for_is_nothing_to_the_others(pair: tuple[dsj.Model, EncodeProcess]):

@@ -125,7 +125,9 @@ class EncodeWorker:
         except Exception as error:
             self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
             if len(jobs) == 1:
-                jobs[0].future.set_exception(error)
+                # asyncio takes no StopIteration: whoever waits for it would wait for ever
+                fails = RuntimeError(self.error) if isinstance(error, StopIteration) else error
+                jobs[0].future.set_exception(fails)
             else:  # one of them is to blame: the others shall not pay for it
                 for job in jobs:
                     self._answer([job])
