@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -61,8 +62,7 @@ class EncodeNode:
             reason = "the server is stopping" if self._stopping else "no language node is connected"
             raise RequestError(f"{reason}: try again later", 503, headers={"retry-after": "1"})
         url = f"{urls[next(self._turns) % len(urls)]}/generate"
-        body = msgspec.json.encode(msgspec.structs.replace(request, stream=True))
-        taken = 0
+        body = _body(msgspec.structs.replace(request, stream=True, stream_deltas=True))
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 async with self._client.stream("POST", url, content=body) as response:
@@ -73,12 +73,11 @@ class EncodeNode:
                             continue
                         event = msgspec.json.decode(line[6:])
                         if "error" in event:
-                            raise _refusal(500, msgspec.json.encode(event))
-                        ids, meta = event["output_ids"], event["meta_info"]
+                            raise _refusal(_STATUS.get(event["error"]["type"], 500), msgspec.json.encode(event))
+                        meta = event["meta_info"]
                         finish = meta["finish_reason"] and meta["finish_reason"]["type"]
-                        new, timings = tuple(ids[taken:]), meta.get("timings", {})
-                        yield Chunk(new, meta["prompt_tokens"], finish, timings, meta.get("split"))
-                        taken = len(ids)
+                        timings, split = meta.get("timings", {}), meta.get("split")
+                        yield Chunk(tuple(event["output_ids"]), meta["prompt_tokens"], finish, timings, split)
                         if finish:
                             return
         except TimeoutError:
@@ -123,6 +122,17 @@ class EncodeNode:
         return None
 
 
+# of errors that come once a stream has begun, and its status with it
+_STATUS = {"timeout_error": 504, "overloaded_error": 503, "invalid_request_error": 400}
+
+
+def _body(request: GenerateRequest) -> bytes:
+    try:
+        return msgspec.json.encode(request)
+    except OverflowError:  # integers of more than 64 bits, which JSON may have
+        return json.dumps(msgspec.to_builtins(request)).encode()
+
+
 def _refusal(status: int, body: bytes) -> RequestError:
     """The error that another node answered with."""
     fields: dict[str, Any] = {}
@@ -131,4 +141,5 @@ def _refusal(status: int, body: bytes) -> RequestError:
         message = str(fields["message"])
     except (msgspec.DecodeError, KeyError, TypeError):
         message = f"the language node answered {status}"
-    return RequestError(message, status, fields.get("param"), fields.get("code"), fields.get("type"))
+    headers = {"retry-after": "1"} if status == 503 else {}
+    return RequestError(message, status, fields.get("param"), fields.get("code"), fields.get("type"), headers)
