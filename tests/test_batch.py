@@ -1,14 +1,19 @@
 """Arrays that don't fit are refused before any work, in one line that names them."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 import deepstack_jax as dsj
 from converters.random_checkpoint import tiny_config
 from deepstack_jax.config import parse_config
 from deepstack_jax.generation import encode_rows, encode_visuals
 from deepstack_jax.models.qwen3_vl_moe import init_params
-from deepstack_jax.processing.batch import arrange, bucket
+from deepstack_jax.processing.batch import Batch, arrange, bucket
 from tests.cases import IMAGE, VIDEO, batch_of, side_by_side
 
 CONFIG = parse_config(tiny_config())
@@ -73,6 +78,79 @@ def test_arrays_that_do_not_fit_are_named(change: dict, message: str):
         arrange(CONFIG, **(GOOD | change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def leaves(batch: Batch) -> list[np.ndarray]:
+    index = [] if batch.visual_index is None else [batch.visual_index]
+    pixels = [visual.pixel_values for visual in batch.visuals]
+    return [batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, *index, *pixels]
+
+
+def floating(name: str, dtype: Any) -> Any:
+    return dtype if name.startswith("pixel_values") else None
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(lambda name, array: torch.from_numpy(array), id="torch"),
+        pytest.param(lambda name, array: torch.from_numpy(array).to(floating(name, torch.bfloat16)), id="bfloat16"),
+        pytest.param(lambda name, array: torch.from_numpy(array).to(floating(name, torch.float64)), id="float64"),
+        pytest.param(
+            lambda name, array: torch.from_numpy(array).requires_grad_(name.startswith("pixel_values")), id="gradient"
+        ),
+        pytest.param(
+            lambda name, array: torch.nn.Parameter(torch.from_numpy(array), name.startswith("pixel_values")),
+            id="parameter",
+        ),
+        pytest.param(lambda name, array: torch.from_numpy(array).to_sparse(), id="sparse"),
+        pytest.param(lambda name, array: jnp.asarray(array), id="jax"),
+        pytest.param(lambda name, array: jnp.asarray(array, floating(name, jnp.bfloat16)), id="jax-bfloat16"),
+        pytest.param(lambda name, array: array.tolist(), id="lists"),
+        pytest.param(lambda name, array: list(torch.from_numpy(array)), id="list-of-tensors"),
+        pytest.param(lambda name, array: array.astype(array.dtype.newbyteorder(">")), id="big-endian"),
+        pytest.param(lambda name, array: memoryview(np.ascontiguousarray(array)), id="memory"),
+    ],
+)
+def test_arrays_of_every_library_give_the_batch_of_their_values(convert: Callable[[str, np.ndarray], Any]):
+    """The reference is the batch of NumPy's arrays. The pixels are small integers, which bfloat16 holds exactly."""
+    arrays = batch_of(tiny_config(), [[4, (IMAGE, (1, 4, 6)), 3], [5, (VIDEO, (2, 4, 4))]])
+    for name in ("pixel_values", "pixel_values_videos"):
+        arrays[name] = np.random.default_rng(0).integers(-8, 8, arrays[name].shape).astype(np.float32)
+    batch = arrange(CONFIG, **{name: convert(name, np.asarray(array)) for name, array in arrays.items()})
+    for found, expected in zip(leaves(batch), leaves(arrange(CONFIG, **arrays)), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", sorted(GOOD.keys() - {"mm_token_type_ids"}))
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(2, 2, device="meta"), " can't be read from Tensor (a tensor on the device meta has no values)"),
+        ([[1, 2], [3]], " can't be read from list (setting an array element with a sequence"),
+        ([["a"]], " of type list holds <U1, not real numbers: give integers or floating point"),
+        ({"a": 1}, " of type dict holds object, not real numbers"),
+        (np.ones((2, 2), complex), " of type ndarray holds complex128, not real numbers"),
+    ],
+)
+def test_arrays_that_can_not_be_read_are_named(name: str, value: Any, message: str):
+    with pytest.raises(ValueError) as error:
+        arrange(CONFIG, **(GOOD | {name: value}))
+    assert str(error.value).startswith(name + message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_jax_array_that_was_given_away_is_named():
+    array = jnp.asarray(GOOD["pixel_values"])
+    array.delete()
+    with pytest.raises(ValueError, match=r"pixel_values can't be read from ArrayImpl .*deleted"):
+        arrange(CONFIG, **(GOOD | {"pixel_values": array}))
+
+
+def test_arrays_of_no_pictures_are_as_if_absent():
+    none = {"pixel_values": np.zeros((0, 1536), np.float32), "image_grid_thw": np.zeros((0, 3), np.int64)}
+    assert arrange(CONFIG, [[1, 2, 3]], **none).visuals == ()
 
 
 def test_a_dtype_that_the_models_do_not_compute_in_is_refused(tmp_path):

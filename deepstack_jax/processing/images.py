@@ -211,11 +211,18 @@ def patchify(frames: np.ndarray, table: np.ndarray, settings: ImageSettings) -> 
     return patches.reshape(-1, channels * tp * p * p)
 
 
+# null turns these off in transformers
+_NULL_IS_VALUE = ("do_resize", "do_rescale", "do_normalize")
+
+
 class ProcessorConfig(dict[str, Any]):
-    """The keys of a processor's file that are not null, and the file for messages: a value of 0 is a value."""
+    """What a processor's file says, and the file for messages.
+
+    Null is as if absent, except for keys to which transformers gives a meaning then; a value of 0 is a value.
+    """
 
     def __init__(self, values: Mapping[str, Any], file: Path | str = "the processor's file"):
-        super().__init__({key: value for key, value in values.items() if value is not None})
+        super().__init__({key: value for key, value in values.items() if value is not None or key in _NULL_IS_VALUE})
         self.file = file
 
 
@@ -287,8 +294,10 @@ def common_settings(
     if not all(deviations):
         raise ImageError(f"image_std {list(deviations)} of {raw.file} divides by 0: give numbers other than 0")
     resample = _number(raw, "resample", Image.Resampling.BICUBIC)
-    if resample not in list(Image.Resampling):
-        raise ImageError(f"resample {resample:g} of {raw.file} is not one of Pillow's filters: give 0 to 5")
+    if resample not in (filters := sorted(map(int, Image.Resampling))):
+        raise ImageError(
+            f"resample {resample:g} of {raw.file} is not one of Pillow's filters: give {filters[0]} to {filters[-1]}"
+        )
     return {
         **geometry,
         "min_pixels": min_pixels,
@@ -330,8 +339,8 @@ def _number(raw: ProcessorConfig, key: str, default: float) -> float:
 
 
 def _as_number(value: Any) -> float:
-    """`value` where it is a finite number; NaN for all else."""
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    """`value` where it is a number that a float holds; NaN for all else."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return value if number else math.nan
 
 
@@ -442,7 +451,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
             )
         array = np.round(array.astype(np.float32) * 255)
     elif low < 0 or high > 255:
-        raise ImageError(f"image array of dtype {array.dtype} has values {low} to {high}: pass {_to_8_bits(low, high)}")
+        raise ImageError(
+            f"array of {array.dtype} has values {low} to {high}, not 0 to 255: pass {_to_8_bits(low, high)}"
+        )
     return Image.fromarray(np.ascontiguousarray(array.astype(np.uint8)))
 
 

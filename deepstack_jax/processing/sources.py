@@ -31,7 +31,7 @@ def open_source(source: MediaSource, max_bytes: int, error: type[ValueError]) ->
         error: the exception raised, with one line naming the source, when it can't be read.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        return io.BytesIO(_media_bytes(_bounded(bytes(source), source, max_bytes, error), max_bytes, error))
+        return io.BytesIO(_media_bytes(bytes(source), describe(source), max_bytes, error))
     if hasattr(source, "read"):
         return _read_file_object(source, max_bytes, error)
     if isinstance(source, str):
@@ -210,11 +210,8 @@ def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes
     parameters = [parameter.strip().lower() for parameter in header[5:].split(";")]
     if "base64" in parameters:
         return _decode_bounded(unquote(payload), describe(uri), max_bytes, error)
-    content = unquote_to_bytes(payload)
-    if len(content) > max_bytes * 4 // 3 + 4:
-        raise error(_too_long(describe(uri), max_bytes))
     # tools forget to say that it is base64
-    return _bounded(_media_bytes(content, max_bytes, error), uri, max_bytes, error)
+    return _media_bytes(unquote_to_bytes(payload), describe(uri), max_bytes, error)
 
 
 def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
@@ -237,18 +234,17 @@ def _base64_letters(text: str) -> str:
 # ---- bytes and file objects
 
 
-def _media_bytes(content: bytes, max_bytes: int, error: type[ValueError]) -> bytes:
+def _media_bytes(content: bytes, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
     """`content`, decoded where it is the text of a data URI or of base64, as base64.b64encode gives it."""
-    if looks_like_media(content[:SNIFFED_BYTES]):
-        return content
-    try:
-        start = content[:SNIFFED_BYTES].decode("ascii").lstrip()
-        if start[:5].lower() == "data:":
-            return _decode_data_uri(content.decode("ascii").strip(), max_bytes, error)
-        decoded = _bare_base64(content.decode("ascii"), max_bytes, error) if start else None
-    except UnicodeDecodeError:
-        return content
-    return content if decoded is None else decoded
+    if not looks_like_media(content[:SNIFFED_BYTES]) and content[: 2 * SNIFFED_BYTES].isascii():
+        text = content.decode("latin-1")
+        if text.lstrip()[:5].lower() == "data:":
+            return _decode_data_uri(text.strip(), max_bytes, error)
+        if (decoded := _bare_base64(text, max_bytes, error)) is not None:
+            return decoded
+    if len(content) > max_bytes:
+        raise error(_too_long(name, max_bytes))
+    return content
 
 
 def _read_file_object(file: Any, max_bytes: int, error: type[ValueError]) -> io.BytesIO:
@@ -257,8 +253,9 @@ def _read_file_object(file: Any, max_bytes: int, error: type[ValueError]) -> io.
         if _can_seek(file):
             file.seek(0)
         if isinstance(file, io.BytesIO):
-            _bounded(file.getbuffer(), file, max_bytes, error)
-            return file
+            content = file.getvalue()
+            decoded = _media_bytes(content, name, max_bytes, error)
+            return file if decoded is content else io.BytesIO(decoded)
         content = _read_up_to(file, max_bytes + 1)
     except error:
         raise
@@ -270,9 +267,7 @@ def _read_file_object(file: Any, max_bytes: int, error: type[ValueError]) -> io.
         raise error(f'{name} was opened as text: open it with mode "rb"')
     if not isinstance(content, bytes | bytearray | memoryview):
         raise error(f"read() of {name} gives {type(content).__name__}, not bytes: give the file's bytes")
-    if len(content) > max_bytes:
-        raise error(_too_long(name, max_bytes))
-    return io.BytesIO(_media_bytes(bytes(content), max_bytes, error))
+    return io.BytesIO(_media_bytes(bytes(content), name, max_bytes, error))
 
 
 def _can_seek(file: Any) -> bool:
@@ -290,12 +285,6 @@ def _read_up_to(file: Any, count: int) -> Any:
         if not piece:
             break
         content += piece
-    return content
-
-
-def _bounded(content: Any, source: object, max_bytes: int, error: type[ValueError]) -> Any:
-    if len(content) > max_bytes:
-        raise error(_too_long(describe(source), max_bytes))
     return content
 
 
