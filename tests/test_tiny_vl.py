@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 import deepstack_jax as dsj
+from deepstack_jax.demo.samples import KINDS, sample
 from deepstack_jax.shipped import checkpoint_path
 from tiny_vl.evaluate import Case, Scores, answers, cases_of, evaluate, load_of, wanted
 from tiny_vl.parity import cases_of_kinds, differing, load_torch
-from tiny_vl.samples import KINDS, sample
 
 SLACK = 5.0  # percentage points: few questions are asked here, 2000 samples by evaluate.py
 FIRST_SEED = 500_000  # not trained on

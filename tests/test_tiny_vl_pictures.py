@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from tiny_vl.changes import Clip, Pair
-from tiny_vl.questions import WORDINGS, describe
-from tiny_vl.rendering import render
-from tiny_vl.samples import Drawing, draw, sample
-from tiny_vl.scenes import FACES, Background, Number, Scene, draw_scene
+from deepstack_jax.demo.changes import Clip, Pair
+from deepstack_jax.demo.questions import WORDINGS, describe
+from deepstack_jax.demo.rendering import render
+from deepstack_jax.demo.samples import Drawing, draw, sample
+from deepstack_jax.demo.scenes import FACES, Background, Number, Scene, draw_scene
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 PALETTE = {

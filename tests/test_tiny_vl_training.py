@@ -20,6 +20,9 @@ from pallas_kernels.fused_moe import fused_moe
 tiny_vl = pytest.importorskip("tiny_vl")
 pytest.importorskip("optax")
 
+from deepstack_jax.demo.rendering import render  # noqa: E402
+from deepstack_jax.demo.samples import KINDS, draw, sample  # noqa: E402
+from deepstack_jax.demo.scenes import COLORS, SIZES, Scene  # noqa: E402
 from tiny_vl import runs, steps  # noqa: E402
 from tiny_vl import train as training  # noqa: E402
 from tiny_vl.batches import Batcher, TrainingBatch  # noqa: E402
@@ -33,9 +36,6 @@ from tiny_vl.checkpoint import (  # noqa: E402
 )
 from tiny_vl.evaluate import Case, answers, batches_of, messages_of, wanted, without_levels  # noqa: E402
 from tiny_vl.loss import WatchedMoE, loss_of, tiled_moe  # noqa: E402
-from tiny_vl.rendering import render  # noqa: E402
-from tiny_vl.samples import KINDS, draw, sample  # noqa: E402
-from tiny_vl.scenes import COLORS, SIZES, Scene  # noqa: E402
 from tiny_vl.sight import CLASSES, seen_in, sight_loss  # noqa: E402
 from tiny_vl.sight import KINDS as SEEN_KINDS  # noqa: E402
 

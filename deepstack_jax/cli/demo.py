@@ -65,7 +65,7 @@ def run(
 
 def _drawn(seed: int) -> tuple[Any, list[Question]]:
     """A picture of the kind that the model was trained on, and three questions of different families about it."""
-    from tiny_vl.samples import sample
+    from deepstack_jax.demo.samples import sample
 
     drawn = sample(seed, "picture")
     by_family = {exchange.family: exchange for exchange in drawn.exchanges}

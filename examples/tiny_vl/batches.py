@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.demo.changes import Clip
+from deepstack_jax.demo.questions import ask_of_clip, ask_of_pair, ask_of_picture, ask_of_what_is_not
+from deepstack_jax.demo.samples import Drawing, Exchange, Sample, draw, sample
+from deepstack_jax.demo.scenes import Scene
 from deepstack_jax.models.vision import PatchGeometry, patch_geometry
 from deepstack_jax.processing.images import ImageSettings, patchify, resize, smart_resize
 from deepstack_jax.processing.positions import rope_positions
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.processing.videos import VideoOptions, load_video
-from tiny_vl.changes import Clip
 from tiny_vl.checkpoint import FRAMES_PER_SECOND
-from tiny_vl.questions import ask_of_clip, ask_of_pair, ask_of_picture, ask_of_what_is_not
-from tiny_vl.samples import Drawing, Exchange, Sample, draw, sample
-from tiny_vl.scenes import Scene
 from tiny_vl.sight import CLASSES, UNKNOWN, scenes_of, seen_in
 
 SEEDS = 32  # of a step: a batch has at most as many samples

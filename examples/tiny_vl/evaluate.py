@@ -21,10 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 import deepstack_jax as dsj
+from deepstack_jax.demo.samples import KINDS, Exchange, Sample, sample
 from tiny_vl.batches import Batcher
 from tiny_vl.checkpoint import FRAMES_PER_SECOND
 from tiny_vl.loss import expert_load
-from tiny_vl.samples import KINDS, Exchange, Sample, sample
 
 PROMPTS = {"picture": 64, "pair": 32, "clip": 16}  # at a time
 LONG = ("describe", "pair_describe")  # families whose answers are several times as long as the others'

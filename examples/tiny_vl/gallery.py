@@ -10,8 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 import deepstack_jax as dsj
+from deepstack_jax.demo.samples import Sample, sample
 from tiny_vl.evaluate import Case, answers, without_levels
-from tiny_vl.samples import Sample, sample
 
 SHOWN = {"picture": (0, 1, 2, 3), "pair": (0, 1), "clip": (0, 1)}  # seeds
 INTRODUCTION = """\

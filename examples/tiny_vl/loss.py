@@ -5,7 +5,7 @@ of decoding, so nothing here knows how attention or DeepStack work. Views go thr
 """
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.models.moe import SparseMoE
 from deepstack_jax.models.param import product
 from deepstack_jax.models.qwen3_moe import KVCache
-from deepstack_jax.models.qwen3_vl_moe import Params, build
+from deepstack_jax.models.qwen3_vl_moe import Params, merge_params
 from deepstack_jax.models.vision import VisionEncoder, separate_deepstack_embeds
 from pallas_kernels.fused_moe.xla import swiglu
 from tiny_vl.sight import sight_loss
@@ -43,19 +42,18 @@ def loss_of(
         tokens' choices, "exact": {group: bool [R], whether the likeliest token is right all along the answer},
         "sight": share of the visual tokens with a thing on them whose kind the head of sight.py tells}).
     """
-    model = build(config, params)
+    model = merge_params(config, params)
     decoder = model.language_model.model
-    watches = []
     for layer in decoder.layers:
-        assert isinstance(layer.mlp, SparseMoE)
-        watch = WatchedMoE(layer.mlp)
-        layer.mlp = cast(SparseMoE, nnx.data(watch))
-        watches.append(watch)
+        layer.mlp.experts.compute = tiled_moe
+    forward = nnx.capture(decoder, nnx.Intermediate)
+    load = jnp.zeros((config.text.num_hidden_layers, 2, config.text.num_experts))  # choices and mean probabilities
 
     def run(mask: jax.Array, *args: jax.Array, **kwargs: Any) -> tuple[jax.Array, KVCache | None]:
-        for watch in watches:
-            watch.mask = mask.reshape(-1)
-        return decoder(*args, **kwargs)
+        nonlocal load
+        result, seen = forward(*args, **kwargs)
+        load += jnp.stack([_load_of(layer["mlp"], mask.reshape(-1)) for layer in seen["layers"].values()])
+        return result
 
     visual = visual_rows(model.visual, batch["pixels"], batch["geometry"])
     embeds, deepstack = separate_deepstack_embeds(visual, config.num_deepstack_levels)
@@ -97,9 +95,11 @@ def loss_of(
         count += jnp.sum(is_answer)
         exact[name] = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~is_answer, axis=1)
     answers = total / count
-    balance = jnp.mean(jnp.stack([watch.balance() for watch in watches]))
-    load = jnp.stack([watch.load() for watch in watches])
-    seen = {"answers": answers, "balance": balance, "load": load, "exact": exact, "sight": seen_right}
+    choices, probabilities = jnp.moveaxis(load / jnp.sum(load, axis=-1, keepdims=True), 1, 0)
+    # E * sum(load * mean probability), 1 where both are even: Switch Transformers (arXiv:2101.03961), eq. 4
+    each = config.text.num_experts * jnp.sum(jax.lax.stop_gradient(choices) * probabilities, axis=-1)
+    balance = jnp.mean(each)
+    seen = {"answers": answers, "balance": balance, "load": choices, "exact": exact, "sight": seen_right}
     return answers + BALANCE * balance + SIGHT * sight, seen
 
 
@@ -116,39 +116,11 @@ def visual_rows(encoder: VisionEncoder, pixels: jax.Array, geometry: Any) -> Flo
     return rows.reshape(-1, rows.shape[-1])
 
 
-class WatchedMoE:
-    """`SparseMoE` that counts where tokens go, and whose gradient costs what the chosen experts cost.
-
-    The gradient of `fused_moe` runs all experts over all tokens, four times the work at 2 of 8. Here rows are sorted by
-    expert into tiles of one expert each, so that forward and gradient are products of tiles.
-
-    `mask` says which of the tokens count: those that aren't padding.
-    """
-
-    def __init__(self, mlp: SparseMoE):
-        self.mlp = mlp
-        self.mask: jax.Array | None = None
-        experts = mlp.experts.gate_up_proj[...].shape[0]
-        self.chosen, self.probability = jnp.zeros(experts), jnp.zeros(experts)
-
-    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        tokens = hidden.reshape(-1, hidden.shape[-1])
-        weights, chosen, logits = self.mlp.route(tokens)
-        counts = 1.0 if self.mask is None else self.mask[:, None]
-        experts = len(self.chosen)
-        self.chosen += jnp.sum(counts * jnp.sum(jax.nn.one_hot(chosen, experts), axis=1), axis=0)
-        self.probability += jnp.sum(counts * jax.nn.softmax(logits, axis=-1), axis=0)
-        gate_up, down = self.mlp.experts.gate_up_proj[...], self.mlp.experts.down_proj[...]
-        return tiled_moe(tokens, gate_up, down, chosen, weights).reshape(hidden.shape)
-
-    def load(self) -> Float[Array, " E"]:
-        """Share of the tokens' choices that went to each expert."""
-        return self.chosen / jnp.sum(self.chosen)
-
-    def balance(self) -> Float[Array, ""]:
-        """E * sum(load * mean probability), 1 where both are even: Switch Transformers (arXiv:2101.03961), eq. 4."""
-        probability = self.probability / jnp.sum(self.probability)
-        return len(self.chosen) * jnp.sum(jax.lax.stop_gradient(self.load()) * probability)
+def _load_of(router: Any, mask: Float[Array, " T"]) -> Float[Array, "2 E"]:
+    """What a captured router did with the tokens that count: choices of each expert, and summed probabilities."""
+    logits, chosen = (router[name].get_value()[0] for name in ("router_logits", "top_k_index"))
+    choices = jnp.sum(jax.nn.one_hot(chosen, logits.shape[-1]), axis=1)
+    return jnp.einsum("t,cte->ce", mask.astype(jnp.float32), jnp.stack([choices, jax.nn.softmax(logits, axis=-1)]))
 
 
 def tiled_moe(
@@ -159,7 +131,11 @@ def tiled_moe(
     top_k_weights: Float[Array, "T k"],
     tile: int = TILE,
 ) -> Float[Array, "T D"]:
-    """What `pallas_kernels.fused_moe` computes, as plain products of tiles; see `WatchedMoE`."""
+    """What `pallas_kernels.fused_moe` computes, with a gradient that costs what the chosen experts cost.
+
+    The gradient of `fused_moe` runs all experts over all tokens, four times the work at 2 of 8. Here rows are sorted by
+    expert into tiles of one expert each, so that forward and gradient are products of tiles.
+    """
     tokens, top_k = top_k_index.shape
     experts, rows = len(gate_up), tokens * top_k
     expert_of_row = top_k_index.reshape(-1)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 import deepstack_jax as dsj
+from deepstack_jax.demo.samples import KINDS, sample
 from tiny_vl.evaluate import NEW_TOKENS, Case, batches_of, inputs_of
-from tiny_vl.samples import KINDS, sample
 
 
 def cases_of_kinds(count: int, first_seed: int) -> list[Case]:

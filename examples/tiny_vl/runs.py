@@ -12,8 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.demo.samples import KINDS, draw
 from tiny_vl.checkpoint import model_config, train_tokenizer, write_checkpoint, write_companions
-from tiny_vl.samples import KINDS, draw
 from tiny_vl.steps import TrainState, initial_state
 
 FIRST_SEED = 1_000_000  # of training: seeds below are for evaluation

@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from tiny_vl.changes import Pair
-from tiny_vl.rendering import digit_height, font_of
-from tiny_vl.samples import Drawing
-from tiny_vl.scenes import COLORS, SHAPES, SIZES, Number, Scene
+from deepstack_jax.demo.changes import Pair
+from deepstack_jax.demo.rendering import digit_height, font_of
+from deepstack_jax.demo.samples import Drawing
+from deepstack_jax.demo.scenes import COLORS, SHAPES, SIZES, Number, Scene
 
 KINDS = ("nothing", *SHAPES, "number")
 DIGITS = 11  # the ten digits, and none

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.demo.samples import KINDS
 from deepstack_jax.models.qwen3_vl_moe import Params
 from tiny_vl.batches import SEEDS, Batcher, TrainingBatch
 from tiny_vl.checkpoint import model_config
 from tiny_vl.runs import FIRST_SEED, Run, export, open_run, plot, restore, save
-from tiny_vl.samples import KINDS
 from tiny_vl.steps import TrainState, check_step, rate, train_step
 
 # Of the steps. Pictures say most about what shapes look like, so they come first.

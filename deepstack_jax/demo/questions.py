@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from numpy.random import Generator
 
-from tiny_vl.changes import Clip, Pair
-from tiny_vl.scenes import COLORS, SEPARATION, SHAPES, Number, Scene, Thing, integer, pick
+from deepstack_jax.demo.changes import Clip, Pair
+from deepstack_jax.demo.scenes import COLORS, SEPARATION, SHAPES, Number, Scene, Thing, integer, pick
 
 COUNTS = ("none", "one", "two", "three", "four")
 SIDES = {"left_of": "left of", "right_of": "right of", "above": "above", "below": "below"}

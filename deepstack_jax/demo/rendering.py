@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from tiny_vl.scenes import LEVELS, PHOTOGRAPHS, Background, Number, Scene, Thing
+from deepstack_jax.demo.scenes import LEVELS, PHOTOGRAPHS, Background, Number, Scene, Thing
 
 HERE = Path(__file__).parent
 SUPERSAMPLING = 4

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from numpy.random import PCG64, Generator, SeedSequence
 from PIL import Image
 
-from tiny_vl.changes import Clip, Pair, draw_clip, draw_pair
-from tiny_vl.questions import Exchange, ask_of_clip, ask_of_pair, ask_of_picture
-from tiny_vl.rendering import render
-from tiny_vl.scenes import Scene, draw_scene
+from deepstack_jax.demo.changes import Clip, Pair, draw_clip, draw_pair
+from deepstack_jax.demo.questions import Exchange, ask_of_clip, ask_of_pair, ask_of_picture
+from deepstack_jax.demo.rendering import render
+from deepstack_jax.demo.scenes import Scene, draw_scene
 
 KINDS = ("picture", "pair", "clip")
 __all__ = ["KINDS", "Drawing", "Exchange", "Sample", "draw", "sample"]

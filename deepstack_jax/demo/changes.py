@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from numpy.random import Generator
 
-from tiny_vl.scenes import (
+from deepstack_jax.demo.scenes import (
     COLORS,
     Kind,
     Scene,
