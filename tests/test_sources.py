@@ -12,8 +12,10 @@ import random
 import sys
 import tempfile
 import textwrap
+import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -237,6 +239,28 @@ def test_a_data_uri_of_bytes_without_base64():
     assert content("data:image/png," + quote(PNG)) == PNG
     svg = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
     assert content("data:image/svg+xml," + quote(svg)) == svg
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:," * 100_000,
+        "data:;base64," + "\n" * 3_000_000,
+        "data:;base64,QUJD" + " " * 3_000_000 + "=",
+        "data:;base64,QUJD" + " \n" * 1_000_000 + "x",
+        "data:;base64," + "%41" * 1_000_000,
+        "data:," + "%" * 3_000_000,
+        "\n" * 3_000_000 + "x",
+        "iVBORw0KGgoAAAAN" + " " * 3_000_000 + "SUhE",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_texts_that_try_to_cost_much_cost_little(text: str):
+    started = time.process_time()
+    for source in (text, text.encode()):
+        with suppress(SourceError):
+            content(source, 10_000_000)
+    assert time.process_time() - started < 2
 
 
 def test_a_data_uri_without_a_comma_is_refused():

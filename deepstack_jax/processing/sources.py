@@ -195,8 +195,8 @@ def _existing(paths: list[Path], source: object, error: type[ValueError]) -> Pat
 def _bare_base64(text: str, max_bytes: int, error: type[ValueError]) -> bytes | None:
     """The bytes of a picture or video in base64 without a header; None for any other text."""
     try:
-        start = _base64_letters(text[: 2 * SNIFFED_BYTES])[: SNIFFED_BYTES // 3 * 4]
-        if not looks_like_media(decode_base64(start.rstrip("=")[: len(start.rstrip("=")) // 4 * 4])):
+        start = _base64_letters(text[: 2 * SNIFFED_BYTES]).rstrip("=")[: SNIFFED_BYTES // 3 * 4]
+        if not looks_like_media(decode_base64(start[: len(start) // 4 * 4])):
             return None
     except ValueError:
         return None
@@ -205,20 +205,30 @@ def _bare_base64(text: str, max_bytes: int, error: type[ValueError]) -> bytes | 
 
 def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes:
     header, comma, payload = uri.partition(",")
+    name = describe(uri)
     if not comma:
-        raise error(f"{describe(uri)} has no comma after its header: write data:image/png;base64,...")
+        raise error(f"{name} has no comma after its header: write data:image/png;base64,...")
     parameters = [parameter.strip().lower() for parameter in header[5:].split(";")]
     if "base64" in parameters:
-        return _decode_bounded(unquote(payload), describe(uri), max_bytes, error)
-    # tools forget to say that it is base64
-    return _media_bytes(unquote_to_bytes(payload), describe(uri), max_bytes, error)
+        for escape, letter in _ESCAPES:
+            payload = payload.replace(escape, letter)
+        return _decode_bounded(payload, name, max_bytes, error)
+    if len(payload) - 2 * payload.count("%") > 2 * max_bytes + SNIFFED_BYTES:  # twice: it may be base64
+        raise error(_too_long(name, max_bytes))
+    if payload.count("%") > _MAX_ESCAPES:
+        raise error(f"{name} has more than {_MAX_ESCAPES} characters in %XX: send it as data:image/png;base64,...")
+    content = unquote_to_bytes(payload)
+    decoded = _base64_of_media(content, max_bytes, error)  # tools forget to say that it is base64
+    return _bounded(content if decoded is None else decoded, name, max_bytes, error)
 
 
 def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
-    if 3 * len(_base64_letters(text).rstrip("=")) // 4 > max_bytes:
-        raise error(_too_long(name, max_bytes))
     try:
+        if 3 * len(_base64_letters(text).rstrip("=")) // 4 > max_bytes:
+            raise error(_too_long(name, max_bytes))
         return decode_base64(text)
+    except error:
+        raise
     except ValueError:
         raise error(f"{name} is not valid base64: encode the file's bytes again") from None
 
@@ -226,9 +236,18 @@ def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError
 def _base64_letters(text: str) -> str:
     """`text` without line breaks and the white space around lines.
 
-    White space inside a line stays and is refused: where a form turned each "+" into a space, nobody can tell.
+    White space inside a line is refused: where a form turned each "+" into a space, nobody can tell.
     """
-    return "".join(line.strip() for line in text.splitlines())
+    if (" " in text or "\t" in text) and re.search(r"\S[ \t]++\S", text):
+        raise ValueError("not valid base64")
+    return text.translate(_WHITE_SPACE)
+
+
+_WHITE_SPACE = dict.fromkeys(map(ord, " \t\r\n"))
+# what tools escape in base64; to unquote every %XX of a large text would take many times its memory
+_ESCAPED = ("2B", "2b", "2F", "2f", "3D", "3d", "2D", "2d", "5F", "5f", "0A", "0a", "0D", "0d", "09", "20")
+_ESCAPES = [("%" + code, chr(int(code, 16))) for code in _ESCAPED]
+_MAX_ESCAPES = 1 << 20
 
 
 # ---- bytes and file objects
@@ -236,12 +255,20 @@ def _base64_letters(text: str) -> str:
 
 def _media_bytes(content: bytes, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
     """`content`, decoded where it is the text of a data URI or of base64, as base64.b64encode gives it."""
-    if not looks_like_media(content[:SNIFFED_BYTES]) and content[: 2 * SNIFFED_BYTES].isascii():
-        text = content.decode("latin-1")
-        if text.lstrip()[:5].lower() == "data:":
-            return _decode_data_uri(text.strip(), max_bytes, error)
-        if (decoded := _bare_base64(text, max_bytes, error)) is not None:
-            return decoded
+    if content[:SNIFFED_BYTES].lstrip()[:5].lower() == b"data:":
+        return _decode_data_uri(content.decode("latin-1").strip(), max_bytes, error)
+    decoded = _base64_of_media(content, max_bytes, error)
+    return _bounded(content if decoded is None else decoded, name, max_bytes, error)
+
+
+def _base64_of_media(content: bytes, max_bytes: int, error: type[ValueError]) -> bytes | None:
+    start = content[: 2 * SNIFFED_BYTES]
+    if looks_like_media(start[:SNIFFED_BYTES]) or not start.isascii():
+        return None
+    return _bare_base64(content.decode("latin-1"), max_bytes, error)
+
+
+def _bounded(content: bytes, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
     if len(content) > max_bytes:
         raise error(_too_long(name, max_bytes))
     return content
