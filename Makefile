@@ -12,7 +12,7 @@ LIBIBVERBS = @PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null | grep -q li
 	echo "libibverbs.so.1 is missing, so nothing is split: install the package that has it (Debian: libibverbs1)"; }
 PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
 
-.PHONY: demo test test-aot lint types clean
+.PHONY: demo test test-aot docs lint types clean
 
 demo: .venv/demo-ready
 	@$(BIN)/deepstack-jax demo
@@ -24,6 +24,10 @@ test: .venv/test-ready
 test-aot: .venv-aot/ready
 	export JAX_PLATFORMS=cpu; .venv-aot/bin/python -m pytest -m tpu tests/aot & tpu=$$!; \
 	.venv-aot/bin/python -m pytest -m gpu tests/aot; gpu=$$?; wait $$tpu && exit $$gpu
+
+# The site, in build/site; NO_MKDOCS_2_WARNING silences the theme's announcement
+docs: .venv/test-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .
