@@ -62,10 +62,13 @@ class TestEveryState:
                 Case((2,), 1, 1, faults=2, encoders=2, slow_copies=True, slow_preparation=True, slow_starts=True),
                 120_000,
                 id="everything slow, two encoders",
-                marks=pytest.mark.slow,
+                marks=pytest.mark.exhaustive,
             ),
             pytest.param(
-                Case((1, 1), pool=1, share=1, faults=2), 600_000, id="a block changes hands", marks=pytest.mark.slow
+                Case((1, 1), pool=1, share=1, faults=2),
+                600_000,
+                id="a block changes hands",
+                marks=pytest.mark.exhaustive,
             ),
         ],
     )
