@@ -13,7 +13,7 @@ def run(
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face checkpoint: config.json beside safetensors files")],
     ckpt_dir: Annotated[Path, typer.Argument(help="directory to make")],
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, typer.Option(help="convert the weights; kept as they are by default")
+        Literal["float32", "bfloat16"] | None, typer.Option(help="of the weights; the checkpoint's by default")
     ] = None,
     expert_layout: Annotated[
         Literal["hf4", "hf5"] | None,
