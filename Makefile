@@ -27,7 +27,7 @@ test-aot: .venv-aot/ready
 
 # The site, in build/site; NO_MKDOCS_2_WARNING silences the theme's announcement
 docs: .venv/test-ready
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/test-ready
 	$(BIN)/ruff check .

@@ -23,8 +23,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "index.md", abs_src_path=str(ROOT / "README.md")))
     for path in sorted(path for pattern in OUTSIDE for path in ROOT.glob(pattern)):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
-    for notebook in (ROOT / "docs").glob("*.ipynb"):
-        files.append(File.generated(config, f"{notebook.stem}.md", content=_as_page(notebook)))
+    for notebook in sorted(ROOT.glob("examples/*.ipynb")):
+        place = notebook.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, place, abs_src_path=str(notebook)))
+        files.append(File.generated(config, f"{place.removesuffix('.ipynb')}.md", content=_as_page(notebook)))
     return files
 
 
@@ -36,7 +38,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         mark, text, target, anchor = link.groups(default="")
         place = _site_path(normpath(join(here, "..", target)))
         if files.get_file_from_path(place) is None:
-            return link[0] if (ROOT / "docs" / place).suffix == ".md" else text  # a missing page is an error
+            return link[0] if place.endswith(".md") else text  # mkdocs reports a page that is missing
         return f"{mark}[{text}]({relpath(place, join(page.file.src_uri, '..'))}{anchor})"
 
     return _LINK.sub(fitted, markdown)
@@ -45,7 +47,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _repository_path(place: str) -> str:
     if place == "index.md":
         return "README.md"
-    return place if (ROOT / place).exists() else f"docs/{place}"
+    return f"docs/{place}" if (ROOT / "docs" / place).exists() else place
 
 
 def _site_path(path: str) -> str:

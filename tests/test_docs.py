@@ -1,0 +1,222 @@
+"""The documents: their commands run, and the options, functions and links that they name exist."""
+
+import ast
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+from contextlib import suppress
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+
+from deepstack_jax.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "examples/*/*.md", "benchmarks/results/*.md", ".github/**/*.md")
+    for path in ROOT.glob(pattern)
+)
+FENCE = re.compile(r"^(<!-- (?P<mark>[\w ]+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def named(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def without_fences(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+# ---- links
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub and mkdocs give a heading."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).replace("`", "")
+    return re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", plain.strip().lower()))
+
+
+def anchors(page: Path) -> set[str]:
+    return {slug(line) for line in re.findall(r"^#+ (.*)$", without_fences(page.read_text()), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", without_fences(page.read_text()))
+    for link in links:
+        if re.match(r"[a-z]+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{link}: no such file"
+        if anchor:
+            assert anchor in anchors(path), f"{link}: no such heading"
+
+
+# ---- options
+
+
+@cache
+def options_of(command: str) -> set[str]:
+    """Those that `deepstack-jax COMMAND --help` prints."""
+    app = typer.Typer(add_completion=False)
+    app.command(command)(import_module(f"deepstack_jax.cli.{command}").run)
+    params = [param for param in typer.main.get_command(app).params if param.param_type_name == "option"]
+    return {"--help", "--debug"} | {option for param in params for option in (*param.opts, *param.secondary_opts)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_have_the_options_that_pages_give_them(page):
+    text = page.read_text().replace("\\\n", " ")
+    for command, rest in re.findall(r"(?:^ *|`)deepstack-jax (\w+)([^`\n#]*)", text, re.MULTILINE):
+        assert command in COMMANDS, f"deepstack-jax {command}: no such command"
+        for option in re.findall(r"--[a-z][\w-]*", rest):
+            assert option in options_of(command), f"deepstack-jax {command} has no {option}"
+
+
+@pytest.mark.parametrize("page", [DOCS / "serving.md", DOCS / "disaggregation.md"], ids=named)
+def test_the_tables_of_options_are_those_of_serve(page):
+    first_cells = re.findall(r"^\| (`--[^|]*) \|", page.read_text(), re.MULTILINE)
+    documented = {option for cell in first_cells for option in re.findall(r"--[\w-]+", cell)}
+    assert documented
+    assert documented <= options_of("serve")
+    if page.name == "serving.md":
+        off = {option for option in options_of("serve") if option.startswith("--no-")}
+        assert documented == options_of("serve") - off - {"--help", "--debug"}
+
+
+# ---- functions
+
+
+def defined(file: Path) -> set[str]:
+    """Functions, classes and methods of a file, by qualified name."""
+    names: set[str] = set()
+
+    def add(nodes: list[ast.stmt], prefix: str) -> None:
+        for node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                add(node.body, f"{prefix}{node.name}.")
+
+    add(ast.parse(file.read_text()).body, "")
+    return names
+
+
+LIFE = (DOCS / "life-of-a-request.md").read_text()
+STEPS = re.findall(r"^\| `([\w.]+)` \| `([\w/.]+)` \|", LIFE, re.MULTILINE)
+
+
+def test_the_life_of_a_request_names_functions_where_they_are():
+    assert len(STEPS) > 50
+    missing = [f"{file}: {name}" for name, file in STEPS if name not in defined(ROOT / file)]
+    assert not missing
+
+
+def test_the_diagrams_of_a_request_name_functions_of_the_tables():
+    diagrams = [fence["text"] for fence in FENCE.finditer(LIFE) if fence["language"] == "mermaid"]
+    assert len(diagrams) == 2
+    named_in_diagrams = {name for diagram in diagrams for name in re.findall(r"([\w.]+)\(\)", diagram)}
+    assert named_in_diagrams <= {name for name, _ in STEPS}
+
+
+# ---- code
+
+
+def as_pattern(line: str) -> str:
+    """A shown line, its times, errors and random ids being any of their kind, and `...` anything."""
+    kinds = r"\d+\.\d+(?:e-\d+)?|\d+e-\d+|[0-9a-f]{32}|\.\.\."
+    number = r"[\d.e-]+"
+    replaced = {"...": ".*"}
+    parts = re.split(f"({kinds})", line.strip())
+    return "".join(
+        re.escape(part) if i % 2 == 0 else replaced.get(part, "[0-9a-f]{32}" if len(part) == 32 else number)
+        for i, part in enumerate(parts)
+    )
+
+
+def shown(page: Path) -> list[tuple[str, list[str]]]:
+    """(block, lines of the output shown under it) of each tested shell block."""
+    fences = list(FENCE.finditer(page.read_text()))
+    blocks = []
+    for fence, after in zip(fences, [*fences[1:], None], strict=True):
+        if fence["mark"] == "tested" and fence["language"] == "sh":
+            output = after["text"] if after and after["language"] == "text" else ""
+            blocks.append((fence["text"], [line for line in output.splitlines() if line.strip()]))
+    return blocks
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.mark.slow
+def test_the_tutorial_prints_what_it_shows(tmp_path):
+    blocks = shown(DOCS / "tutorial.md")
+    assert len(blocks) > 10
+    marker = "=== block"
+    script = "set -e\n" + "".join(f"{text}\necho\necho '{marker}'\n" for text, _ in blocks)
+    ports = sorted(set(re.findall(r"(?:--port |127\.0\.0\.1:)(\d{4})\b", script)))
+    for port, free in zip(ports, free_ports(len(ports)), strict=True):
+        script = re.sub(rf"\b{port}\b", str(free), script)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}",
+        "COLUMNS": "100",
+    }
+    with (tmp_path / "stderr").open("w") as stderr:
+        run = subprocess.Popen(
+            ["bash", "-c", script],
+            cwd=tmp_path,
+            env=environment,
+            text=True,
+            start_new_session=True,  # so that its servers can be ended with it
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+        )
+    try:
+        output, _ = run.communicate(timeout=900)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    errors = (tmp_path / "stderr").read_text()
+    assert run.returncode == 0, output + errors
+    outputs = output.split(marker)
+    assert len(outputs) == len(blocks) + 1
+    for (text, lines), printed in zip(blocks, outputs, strict=False):
+        for line in lines:
+            assert re.search(as_pattern(line), printed), f"{text}printed\n{printed}{errors}and not {line}"
+
+
+def test_the_notebook_prints_what_it_shows(monkeypatch, capsys):
+    path = ROOT / "examples" / "ask_tiny_vl.ipynb"
+    assert path.stat().st_size < 200_000
+    monkeypatch.chdir(path.parent)  # as Jupyter does
+    scope: dict[str, object] = {}
+    answers: dict[str, str] = {}
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(path), "exec"), scope)
+            shown = "".join("".join(output["text"]) for output in cell["outputs"]).splitlines()
+            printed = capsys.readouterr().out.splitlines()
+            assert len(printed) == len(shown)
+            # without its levels the model guesses, and rounding may decide: another chip may guess otherwise
+            assert [line for line in printed if line[:7] != "without"] == [
+                line for line in shown if line[:7] != "without"
+            ]
+            answers |= {line[:18].strip(): line[18:] for line in printed if line[:7] in ("without", "all lev")}
+    assert answers.keys() == {"all levels", "without [0]", "without [1]", "without [2]", "without [0, 1, 2]"}
+    assert answers["all levels"] != answers["without [0, 1, 2]"]
