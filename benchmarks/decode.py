@@ -31,15 +31,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from convert import CONFIG as CONFIG_8_LAYERS
+from flax import nnx
 from measured import bandwidth, best_rate, chip_name
 
 from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.checkpoint import Model, load
 from deepstack_jax.config import parse_config
 from deepstack_jax.generation import encode_rows, prompt_of
-from deepstack_jax.models.qwen3_vl_moe import abstract_params
+from deepstack_jax.models.qwen3_vl_moe import abstract_params, merge_params
 from deepstack_jax.processing.batch import arrange
-from deepstack_jax.programs import decode, prefill, run_prompt
+from deepstack_jax.programs import decode, language_inputs, prefill
 from deepstack_jax.sampling import SamplingParams
 
 TEXT = {
@@ -316,23 +317,12 @@ def show_load(model: Model) -> None:
 
 def experts_load(model: Model, ids: np.ndarray) -> np.ndarray:
     """int [layers, E]: tokens that chose each expert."""
-    counts: list[jax.Array] = []
-    from deepstack_jax.models import moe
-
-    route = moe.SparseMoE.route
-
-    def counted(self: Any, hidden: jax.Array) -> Any:
-        weights, chosen, logits = route(self, hidden)
-        counts.append(jnp.bincount(chosen.reshape(-1), length=logits.shape[-1]))
-        return weights, chosen, logits
-
-    moe.SparseMoE.route = counted
-    try:
-        batch = arrange(model.config, ids)
-        run_prompt(model.config, model.text_params, prompt_of(model, batch))
-    finally:
-        moe.SparseMoE.route = route
-    return np.stack([np.asarray(x) for x in counts])
+    inputs = language_inputs(prompt_of(model, arrange(model.config, ids)))
+    language_model = merge_params(model.config, model.text_params).language_model
+    _, seen = nnx.capture(language_model, nnx.Intermediate)(**inputs)
+    layers = seen["model"]["layers"].values()
+    chosen = [layer["mlp"]["top_k_index"].get_value()[0] for layer in layers if "mlp" in layer]
+    return np.stack([np.bincount(np.ravel(one), minlength=model.config.text.num_experts) for one in chosen])
 
 
 def step_bytes(model: Model, batch: int, context: int) -> float:

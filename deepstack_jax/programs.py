@@ -8,46 +8,49 @@ Whole and split serving run the same programs.
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.models.param import Leaf
-from deepstack_jax.models.qwen3_moe import KVCache, Taps
-from deepstack_jax.models.qwen3_vl_moe import Params, build
+from deepstack_jax.models.param import AnyArray
+from deepstack_jax.models.qwen3_moe import KVCache
+from deepstack_jax.models.qwen3_vl_moe import Params, merge_params
 from deepstack_jax.models.vision import PatchGeometry, VisualRows, separate_deepstack_embeds
 from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
 
 
+@no_type_check  # JAX puts shapes, specifications and placeholders into it as well
 @jax.tree_util.register_dataclass
 @dataclass
 class Prompt:
     """Tokens of B rows, padded at the end to T, and what places the visual rows among them (None for text alone)."""
 
-    input_ids: Leaf  # int32 [B, T]
-    position_ids: Leaf  # int32 [3, B, T]
-    lengths: Leaf  # int32 [B]
-    rope_deltas: Leaf  # int32 [B]
-    visual_index: Leaf = None  # int32 [B, T]
+    input_ids: Int[AnyArray, "B T"]
+    position_ids: Int[AnyArray, "3 B T"]
+    lengths: Int[AnyArray, " B"]
+    rope_deltas: Int[AnyArray, " B"]
+    visual_index: Int[AnyArray, "B T"] | None = None
     rows: VisualRows | None = None  # of its images and videos, one after another
 
 
+@no_type_check  # the same
 @jax.tree_util.register_dataclass
 @dataclass
 class DecodeState:
     """Everything that decoding carries from token to token; donated to `decode` and returned by it."""
 
     cache: KVCache
-    tokens: Leaf  # int32 [B, S]: the answers, filled up with the pad token
-    lengths: Leaf  # int32 [B]: tokens of each answer, its end token included
-    last: Leaf  # int32 [B]: the newest token, not yet in the cache
-    slots: Leaf  # int32 [B]: where `last` goes in the cache
-    rope_deltas: Leaf  # int32 [B]
-    done: Leaf  # bool [B]
-    seen: Leaf  # uint8 [B, V]: bits of sampling.IN_PROMPT and sampling.GENERATED
-    step: Leaf  # int32 []: tokens made so far
+    tokens: Int[Array, "B S"]  # the answers, filled up with the pad token
+    lengths: Int[Array, " B"]  # tokens of each answer, its end token included
+    last: Int[Array, " B"]  # the newest token, not yet in the cache
+    slots: Int[Array, " B"]  # where `last` goes in the cache
+    rope_deltas: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    seen: UInt8[Array, "B V"]  # bits of sampling.IN_PROMPT and sampling.GENERATED
+    step: Int[Array, ""]  # tokens made so far
 
 
 @partial(jax.jit, static_argnums=0)
@@ -61,7 +64,7 @@ def encode(
     """
 
     def one(item: tuple[jax.Array, PatchGeometry]) -> jax.Array:
-        return build(config, params).visual(*item)
+        return merge_params(config, params).visual(*item)
 
     with precision_of(params):
         if len(pixel_values) == 1:
@@ -88,8 +91,7 @@ def place(
 def all_logits(config: ModelConfig, params: Params, prompt: Prompt) -> Float[Array, "B T V"]:
     """float32 logits at every token."""
     with precision_of(params):
-        hidden, _ = run_prompt(config, params, prompt)
-        return build(config, params).language_model.logits(hidden)
+        return merge_params(config, params).language_model(**language_inputs(prompt))[0]
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -100,11 +102,12 @@ def prefill(
     batch = prompt.input_ids.shape[0]
     with precision_of(params):
         cache = KVCache.empty(config.text, batch, capacity, _dtype_of(params))
-        hidden, cache = run_prompt(config, params, prompt, cache)
+        model = merge_params(config, params).language_model
+        hidden, cache = model.model(cache=cache, **language_inputs(prompt))
         assert cache is not None
         lengths = jnp.asarray(prompt.lengths)
         at_end = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        logits = build(config, params).language_model.logits(at_end)
+        logits = model.logits(at_end)
     in_row = jnp.arange(prompt.input_ids.shape[1]) < lengths[:, None]
     seen = jnp.zeros((batch, config.text.vocab_size), jnp.uint8)
     state = DecodeState(
@@ -133,7 +136,7 @@ def decode(
     def next_token(state: DecodeState) -> DecodeState:
         slots = state.slots[:, None]
         positions = jnp.broadcast_to(slots + state.rope_deltas[:, None], (3, *slots.shape))
-        model = build(config, params).language_model
+        model = merge_params(config, params).language_model
         hidden, cache = model.model(state.last[:, None], positions, slots=slots, cache=state.cache)
         assert cache is not None
         return _append(replace(state, cache=cache), model.logits(hidden[:, 0]), sampling)
@@ -142,20 +145,16 @@ def decode(
         return jax.lax.while_loop(unfinished, next_token, state)
 
 
-def run_prompt(
-    config: ModelConfig, params: Params, prompt: Prompt, cache: KVCache | None = None, taps: Taps | None = None
-) -> tuple[Float[Array, "B T D"], KVCache | None]:
-    """Normalised hidden states of a prompt, its visual rows in their places. Not jitted: a part of the programs."""
+def language_inputs(prompt: Prompt) -> dict[str, Any]:
+    """The arguments of `Qwen3MoeForCausalLM` for a prompt, its visual rows included."""
     embeds, deepstack = prompt.rows or (None, None)
-    return build(config, params).language_model.model(
-        jnp.asarray(prompt.input_ids),
-        jnp.asarray(prompt.position_ids),
-        cache=cache,
-        input_embeds=embeds,
-        input_deepstack_embeds=deepstack,
-        visual_index=None if prompt.visual_index is None else jnp.asarray(prompt.visual_index),
-        taps=taps,
-    )
+    return {
+        "input_ids": jnp.asarray(prompt.input_ids),
+        "position_ids": jnp.asarray(prompt.position_ids),
+        "input_embeds": embeds,
+        "input_deepstack_embeds": deepstack,
+        "visual_index": None if prompt.visual_index is None else jnp.asarray(prompt.visual_index),
+    }
 
 
 def precision_of(params: Params) -> AbstractContextManager[object]:

@@ -11,7 +11,7 @@ import torch
 import deepstack_jax as dsj
 from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.generation import encode_rows
-from deepstack_jax.models.qwen3_vl_moe import build
+from deepstack_jax.models.qwen3_vl_moe import merge_params
 from deepstack_jax.processing.batch import arrange
 from tests.cases import BY_NAME, CASES, Case, side_by_side
 from tests.torch_reference import load_reference, reference_logits, reference_rows, reference_tokens
@@ -81,8 +81,8 @@ def test_the_random_checkpoints_use_their_experts(name: str, directory):
     """Parity over a router that always takes the same experts would say little."""
     case, model = BY_NAME[name], dsj.load(directory(name))
     tokens = case.inputs["input_ids"][case.inputs["attention_mask"] == 1]
-    language_model = build(model.config, model.params).language_model.model
-    hidden = language_model.embed_tokens.weight[...][tokens]
+    language_model = merge_params(model.config, model.params).language_model.model
+    hidden = language_model.embed_tokens(jnp.asarray(tokens))
     sparse = next(layer for layer in language_model.layers if hasattr(layer.mlp, "route"))
     _, chosen, _ = sparse.mlp.route(sparse.post_attention_layernorm(hidden))
     experts = model.config.text.num_experts

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -35,7 +36,7 @@ from tiny_vl.checkpoint import (  # noqa: E402
     write_companions,
 )
 from tiny_vl.evaluate import Case, answers, batches_of, messages_of, wanted, without_levels  # noqa: E402
-from tiny_vl.loss import WatchedMoE, loss_of, tiled_moe  # noqa: E402
+from tiny_vl.loss import balance_of, load_of, loss_of, tiled_moe  # noqa: E402
 from tiny_vl.sight import CLASSES, seen_in, sight_loss  # noqa: E402
 from tiny_vl.sight import KINDS as SEEN_KINDS  # noqa: E402
 
@@ -171,27 +172,14 @@ def test_tiled_experts_are_the_models_experts_and_so_is_their_gradient():
 
 
 def test_balance_is_one_for_an_even_router_and_the_number_of_experts_over_k_for_a_stuck_one():
-    class Router:
-        """Routes by given logits, as `SparseMoE.route` does."""
-
-        def __init__(self, logits: jax.Array):
-            self.logits = logits
-            self.experts = type(
-                "Experts", (), {"gate_up_proj": jnp.zeros((8, 4, 6)), "down_proj": jnp.zeros((8, 3, 4))}
-            )
-
-        def route(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            weights, chosen = jax.lax.top_k(jax.nn.softmax(self.logits), 2)
-            return weights, chosen, self.logits
-
     stuck = jnp.zeros((16, 8)).at[:, :2].set(50.0)
     even = 50.0 * (jnp.eye(8)[jnp.arange(16) % 8] + jnp.eye(8)[(jnp.arange(16) + 1) % 8])
     # the last eight tokens are padding, and must not count
     for logits, expected in ((stuck, 4.0), (even, 1.0), (jnp.concatenate([even[:8], stuck[:8]]), 1.0)):
-        watch = WatchedMoE(Router(logits))  # type: ignore[arg-type]
-        watch.mask = jnp.arange(16) < 8
-        watch(jnp.zeros((1, 16, 4)))
-        assert float(watch.balance()) == pytest.approx(expected, rel=1e-5)
+        captured = {"router_logits": nnx.Intermediate((logits,)),
+                    "top_k_index": nnx.Intermediate((jax.lax.top_k(logits, 2)[1],))}  # fmt: skip
+        load = load_of(captured, jnp.arange(16) < 8)
+        assert float(balance_of(load)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_tokens_show_what_the_pixels_of_their_place_show():

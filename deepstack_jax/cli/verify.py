@@ -70,31 +70,34 @@ def compare(model: Any, checkpoint: Path, inputs: dict[str, Any], max_new_tokens
 
 def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     import jax
+    import jax.numpy as jnp
+    from flax import nnx
 
     import deepstack_jax as dsj
     from deepstack_jax.generation import prompt_of
-    from deepstack_jax.models.qwen3_moe import Taps
-    from deepstack_jax.models.qwen3_vl_moe import build
+    from deepstack_jax.models.qwen3_vl_moe import merge_params
     from deepstack_jax.processing.batch import arrange
-    from deepstack_jax.programs import precision_of, run_prompt
+    from deepstack_jax.programs import language_inputs, precision_of
 
     batch = arrange(model.config, **inputs)
     config = model.config
 
     @jax.jit
-    def stages_of_vision(params: Any, pixel_values: Any, geometry: Any) -> Taps:
-        taps: Taps = {}
+    def stages_of_vision(params: Any, pixel_values: Any, geometry: Any) -> dict[str, jax.Array]:
         with precision_of(params):
-            build(config, params).visual(pixel_values, geometry, taps)
-        return taps
+            rows, seen = nnx.capture(merge_params(config, params).visual, nnx.Intermediate)(pixel_values, geometry)
+        blocks = {f"blocks.{i}": hidden for i, hidden in enumerate(seen["hidden_states"].get_value())}
+        merged, *levels = jnp.split(rows, 1 + config.num_deepstack_levels, axis=-1)
+        return blocks | {"merger": merged} | {f"deepstack.{i}": level for i, level in enumerate(levels)}
 
     @jax.jit
-    def stages_of_text(params: Any, prompt: Any) -> Taps:
-        taps: Taps = {}
+    def stages_of_text(params: Any, prompt: Any) -> dict[str, jax.Array]:
         with precision_of(params):
-            hidden, _ = run_prompt(config, params, prompt, taps=taps)
-            taps["logits"] = build(config, params).language_model.logits(hidden)
-        return taps
+            forward = nnx.capture(merge_params(config, params).language_model, nnx.Intermediate)
+            (logits, _), seen = forward(**language_inputs(prompt))
+        embeddings, *layers = seen["model"]["hidden_states"].get_value()
+        stages = {"embeddings": embeddings} | {f"layers.{i}": hidden for i, hidden in enumerate(layers)}
+        return stages | {"logits": logits}
 
     found: dict[str, np.ndarray] = {}
     parts: dict[str, list[np.ndarray]] = {}
@@ -103,8 +106,8 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
             count = visual.num_rows * (config.vision.merge_unit if name.startswith("blocks") else 1)
             parts.setdefault(name, []).append(np.asarray(value)[:count])
     found |= {name: np.concatenate(part) for name, part in parts.items()}
-    taps = stages_of_text(model.text_params, prompt_of(model, batch))
-    found |= {name: np.asarray(value)[:, : batch.lengths[0]] for name, value in taps.items()}
+    of_text = stages_of_text(model.text_params, prompt_of(model, batch))
+    found |= {name: np.asarray(value)[:, : batch.lengths[0]] for name, value in of_text.items()}
     return found, dsj.generate(model, **inputs, max_new_tokens=max_new_tokens, eos_token_id=[]).tokens
 
 
@@ -124,7 +127,7 @@ def _load_torch(checkpoint: Path) -> Any:
 
 
 def _torch_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Hooks every stage of transformers' model; names are those of our taps."""
+    """Hooks every stage of transformers' model; names are those of `_jax_stages`."""
     import torch
 
     found: dict[str, np.ndarray] = {}

@@ -1,5 +1,7 @@
 """The feed-forward half of a decoder layer: dense SwiGLU, or a router over experts."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,17 +27,33 @@ class DenseMLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The stacked weights of all experts, in the order that `pallas_kernels.fused_moe` takes."""
+    """The stacked weights of all experts, in the order that `pallas_kernels.fused_moe` takes.
+
+    `compute` is that function; training may set one whose gradient costs less.
+    """
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
         axes = ("expert", "embed", "mlp")
         self.gate_up_proj = param(rngs, (experts, hidden, 2 * inner), axes, dtype, scaled_normal(hidden))
         self.down_proj = param(rngs, (experts, inner, hidden), ("expert", "mlp", "embed"), dtype, scaled_normal(inner))
+        self.compute: Callable[..., jax.Array] = fused_moe
+
+    def __call__(
+        self,
+        hidden: Float[Array, "T D"],
+        top_k_index: Int[Array, "T k"],
+        top_k_weights: Float[Array, "T k"],
+    ) -> Float[Array, "T D"]:
+        """The weighted sum of each token's k experts, float32."""
+        return self.compute(hidden, self.gate_up_proj[...], self.down_proj[...], top_k_index, top_k_weights)
 
 
 class SparseMoE(nnx.Module):
-    """Routes each token to its k likeliest experts and sums their outputs by probability."""
+    """Routes each token to its k likeliest experts and sums their outputs by probability.
+
+    `nnx.capture` finds `router_logits` [T, E] and `top_k_index` [T, k] in it.
+    """
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.top_k = config.num_experts_per_tok
@@ -58,6 +76,7 @@ class SparseMoE(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        weights, chosen, _ = self.route(tokens)
-        out = fused_moe(tokens, self.experts.gate_up_proj[...], self.experts.down_proj[...], chosen, weights)
-        return out.reshape(hidden.shape)
+        weights, chosen, logits = self.route(tokens)
+        self.sow(nnx.Intermediate, "router_logits", logits, capture_noop=True)
+        self.sow(nnx.Intermediate, "top_k_index", chosen, capture_noop=True)
+        return self.experts(tokens, chosen, weights).reshape(hidden.shape)

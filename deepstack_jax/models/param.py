@@ -8,16 +8,16 @@ parameters' dtype and accumulates in float32.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# A field of a state that passes through programs: an array, or its shape and dtype where one is only compiled.
-Leaf = Any
+# what a program is given: an array on a device, or one of the host that it moves there
+AnyArray = jax.Array | np.ndarray
 Axes = tuple[str | None, ...]
 Initializer = Callable[[jax.Array, tuple[int, ...], DTypeLike], jax.Array]
 
@@ -26,7 +26,8 @@ def param(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike, 
     """A parameter of `shape` whose dimensions carry the logical names `axes` (see sharding.py for what they map to)."""
     if len(shape) != len(axes):
         raise ValueError(f"{len(shape)} dimensions {shape} but {len(axes)} logical axes {axes}")
-    return nnx.Param(init(rngs.params(), shape, dtype), logical_axes=axes)
+    # lazily: the parameters are placed where they are read or initialised, not where a module is described
+    return nnx.Param(init(rngs.params(), shape, dtype), out_sharding=axes, eager_sharding=False)
 
 
 def scaled_normal(fan_in: int) -> Initializer:

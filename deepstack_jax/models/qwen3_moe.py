@@ -6,6 +6,7 @@ visual rows are given. Reference: transformers' qwen3_moe and qwen3_vl_moe; Deep
 
 from dataclasses import dataclass
 from functools import partial
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,14 @@ from deepstack_jax.config import TextConfig
 from deepstack_jax.models.attention import ranged_attention
 from deepstack_jax.models.moe import DenseMLP, SparseMoE
 from deepstack_jax.models.norm import RMSNorm
-from deepstack_jax.models.param import Leaf, Linear, param, product
+from deepstack_jax.models.param import Linear, param, product
 from deepstack_jax.models.rope import Rotation, rotate, text_rotation
 from pallas_kernels.deepstack_add import deepstack_add
 
-Taps = dict[str, jax.Array]
+LayerCache = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]  # keys and values
 
 
+@no_type_check  # JAX puts shapes, specifications and placeholders into it as well
 @jax.tree_util.register_dataclass
 @dataclass
 class KVCache:
@@ -32,8 +34,8 @@ class KVCache:
     A row's tokens fill slots 0, 1, 2, ... with no gap, whatever padding its prompt came with.
     """
 
-    keys: tuple[Leaf, ...]
-    values: tuple[Leaf, ...]
+    keys: tuple[Float[Array, "B K S h"], ...]
+    values: tuple[Float[Array, "B K S h"], ...]
 
     @staticmethod
     def empty(config: TextConfig, batch: int, capacity: int, dtype: DTypeLike) -> "KVCache":
@@ -62,8 +64,8 @@ class Attention(nnx.Module):
         hidden: Float[Array, "B T D"],
         rotation: Rotation,
         slots: Int[Array, "B T"],
-        cached: tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]] | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]]:
+        cached: LayerCache | None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Returns the output and the layer's keys and values, those of `hidden` written at `slots`."""
         dtype = self.k_proj.weight[...].dtype
         query, key, value = (
@@ -91,13 +93,33 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(*norm, dtype=dtype, rngs=rngs)
         self.mlp = (SparseMoE if config.sparse_layers[layer] else DenseMLP)(config, dtype=dtype, rngs=rngs)
 
+    def __call__(
+        self,
+        hidden: Float[Array, "B T D"],
+        rotation: Rotation,
+        slots: Int[Array, "B T"],
+        cached: LayerCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Returns the hidden states after the layer, and its keys and values with those of `hidden` at `slots`."""
+        attended, cached = self.self_attn(self.input_layernorm(hidden), rotation, slots, cached)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), cached
+
 
 class Embedding(nnx.Module):
-    """The token embeddings."""
+    """The token embeddings, and the output head where it is tied to them."""
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.normal(stddev=1.0)
         self.weight = param(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype, init)
+
+    def __call__(self, input_ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """float32 embeddings of token ids."""
+        return self.weight[...][input_ids].astype(jnp.float32)
+
+    def attend(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """float32 logits: `hidden` against every token's embedding."""
+        return product(hidden, self.weight[...])
 
 
 class Qwen3MoeModel(nnx.Module):
@@ -121,30 +143,21 @@ class Qwen3MoeModel(nnx.Module):
         input_embeds: Float[Array, "M D"] | None = None,
         input_deepstack_embeds: Float[Array, "M ND"] | None = None,
         visual_index: Int[Array, "B T"] | None = None,
-        taps: Taps | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """
-        Args:
-            input_ids: tokens, each row from its first one on; padding follows them.
-            position_ids: M-RoPE positions (time, height, width) of the tokens.
-            slots: where in the cache the tokens stand, consecutive in each row; 0, 1, 2, ... by default.
-            cache: keys and values of the tokens before; None attends among `input_ids` alone.
-            input_embeds: embeddings of M visual tokens.
-            input_deepstack_embeds: their N deepstack levels, side by side; level i is added after layer i.
-            visual_index: the row of each visual token in the two arrays, -1 for text.
-            taps: a dictionary to fill with the hidden states of every stage, for comparing with a reference.
+        """The arguments are those of `Qwen3MoeForCausalLM`.
+
+        `nnx.capture` finds the `hidden_states` in it: the embeddings, then those after each layer and its level.
 
         Returns:
-            float32 hidden states and the cache with these tokens in it (None without one).
+            float32 normalised hidden states and the cache with these tokens in it (None without one).
         """
-        embedding = self.embed_tokens.weight[...]
-        hidden = embedding[input_ids].astype(jnp.float32)
+        hidden = self.embed_tokens(input_ids)
         if input_embeds is not None:
             if visual_index is None:
                 raise ValueError("input_embeds needs visual_index: the row of each visual token, -1 for text")
             rows = input_embeds[jnp.maximum(visual_index, 0)].astype(jnp.float32)
             hidden = jnp.where((visual_index >= 0)[..., None], rows, hidden)
-        _tap(taps, "embeddings", hidden)
+        self.sow(nnx.Intermediate, "hidden_states", hidden, capture_noop=True)
 
         batch, length, width = hidden.shape
         if slots is None:
@@ -154,20 +167,25 @@ class Qwen3MoeModel(nnx.Module):
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             cached = None if cache is None else (cache.keys[i], cache.values[i])
-            attended, (key, value) = layer.self_attn(layer.input_layernorm(hidden), rotation, slots, cached)
-            hidden = hidden + attended
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            hidden, (key, value) = layer(hidden, rotation, slots, cached)
             if input_deepstack_embeds is not None and visual_index is not None and i < levels:
                 flat = hidden.reshape(-1, width)
                 hidden = deepstack_add(flat, input_deepstack_embeds, visual_index.reshape(-1), i).reshape(hidden.shape)
             keys.append(key)
             values.append(value)
-            _tap(taps, f"layers.{i}", hidden)
+            self.sow(nnx.Intermediate, "hidden_states", hidden, capture_noop=True)
         return self.norm(hidden), None if cache is None else KVCache(tuple(keys), tuple(values))
 
 
 class Qwen3MoeForCausalLM(nnx.Module):
-    """`Qwen3MoeModel` and the output head."""
+    """`Qwen3MoeModel` and the output head: plain text, vision-language and the language side of a split.
+
+    They differ only in whether visual rows are given:
+
+        logits, _ = model(input_ids, position_ids)  # text
+        logits, _ = model(input_ids, position_ids, input_embeds=embeds, visual_index=index,
+                          input_deepstack_embeds=deepstack)  # with pictures
+    """
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.model = Qwen3MoeModel(config, dtype=dtype, rngs=rngs)
@@ -176,11 +194,47 @@ class Qwen3MoeForCausalLM(nnx.Module):
             self.lm_head = Linear(*shape, ("vocab", "embed"), bias=False, dtype=dtype, rngs=rngs)
         self.tied = config.tie_word_embeddings
 
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        position_ids: Int[Array, "3 B T"],
+        *,
+        slots: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+        input_embeds: Float[Array, "M D"] | None = None,
+        input_deepstack_embeds: Float[Array, "M ND"] | None = None,
+        visual_index: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], KVCache | None]:
+        """
+        Args:
+            input_ids: tokens, each row from its first one on; padding follows them.
+            position_ids: M-RoPE positions (time, height, width) of the tokens.
+            slots: where in the cache the tokens stand, consecutive in each row; 0, 1, 2, ... by default.
+            cache: keys and values of the tokens before; None attends only among `input_ids`.
+            input_embeds: embeddings of M visual tokens.
+            input_deepstack_embeds: their N deepstack levels, side by side; level i is added after layer i.
+            visual_index: the row of each visual token in the two arrays, -1 for text.
+
+        Returns:
+            float32 logits and the cache with these tokens in it (None without one).
+
+        Raises:
+            ValueError: `input_embeds` without `visual_index`.
+        """
+        hidden, cache = self.model(
+            input_ids,
+            position_ids,
+            slots=slots,
+            cache=cache,
+            input_embeds=input_embeds,
+            input_deepstack_embeds=input_deepstack_embeds,
+            visual_index=visual_index,
+        )
+        return self.logits(hidden), cache
+
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """float32 logits of normalised hidden states."""
-        if not self.tied:
-            return self.lm_head(hidden)
-        return product(hidden, self.model.embed_tokens.weight[...])
+        """float32 logits of normalised hidden states: of those tokens whose logits are needed."""
+        return self.model.embed_tokens.attend(hidden) if self.tied else self.lm_head(hidden)
 
 
 def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
@@ -189,8 +243,3 @@ def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
         return new  # a prompt that fills the cache can only start at slot 0
     write_row = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(write_row)(cached, new, first)
-
-
-def _tap(taps: Taps | None, name: str, value: jax.Array) -> None:
-    if taps is not None:
-        taps[name] = value

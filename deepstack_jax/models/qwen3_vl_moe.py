@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.models.qwen3_moe import Qwen3MoeForCausalLM
-from deepstack_jax.models.vision import VisionEncoder
+from deepstack_jax.models.qwen3_moe import KVCache, Qwen3MoeForCausalLM
+from deepstack_jax.models.vision import PatchGeometry, VisionEncoder, VisualRows, separate_deepstack_embeds
 
 Params = dict[str, jax.Array]
 
@@ -28,9 +29,52 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         if config.vision:
             self.visual = VisionEncoder(config.vision, dtype=dtype, rngs=rngs)
         self.language_model = Qwen3MoeForCausalLM(config.text, dtype=dtype, rngs=rngs)
+        self.num_deepstack_levels = config.num_deepstack_levels
+
+    def get_image_features(self, pixel_values: Float[Array, "P C"], geometry: PatchGeometry) -> VisualRows:
+        """The embeddings [M, D] and deepstack levels [M, N*D] of packed images and videos.
+
+        Args:
+            pixel_values: their patches [P, C*Tp*p*p], as a Hugging Face processor gives them.
+            geometry: `patch_geometry(config.vision, grid_thw)`.
+        """
+        return separate_deepstack_embeds(self.visual(pixel_values, geometry), self.num_deepstack_levels)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        position_ids: Int[Array, "3 B T"],
+        *,
+        pixel_values: Float[Array, "P C"] | None = None,
+        geometry: PatchGeometry | None = None,
+        visual_index: Int[Array, "B T"] | None = None,
+        slots: Int[Array, "B T"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T V"], KVCache | None]:
+        """float32 logits, and the cache with these tokens in it: `Qwen3MoeForCausalLM` behind `get_image_features`.
+
+        `visual_index` says which row of the features each visual token takes, -1 for text (processing/positions.py).
+
+        Raises:
+            ValueError: `pixel_values` without `geometry` or `visual_index`.
+        """
+        embeds = deepstack = None
+        if pixel_values is not None:
+            if geometry is None or visual_index is None:
+                raise ValueError("pixel_values need their geometry and the visual_index of their tokens")
+            embeds, deepstack = self.get_image_features(pixel_values, geometry)
+        return self.language_model(
+            input_ids,
+            position_ids,
+            slots=slots,
+            cache=cache,
+            input_embeds=embeds,
+            input_deepstack_embeds=deepstack,
+            visual_index=visual_index,
+        )
 
 
-def build(config: ModelConfig, params: Params) -> Qwen3VLMoeForConditionalGeneration:
+def merge_params(config: ModelConfig, params: Params) -> Qwen3VLMoeForConditionalGeneration:
     """The modules around `params`. Parts whose parameters are missing are there in shape only and can't be run."""
     graphdef, declared = _declared(config)
     state = {path: variable.replace(params.get(_dotted(path), variable.get_value())) for path, variable in declared}
@@ -45,7 +89,7 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict
 
 def logical_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
     """The logical axes of every parameter, by dotted path."""
-    return {_dotted(path): variable.logical_axes for path, variable in _declared(config)[1]}
+    return {_dotted(path): variable.get_metadata("out_sharding") for path, variable in _declared(config)[1]}
 
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> Params:

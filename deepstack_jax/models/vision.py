@@ -1,38 +1,39 @@
 """The vision encoder: patches of images and video frames to visual rows, with DeepStack levels beside them.
 
-All patches of a request stand in one packed sequence; each image, and each frame of a video, is a segment that attends
-to itself alone. Within a segment patches come in merge blocks: the patches that become one visual token are neighbours.
+The patches of an image or a video stand in one packed sequence; each image, and each frame of a video, is a segment
+that attends only to itself. Within a segment patches come in merge blocks: the patches that become one visual token are
+neighbours.
 Reference: transformers' qwen3_vl.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.models.attention import ranged_attention
 from deepstack_jax.models.norm import LayerNorm
-from deepstack_jax.models.param import Leaf, Linear, param
-from deepstack_jax.models.qwen3_moe import Taps, _tap
+from deepstack_jax.models.param import AnyArray, Linear, param
 from deepstack_jax.models.rope import Rotation, patch_rotation, rotate
 
 
+@no_type_check  # JAX puts shapes, specifications and placeholders into it as well
 @jax.tree_util.register_dataclass
 @dataclass
 class PatchGeometry:
     """Where each of P packed patches stands. Patches of padding have the empty segment [0, 0)."""
 
-    coordinates: Leaf  # int32 [P, 2]: row and column in the image
-    position_index: Leaf  # int32 [P, 4]: neighbours in the grid of learned position embeddings
-    position_weight: Leaf  # float32 [P, 4]: their bilinear weights
-    segment_start: Leaf  # int32 [P]
-    segment_stop: Leaf  # int32 [P]
+    coordinates: Int[AnyArray, "P 2"]  # row and column in the image
+    position_index: Int[AnyArray, "P 4"]  # neighbours in the grid of learned position embeddings
+    position_weight: Float[AnyArray, "P 4"]  # their bilinear weights
+    segment_start: Int[AnyArray, " P"]
+    segment_stop: Int[AnyArray, " P"]
 
 
 def patch_geometry(config: VisionConfig, grid_thw: np.ndarray, num_patches: int | None = None) -> PatchGeometry:
@@ -65,32 +66,31 @@ class VisionEncoder(nnx.Module):
             ]
         )
 
-    def __call__(
-        self, pixel_values: Float[Array, "P C"], geometry: PatchGeometry, taps: Taps | None = None
-    ) -> Float[Array, "M R"]:
-        """pixel_values [P, C*Tp*p*p] -> rows [P / merge^2, (1+N)*D] in the parameters' dtype."""
-        hidden = self.patch_embed.proj(pixel_values) + self.pos_embed(geometry)
+    def __call__(self, pixel_values: Float[Array, "P C"], geometry: PatchGeometry) -> Float[Array, "M R"]:
+        """pixel_values [P, C*Tp*p*p] -> rows [P / merge^2, (1+N)*D] in the parameters' dtype.
+
+        `nnx.capture` finds the `hidden_states` after each block in it.
+        """
+        hidden = self.patch_embed(pixel_values) + self.pos_embed(geometry)
         rotation = patch_rotation(self.config.rope_theta, self.config.head_dim, jnp.asarray(geometry.coordinates))
         bounds = jnp.asarray(geometry.segment_start), jnp.asarray(geometry.segment_stop)
         levels = []
         for i, block in enumerate(self.blocks):
             hidden = block(hidden, rotation, *bounds)
-            _tap(taps, f"blocks.{i}", hidden)
+            self.sow(nnx.Intermediate, "hidden_states", hidden, capture_noop=True)
             if i in self.config.deepstack_visual_indexes:
                 which = self.config.deepstack_visual_indexes.index(i)
                 levels.append(self.deepstack_merger_list[which](hidden))
         rows = [self.merger(hidden), *levels]
-        _tap(taps, "merger", rows[0])
-        for i, level in enumerate(levels):
-            _tap(taps, f"deepstack.{i}", level)
         return jnp.concatenate(rows, axis=-1).astype(self.merger.linear_fc2.weight[...].dtype)
 
 
+@no_type_check  # JAX puts shapes, specifications and placeholders into it as well
 class VisualRows(NamedTuple):
     """Visual rows in two arrays, as the language model takes them and as they travel."""
 
-    embeds: Leaf  # [M, D]
-    deepstack: Leaf = None  # [M, N*D]; None where N is 0
+    embeds: Float[Array, "M D"]
+    deepstack: Float[Array, "M ND"] | None = None  # None where N is 0
 
 
 def separate_deepstack_embeds(rows: Float[Array, "M R"], num_deepstack_embeddings: int) -> VisualRows:
@@ -105,6 +105,9 @@ class PatchEmbed(nnx.Module):
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         shape = config.hidden_size, config.patch_dim
         self.proj = Linear(*shape, ("vision_embed", "patch"), bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, pixel_values: Float[Array, "P C"]) -> Float[Array, "P D"]:
+        return self.proj(pixel_values)
 
 
 class PositionEmbedding(nnx.Module):

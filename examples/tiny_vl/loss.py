@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.moe import SparseMoE
 from deepstack_jax.models.param import product
 from deepstack_jax.models.qwen3_moe import KVCache
 from deepstack_jax.models.qwen3_vl_moe import Params, merge_params
@@ -45,6 +46,7 @@ def loss_of(
     model = merge_params(config, params)
     decoder = model.language_model.model
     for layer in decoder.layers:
+        assert isinstance(layer.mlp, SparseMoE)
         layer.mlp.experts.compute = tiled_moe
     forward = nnx.capture(decoder, nnx.Intermediate)
     load = jnp.zeros((config.text.num_hidden_layers, 2, config.text.num_experts))  # choices and mean probabilities
@@ -52,7 +54,7 @@ def loss_of(
     def run(mask: jax.Array, *args: jax.Array, **kwargs: Any) -> tuple[jax.Array, KVCache | None]:
         nonlocal load
         result, seen = forward(*args, **kwargs)
-        load += jnp.stack([_load_of(layer["mlp"], mask.reshape(-1)) for layer in seen["layers"].values()])
+        load += jnp.stack([load_of(layer["mlp"], mask.reshape(-1)) for layer in seen["layers"].values()])
         return result
 
     visual = visual_rows(model.visual, batch["pixels"], batch["geometry"])
@@ -95,11 +97,8 @@ def loss_of(
         count += jnp.sum(is_answer)
         exact[name] = jnp.all((jnp.argmax(logits, axis=-1) == targets) | ~is_answer, axis=1)
     answers = total / count
-    choices, probabilities = jnp.moveaxis(load / jnp.sum(load, axis=-1, keepdims=True), 1, 0)
-    # E * sum(load * mean probability), 1 where both are even: Switch Transformers (arXiv:2101.03961), eq. 4
-    each = config.text.num_experts * jnp.sum(jax.lax.stop_gradient(choices) * probabilities, axis=-1)
-    balance = jnp.mean(each)
-    seen = {"answers": answers, "balance": balance, "load": choices, "exact": exact, "sight": seen_right}
+    balance, shares = jnp.mean(balance_of(load)), load[:, 0] / jnp.sum(load[:, 0], axis=-1, keepdims=True)
+    seen = {"answers": answers, "balance": balance, "load": shares, "exact": exact, "sight": seen_right}
     return answers + BALANCE * balance + SIGHT * sight, seen
 
 
@@ -116,11 +115,17 @@ def visual_rows(encoder: VisionEncoder, pixels: jax.Array, geometry: Any) -> Flo
     return rows.reshape(-1, rows.shape[-1])
 
 
-def _load_of(router: Any, mask: Float[Array, " T"]) -> Float[Array, "2 E"]:
+def load_of(router: Any, mask: Float[Array, " T"]) -> Float[Array, "2 E"]:
     """What a captured router did with the tokens that count: choices of each expert, and summed probabilities."""
     logits, chosen = (router[name].get_value()[0] for name in ("router_logits", "top_k_index"))
     choices = jnp.sum(jax.nn.one_hot(chosen, logits.shape[-1]), axis=1)
     return jnp.einsum("t,cte->ce", mask.astype(jnp.float32), jnp.stack([choices, jax.nn.softmax(logits, axis=-1)]))
+
+
+def balance_of(load: Float[Array, "*layers 2 E"]) -> Float[Array, "*layers"]:
+    """E * sum(load * mean probability), 1 where both are even: Switch Transformers (arXiv:2101.03961), eq. 4."""
+    choices, probabilities = jnp.moveaxis(load / jnp.sum(load, axis=-1, keepdims=True), -2, 0)
+    return load.shape[-1] * jnp.sum(jax.lax.stop_gradient(choices) * probabilities, axis=-1)
 
 
 def tiled_moe(
