@@ -24,6 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
 
 from deepstack_jax.config import VisionConfig
+from deepstack_jax.config_values import ConfigError
 from deepstack_jax.processing.images import (
     IMAGE_OPTIONS,
     ImageError,
@@ -834,19 +835,19 @@ def test_settings_that_can_not_be_served_are_refused(change: dict, message: str,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", r"preprocessor_config.json can't be read \(.*line 1 column 2 \(char 1\)\): correct it there"),
-        (b'{\n  "patch_size": 16,\n}', r"preprocessor_config.json can't be read \(.*line [23] column"),
-        (b"", "line 1 column 1"),
-        (b'{"a": "\xff"}', "can't be read .*position 7"),
-        (b"[" * 100_000, "preprocessor_config.json can't be read"),
-        (b"[1]", "preprocessor_config.json can't be read: expected an object, found list"),
-        (b"null", "expected an object, found NoneType"),
+        (b"{", r"preprocessor_config.json is not valid JSON \(.*line 1 column 2 \(char 1\)\): download it again, or"),
+        (b'{\n  "patch_size": 16,\n}', r"preprocessor_config.json is not valid JSON \(.*line [23] column"),
+        (b"", "it is empty"),
+        (b'{"a": "\xff"}', "is not valid JSON .*line 1, byte 7"),
+        (b"[" * 100_000, "preprocessor_config.json is not valid JSON"),
+        (b"[1]", "preprocessor_config.json holds list, not an object"),
+        (b"null", "holds NoneType, not an object"),
     ],
 )
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
 def test_damaged_files_are_named_with_the_position(content: bytes, message: str, name: str, tmp_path: Path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ImageError, match=message.replace("preprocessor_config.json", f"/{name}")) as error:
+    with pytest.raises(ConfigError, match=message.replace("preprocessor_config.json", f"/{name}")) as error:
         read_image_settings(tmp_path, vision_config())
     assert "\n" not in str(error.value)
 

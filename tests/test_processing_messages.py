@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deepstack_jax.config_values import ConfigError
 from deepstack_jax.processing.images import ImageError
 from deepstack_jax.processing.messages import Media, PromptError, parse_messages
 from deepstack_jax.processing.processor import Processor
@@ -400,7 +401,7 @@ def test_to_a_text_model_a_placeholder_is_text(tmp_path: Path):
 def test_a_damaged_template_file_says_where(tmp_path: Path):
     save_tiny_tokenizer(tmp_path)
     (tmp_path / "chat_template.json").write_text('{"chat_template": "a",}')
-    with pytest.raises(PromptError, match=r"chat_template.json is damaged \(.*line 1 column 2"):
+    with pytest.raises(ConfigError, match=r"chat_template.json is not valid JSON \(.*line 1 column 2"):
         Processor.from_directory(tmp_path, model_config()).prepare("Hi")
     (tmp_path / "chat_template.json").write_text(json.dumps({"template": "a"}))
     with pytest.raises(PromptError, match="has no text chat_template"):

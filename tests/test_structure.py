@@ -8,12 +8,15 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 MODEL = tuple(
-    f"deepstack_jax.{name}" for name in ("checkpoint", "config", "generation", "models", "processing", "programs")
+    f"deepstack_jax.{name}"
+    for name in ("checkpoint", "config", "generation", "models", "processing", "programs", "sampling_options")
 )
 # What each part may import of this project. Parts that are not named here may import anything.
 ALLOWED = {
     "pallas_kernels": ("pallas_kernels",),
-    "deepstack_jax/config.py": (),
+    "deepstack_jax/config.py": ("deepstack_jax.config_rope", "deepstack_jax.config_values"),
+    "deepstack_jax/config_rope.py": ("deepstack_jax.config_values",),
+    "deepstack_jax/config_values.py": (),
     "deepstack_jax/models": ("deepstack_jax.models", "deepstack_jax.config", "pallas_kernels"),
     "deepstack_jax/processing": ("deepstack_jax.processing", "deepstack_jax.config", "deepstack_jax.models"),
     "converters": ("converters", "deepstack_jax.config", "deepstack_jax.models", "deepstack_jax.shipped"),

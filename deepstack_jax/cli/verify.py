@@ -122,7 +122,10 @@ def _load_torch(checkpoint: Path) -> Any:
     from deepstack_jax.config import read_config
 
     logging.disable_progress_bar()
-    auto = AutoModelForImageTextToText if read_config(checkpoint).vision else AutoModelForCausalLM
+    config = read_config(checkpoint)
+    if config.model_type.endswith("_text"):
+        raise ValueError(f"{config.model_type} has no head in transformers: verify the whole checkpoint")
+    auto = AutoModelForImageTextToText if config.vision else AutoModelForCausalLM
     return auto.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 

@@ -1,12 +1,12 @@
 """From checked messages to the text of a prompt: the checkpoint's chat template, or Qwen3-VL's conversation format."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepstack_jax.config_values import read_json_object
 from deepstack_jax.processing.messages import Message, PromptError
 from deepstack_jax.processing.sources import one_line
 
@@ -96,12 +96,7 @@ def read_chat_template(directory: Path) -> str | None:
     file = directory / "chat_template.json"
     if not file.is_file():
         return None
-    try:
-        template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
-    except ValueError as error:
-        raise PromptError(f"{file} is damaged ({one_line(error)}): copy it from the checkpoint again") from None
-    except (KeyError, TypeError):
-        template = None
+    template = read_json_object(file).get("chat_template")
     if not isinstance(template, str):
         raise PromptError(f"{file} has no text chat_template: copy it from the checkpoint again")
     return template

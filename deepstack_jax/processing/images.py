@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepstack_jax.config import VisionConfig
+from deepstack_jax.config_values import read_json_object
 from deepstack_jax.processing.sources import (
     HEIC_BRANDS,
     SNIFFED_BYTES,
@@ -245,17 +246,15 @@ def read_processor_config(directory: Path, key: str, names: Sequence[str]) -> Pr
     """`key` of processor_config.json (transformers 5), else the first of the files `names` that is there, else None.
 
     Raises:
-        ImageError: a file that isn't JSON, with the position, or that holds something else than an object.
+        ConfigError: a file that isn't JSON, with the position, or that holds something else than an object.
+        ImageError: `key` isn't an object.
     """
     for name in ("processor_config.json", *names):
         file = directory / name
         if not file.is_file():
             continue
-        try:
-            raw = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ImageError(f"{file} can't be read ({one_line(error)}): correct it there") from None
-        if name == "processor_config.json" and isinstance(raw, dict):
+        raw = read_json_object(file)
+        if name == "processor_config.json":
             raw = raw.get(key)
             if raw is None:
                 continue
