@@ -8,14 +8,18 @@ import signal
 import socket
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
 
 from deepstack_jax.cli import COMMANDS
+from pallas_kernels.fused_moe.arg_specs import ODD, TILED
+from tests.test_kernels import error_of, error_of_plain_form
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -199,6 +203,25 @@ def test_the_tutorial_prints_what_it_shows(tmp_path):
     for (text, lines), printed in zip(blocks, outputs, strict=False):
         for line in lines:
             assert re.search(as_pattern(line), printed), f"{text}printed\n{printed}{errors}and not {line}"
+
+
+def code_of(page: Path) -> ModuleType:
+    """The Python blocks of a page that are marked as tested, as one module."""
+    module = ModuleType(page.stem.replace("-", "_"))
+    blocks = [fence["text"] for fence in FENCE.finditer(page.read_text()) if fence["mark"] == "tested"]
+    exec(compile("\n".join(blocks), str(page), "exec"), module.__dict__)
+    return module
+
+
+def test_the_backend_of_the_page_is_as_exact_as_the_plain_form():
+    backend = code_of(DOCS / "add-a-kernel-backend.md")
+    for spec in (replace(ODD, tokens=7), replace(TILED, tokens=40, routing="half of the experts empty")):
+        for dtype in ("float32", "bfloat16"):
+            out = backend.fused_moe(*spec.arrays(dtype, "float32"))
+            # the bound of test_kernels.py for every backend
+            assert error_of(out, spec, dtype, "float32") <= 1.1 * error_of_plain_form(spec, dtype, "float32")
+    with pytest.raises(NotImplementedError, match="E = 17 is more than 16"):
+        backend.fused_moe(*replace(ODD, experts=17).arrays("float32"))
 
 
 def test_the_notebook_prints_what_it_shows(monkeypatch, capsys):
