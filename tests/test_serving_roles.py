@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.cli import main
 
 CONFIG = tiny_config(
@@ -32,6 +32,7 @@ CONFIG = tiny_config(
 BLOCK = ("--block-size", "4")
 POOL = ("--pool-blocks", "8")  # a request gets two at once: several rounds for a small picture
 TOKENS = {"max_new_tokens": 12, "ignore_eos": True}
+MARKED = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 class Serving:
@@ -134,6 +135,20 @@ def picture(seed: int, width: int = 64, height: int = 64) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def photograph() -> str:
+    """As phones write them into .jpg: two pictures in one file."""
+    file = io.BytesIO()
+    first, second = (Image.effect_mandelbrot((64, 64), (-2, -1, 1, side), 20).convert("RGB") for side in (1, 2))
+    first.save(file, "MPO", save_all=True, append_images=[second])
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def cut() -> str:
+    """A picture that is damaged behind its header."""
+    data = base64.b64decode(photograph().partition(",")[2])
+    return "data:image/jpeg;base64," + base64.b64encode(data[:1200]).decode()
+
+
 def clip() -> str:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -150,6 +165,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "image": {"text": "What is this?", "image_data": picture(1)},
     "images": {"text": "Which one?", "image_data": [picture(1), picture(2, 96, 64), picture(3, 64, 128)]},
     "video": {"text": "What happens?", "video_data": clip()},
+    "photograph": {"text": "What is this?", "image_data": photograph()},
+    "frames": {"text": "What happens?", "video_data": [[picture(1), picture(2), photograph()]]},
     "messages": {
         "messages": [
             {"role": "system", "content": "Be short."},
@@ -214,6 +231,15 @@ def test_streams_go_through_both_roles(unified: Serving, language: Serving, enco
     assert answers[-1]["text"] == whole["text"]
 
 
+def test_deltas_go_through_the_encode_node(unified: Serving, language: Serving, encode: Serving):
+    whole = unified.ask(**REQUESTS["image"])
+    body = {"sampling_params": TOKENS, **REQUESTS["image"], "stream": True, "stream_deltas": True}
+    with encode.client.stream("POST", "/generate", json=body) as response:
+        events = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+    assert [token for event in events for token in event["output_ids"]] == whole["output_ids"]
+    assert "".join(event["text"] for event in events) == whole["text"]
+
+
 def test_every_role_is_healthy_and_says_which_it_is(unified: Serving, language: Serving, encode: Serving):
     for node, role in ((unified, "unified"), (language, "language"), (encode, "encode")):
         response = node.client.get("/health")
@@ -225,8 +251,11 @@ def test_every_role_is_healthy_and_says_which_it_is(unified: Serving, language: 
     ("body", "status", "words"),
     [
         ({"text": "a", "image_data": "data:image/png;base64,aGVsbG8="}, 400, "not an image"),
+        ({"text": "a", "image_data": cut()}, 400, "truncated"),
+        ({"text": "a", "image_data": picture(1), "tools": [{"name": "f", "most": 10**30}]}, 400, "no chat template"),
+        ({"text": "a", "image_data": [picture(1)] * 33}, 413, "--max-items"),
         ({"text": "a", "image_data": "http://127.0.0.1/x.png"}, 403, "not an allowed domain"),
-        ({"text": "<|image_pad|>", "image_data": [picture(1), picture(2)]}, 400, "1 image placeholders"),
+        ({"text": MARKED, "image_data": [picture(1), picture(2)]}, 400, "1 image placeholders"),
         ({"text": "a", "image_data": picture(1), "sampling_params": {"max_new_tokens": 2040}}, 400, "exceed the 2048"),
         ({"text": "a", "sampling_params": {"top_p": 2}}, 400, "top_p"),
     ],
