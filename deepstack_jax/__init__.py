@@ -12,13 +12,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model, load
     from deepstack_jax.generation import GenerateOutput, decode, forward, generate, prepare, stream
+    from deepstack_jax.sampling_options import SamplingOptions
+    from deepstack_jax.sharding import make_mesh
 
-__all__ = ["GenerateOutput", "Model", "decode", "forward", "generate", "load", "prepare", "stream"]
+    __version__: str
+
+__all__ = [
+    "GenerateOutput",
+    "Model",
+    "SamplingOptions",
+    "__version__",
+    "decode",
+    "forward",
+    "generate",
+    "load",
+    "make_mesh",
+    "prepare",
+    "stream",
+]
+
+_HOMES = {"Model": "checkpoint", "load": "checkpoint", "make_mesh": "sharding", "SamplingOptions": "sampling_options"}
 
 
 def __getattr__(name: str) -> Any:
     """Imports the models when they are first asked for: conversion and the command line's help do without."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "checkpoint" if name in ("Model", "load") else "generation"
-    return getattr(import_module(f"{__name__}.{home}"), name)
+    if name == "__version__":
+        return import_module("importlib.metadata").version("deepstack-jax")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'generation')}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

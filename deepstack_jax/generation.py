@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from deepstack_jax.processing.videos import VideoSource
 from deepstack_jax.programs import Prompt, all_logits, encode, place, prefill
 from deepstack_jax.programs import decode as decode_tokens
 from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.sampling_options import SamplingOptions
 
 ENCODE_TOGETHER = 4  # images that one run of the encoder takes at most
 
@@ -117,23 +118,31 @@ def generate(
     presence_penalty: float = 0.0,
     seed: int | Sequence[int] = 0,
     eos_token_id: int | Sequence[int] | None = None,
+    sampling: SamplingOptions | None = None,
 ) -> GenerateOutput:
-    """Answers prompts; the arrays are those of `forward`.
+    """Answers prompts; the arrays are those of `forward`. A row's answer depends on nothing else of its batch.
 
     Args:
-        max_new_tokens: at least 1; prompt and answer must fit max_position_embeddings.
-        temperature: 0 takes the likeliest token; above 0 draws, near 0 among the likeliest only.
-        top_k, top_p, min_p: what drawing leaves out; 0 (or -1), 1.0 and 0.0 leave nothing out.
-        repetition_penalty: above 1 makes tokens of prompt and answer less likely (transformers' rule).
-        presence_penalty: subtracted from the logits of tokens of the answer (OpenAI's rule).
-        seed: any whole number modulo 2**32 (row r draws with seed + r), or one per row. A row's answer depends on
-            nothing else of its batch.
-        eos_token_id: end tokens; None takes the checkpoint's own, an empty list none.
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, seed, eos_token_id: as
+            `SamplingOptions` says.
+        sampling: all of them together, in place of the single ones.
 
     Raises:
-        ValueError: arrays that don't fit, or a parameter out of its range.
+        ValueError: arrays that don't fit, an option out of its range, or single options beside `sampling`.
     """
     del mm_token_type_ids
+    options = SamplingOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+        eos_token_id=eos_token_id,
+    )
+    options = _one_of(sampling, options)
     started = time.perf_counter()
     timings: dict[str, float] = {}
 
@@ -145,46 +154,52 @@ def generate(
 
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
     batch = arrange(model.config, input_ids, attention_mask, *visuals)
-    plan = plan_answer(
-        model,
-        batch,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        presence_penalty=presence_penalty,
-        seed=seed,
-    )
+    plan = plan_answer(model, batch, options)
     lap("arrange", None)
     prompt = prompt_of(model, batch)
     lap("encode", prompt.rows)
     state = prefill(model.config, plan.capacity, model.text_params, prompt, plan.sampling)
     lap("prefill", state)
-    state = decode_tokens(model.config, model.text_params, state, plan.sampling, np.int32(max_new_tokens))
+    state = decode_tokens(model.config, model.text_params, state, plan.sampling, np.int32(plan.max_new_tokens))
     lap("decode", state)
-    return GenerateOutput(np.asarray(state.tokens)[:, :max_new_tokens], np.asarray(state.lengths), timings)
+    return GenerateOutput(np.asarray(state.tokens)[:, : plan.max_new_tokens], np.asarray(state.lengths), timings)
 
 
 def stream(
     model: Model,
-    inputs: Mapping[str, ArrayLike],
+    inputs: Mapping[str, ArrayLike] | None = None,
     *,
-    max_new_tokens: int = 64,
-    eos_token_id: int | Sequence[int] | None = None,
-    **options: Any,
+    sampling: SamplingOptions | None = None,
+    **named: Any,
 ) -> Iterator[np.ndarray]:
     """`generate` token by token: yields int32 [B], -1 for rows that have ended.
 
-    `inputs` are the arrays of `forward`, `options` the sampling options of `generate`. It runs the programs of
-    `generate` and yields the tokens that it returns.
+    It takes the arrays and the options of `generate` by name, or the arrays in one mapping: `stream(model, **inputs)`
+    or `stream(model, inputs)`. It runs the programs of `generate` and yields the tokens that it returns.
+
+    Raises:
+        ValueError: as `generate`, before the first token is asked for.
     """
-    batch = arrange(model.config, **inputs)
-    plan = plan_answer(model, batch, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id, **options)
-    for tokens in answer(model, prompt_of(model, batch), plan):
-        yield tokens[:, 0]
+    names = [field.name for field in fields(SamplingOptions)]
+    options = _one_of(sampling, SamplingOptions(**{name: named.pop(name) for name in names if name in named}))
+    batch = arrange(model.config, **(inputs or {}), **named)
+    plan = plan_answer(model, batch, options)
+
+    def tokens() -> Iterator[np.ndarray]:
+        for piece in answer(model, prompt_of(model, batch), plan):
+            yield piece[:, 0]
+
+    return tokens()
+
+
+def _one_of(sampling: SamplingOptions | None, single: SamplingOptions) -> SamplingOptions:
+    """`sampling`, or else the options that were given one by one."""
+    if sampling is None:
+        return single
+    if single != SamplingOptions():
+        both = [field.name for field in fields(single) if getattr(single, field.name) != field.default]
+        raise ValueError(f"{both[0]} and sampling: both given, give one of them")
+    return sampling
 
 
 @dataclass(frozen=True)
@@ -196,23 +211,17 @@ class Plan:
     max_new_tokens: int
 
 
-def plan_answer(
-    model: Model,
-    prompt: Batch | Prompt,
-    *,
-    max_new_tokens: int = 64,
-    eos_token_id: int | Sequence[int] | None = None,
-    **options: Any,
-) -> Plan:
-    """Checks the options of `generate` against the model and a prompt, before any work on the device.
+def plan_answer(model: Model, prompt: Batch | Prompt, options: SamplingOptions) -> Plan:
+    """Checks the options against the model and a prompt, before any work on the device.
 
     Raises:
-        ValueError: a parameter out of its range, or a prompt and an answer that exceed the model's positions.
+        ValueError: a number of seeds that is not the prompt's rows, or a prompt and an answer that exceed the model's
+            positions.
     """
-    ends = model.eos_token_ids if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id, np.int32)).tolist()
+    ends = model.eos_token_ids if options.eos_token_id is None else options.eos_token_id
     rows = len(np.asarray(prompt.lengths))
-    sampling = SamplingParams.of(rows, end_token_ids=ends, pad_token_id=model.pad_token_id, **options)
-    return Plan(sampling, _capacity(model, prompt, max_new_tokens), max_new_tokens)
+    sampling = SamplingParams.of(rows, options, end_token_ids=ends, pad_token_id=model.pad_token_id)
+    return Plan(sampling, _capacity(model, prompt, options.max_new_tokens), options.max_new_tokens)
 
 
 def answer(model: Model, prompt: Prompt, plan: Plan, step: Callable[[], int] = lambda: 1) -> Iterator[np.ndarray]:
@@ -282,8 +291,6 @@ def prompt_of(model: Model, batch: Batch) -> Prompt:
 
 def _capacity(model: Model, prompt: Batch | Prompt, max_new_tokens: int) -> int:
     """Slots a row: a function of the prompt's bucket and of max_new_tokens, so that prompts share programs."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} is out of range: expected 1 or more")
     longest, limit = int(np.max(prompt.lengths)), model.config.text.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise ValueError(

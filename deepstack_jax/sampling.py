@@ -8,33 +8,21 @@ Extreme values give the limit's answer, whatever the size of the logits: a tempe
 left out together. A logit of NaN counts as -inf, which is never chosen; a row with no other logits gives the pad token.
 """
 
-import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from deepstack_jax.sampling_options import SamplingOptions
+
 IN_PROMPT, GENERATED = 1, 2  # bits of `seen`
-_LARGEST = float(np.finfo(np.float32).max)
 _SMALLEST = float(np.finfo(np.float32).tiny)  # of the normal numbers: XLA on CPU and TPU takes smaller ones for 0
 _STEEP = 2.0**14  # above it, a logit over the temperature rounds the Gumbel noise added to it to less than 10 bits
-
-
-# neutral value, range, and the range in words
-_RANGES: dict[str, tuple[float, Callable[[float], bool], str]] = {
-    "temperature": (0.0, lambda x: 0 <= x <= _LARGEST, "0 (greedy) or more, at most 3.4e38"),
-    "top_k": (0, lambda x: x >= -1 and _is_whole(x), "0 or -1 (all) or a positive integer"),
-    "top_p": (1.0, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    "min_p": (0.0, lambda x: 0 <= x <= 1, "between 0 and 1"),
-    # beyond it, products with logits would lose digits
-    "repetition_penalty": (1.0, lambda x: 1e-12 <= x <= 1e12, "positive (1 for none), from 1e-12 to 1e12"),
-    "presence_penalty": (0.0, lambda x: abs(x) <= _LARGEST, "finite (0 for none), at most 3.4e38"),
-}
+_DEFAULTS = SamplingOptions()
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")  # those that are float32
 
 
 @jax.tree_util.register_dataclass
@@ -55,35 +43,19 @@ class SamplingParams:
     @staticmethod
     def of(
         batch: int,
+        options: SamplingOptions = _DEFAULTS,
         *,
-        temperature: float | None = 0.0,
-        top_k: int | None = 0,
-        top_p: float | None = 1.0,
-        min_p: float | None = 0.0,
-        repetition_penalty: float | None = 1.0,
-        presence_penalty: float | None = 0.0,
-        seed: int | Sequence[int] | None = 0,
         end_token_ids: Iterable[int] = (),
         pad_token_id: int = 0,
     ) -> "SamplingParams":
-        """The same sampling for every row. Row r of an int seed draws as a batch of one with `seed + r` does.
+        """The same options for every row, except for its seed. Row r of one seed draws as a batch of one with seed + r.
 
-        None means a parameter's neutral value, and so does -1 for top_k. Integers may be whole-number floats. Seeds
-        count modulo 2**32. A positive value below 1.2e-38 (float32's smallest normal number) is taken as that number.
+        `end_token_ids` are the answer's end tokens, whatever the options say. A positive value below 1.2e-38
+        (float32's smallest normal number) is taken as that number.
 
         Raises:
-            ValueError: a parameter that is not a number or is out of its range.
+            ValueError: another number of seeds than rows.
         """
-        given = {
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "presence_penalty": presence_penalty,
-        }
-        numbers = {name: _checked(name, value, *_RANGES[name]) for name, value in given.items()}
-        in_top_k = max(int(numbers.pop("top_k")), 0)
         ends = list(end_token_ids)
         # room for eight end tokens, so that naming other ones compiles nothing
         ends += [-1] * (-len(ends) % 8 or (8 if not ends else 0))
@@ -91,10 +63,11 @@ class SamplingParams:
         def rows(value: float, dtype: type) -> np.ndarray:
             return np.full(batch, value, dtype)
 
+        numbers = {name: getattr(options, name) for name in _NUMBERS}
         return SamplingParams(
             **{name: rows(max(x, _SMALLEST) if x > 0 else x, np.float32) for name, x in numbers.items()},
-            top_k=rows(min(in_top_k, np.iinfo(np.int32).max), np.int32),
-            seed=np.array([seed % 2**32 for seed in _seeds(seed, batch)], np.uint32),
+            top_k=rows(min(options.top_k, np.iinfo(np.int32).max), np.int32),
+            seed=np.array(options.seeds(batch), np.uint32),
             end_token_ids=np.asarray(ends, np.int32),
             pad_token_id=np.asarray(pad_token_id, np.int32),
         )
@@ -180,31 +153,3 @@ def _truncate(
     of_min_p = scaled[:, :1] + jnp.log(jnp.asarray(params.min_p))[:, None]
     relative = scale(logits)
     return jnp.where((logits >= jnp.maximum(of_top_k, of_top_p)) & (relative >= of_min_p), relative, -jnp.inf)
-
-
-def _checked(name: str, value: Any, neutral: float, good: Callable[[float], bool], expected: str) -> float:
-    """`value` as a Python number, `neutral` for None."""
-    number = neutral if value is None else _number(name, value)
-    if not good(number):
-        raise ValueError(f"{name} {reprlib.repr(number)} is out of range: expected {expected}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    scalar = value.item() if getattr(value, "ndim", None) == 0 else value
-    if isinstance(scalar, bool) or not isinstance(scalar, Real):
-        raise ValueError(f"{name} {reprlib.repr(scalar)} is not a number: give one number for all rows")
-    return scalar if isinstance(scalar, int) else float(scalar)
-
-
-def _is_whole(number: float) -> bool:
-    return isinstance(number, int) or number.is_integer()
-
-
-def _seeds(seed: Any, batch: int) -> list[int]:
-    if not isinstance(seed, list | tuple | range) and getattr(seed, "ndim", None) != 1:
-        first = int(_checked("seed", seed, 0, _is_whole, "a whole number"))
-        return [first + row for row in range(batch)]
-    if len(seed) != batch:
-        raise ValueError(f"{len(seed)} seeds for a batch of {batch}: give one integer or one per row")
-    return [int(_checked(f"seed[{row}]", one, 0, _is_whole, "a whole number")) for row, one in enumerate(seed)]

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.disagg.encode_worker import MAX_TOGETHER
 from deepstack_jax.disagg.language import Arrival, EncoderLinks, TransferFailedError
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
@@ -164,7 +164,7 @@ def test_the_split_gives_the_bits_of_the_whole(pair: tuple[dsj.Model, EncodeProc
     np.testing.assert_array_equal(
         *(np.asarray(all_logits(model.config, model.text_params, p))[:, : whole.lengths[0]] for p in (whole, split))
     )
-    plan = plan_answer(model, whole, max_new_tokens=8, eos_token_id=[])
+    plan = plan_answer(model, whole, dsj.SamplingOptions(max_new_tokens=8, eos_token_id=[]))
     np.testing.assert_array_equal(
         *(np.concatenate(list(answer(model, prompt, plan)), axis=1) for prompt in (whole, split))
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.engine.runner import (
     Chunk,
     DeadlineError,
@@ -51,7 +51,9 @@ def inputs_of(seed: int = 0, image: bool = False) -> dict[str, np.ndarray]:
 
 def work_of(model: dsj.Model, inputs: dict[str, np.ndarray], **options: Any) -> tuple[Any, Any]:
     batch = arrange(model.config, **inputs)
-    return batch, plan_answer(model, batch, **({"max_new_tokens": 8, "eos_token_id": []} | options))
+    return batch, plan_answer(
+        model, batch, dsj.SamplingOptions(**({"max_new_tokens": 8, "eos_token_id": []} | options))
+    )
 
 
 async def answer(runner: Runner, prompt: Any, plan: Any, seconds: float = 120.0) -> list[Chunk]:

@@ -10,6 +10,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
+from deepstack_jax.sampling_options import SamplingOptions
 
 compiled_sample = jax.jit(sample)
 
@@ -44,7 +45,7 @@ def test_draws_follow_the_distribution_that_transformers_leaves(options: dict[st
     logits = np.random.default_rng(0).normal(0, 2, (1, vocabulary)).astype(np.float32)
     expected = reference_distribution(logits, options)[0]
 
-    params = SamplingParams.of(draws, **options, seed=0)
+    params = SamplingParams.of(draws, SamplingOptions(**options, seed=0))
     tokens = compiled_sample(
         jnp.broadcast_to(logits, (draws, vocabulary)), jnp.zeros((draws, vocabulary), jnp.uint8), params, 0
     )
@@ -69,7 +70,7 @@ def test_penalties_change_logits_as_transformers_and_openai_say():
         expected[row, np.unique(answer[row])] -= 0.8
 
     # a row's own likeliest token is lowered until every token has been the likeliest once: compares whole orders
-    params = SamplingParams.of(3, repetition_penalty=1.7, presence_penalty=0.8)
+    params = SamplingParams.of(3, SamplingOptions(repetition_penalty=1.7, presence_penalty=0.8))
     masked, order = jnp.asarray(logits), []
     for _ in range(20):
         token = compiled_sample(masked, seen, params, 0)
@@ -85,7 +86,7 @@ def test_tokens_below_zero_are_not_marked():
 
 def test_rows_mix_greedy_and_drawn():
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 1, (2, 50)), jnp.float32)
-    params = SamplingParams.of(2, temperature=5.0, seed=3)
+    params = SamplingParams.of(2, SamplingOptions(temperature=5.0, seed=3))
     params.temperature[0] = 0
     tokens = {int(compiled_sample(logits, jnp.zeros((2, 50), jnp.uint8), params, step)[1]) for step in range(8)}
     assert len(tokens) > 2
@@ -125,7 +126,7 @@ def test_rows_mix_greedy_and_drawn():
 )
 def test_parameters_out_of_range_are_named(option: dict, message: str):
     with pytest.raises(ValueError) as error:
-        SamplingParams.of(2, **option)
+        SamplingParams.of(2, SamplingOptions(**option))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -157,7 +158,7 @@ def test_parameters_out_of_range_are_named(option: dict, message: str):
     ],
 )
 def test_numbers_of_any_kind_become_what_float32_and_int32_hold(option: dict, expected: float):
-    params = SamplingParams.of(2, **option)
+    params = SamplingParams.of(2, SamplingOptions(**option))
     for name in option:
         rows = getattr(params, name)
         assert rows.dtype == (np.int32 if name == "top_k" else np.float32)
@@ -182,7 +183,7 @@ def test_numbers_of_any_kind_become_what_float32_and_int32_hold(option: dict, ex
     ],
 )
 def test_seeds_count_modulo_2_to_the_32(seed, expected: list[int]):
-    params = SamplingParams.of(2, seed=seed)
+    params = SamplingParams.of(2, SamplingOptions(seed=seed))
     assert params.seed.dtype == np.uint32
     np.testing.assert_array_equal(params.seed, expected)
 
@@ -217,7 +218,7 @@ def test_a_seed_draws_the_token_that_the_plain_rule_draws(spread: float):
     penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.7}
     for options in [*OPTIONS, {"temperature": 0.02}, {"temperature": 1, "top_p": 0.999}, {"temperature": 50}]:
         for extra in ({}, penalties):
-            params = SamplingParams.of(rows, **options, **extra, seed=11)
+            params = SamplingParams.of(rows, SamplingOptions(**options, **extra, seed=11))
             for step in (0, 5):
                 tokens = compiled_sample(logits, seen, params, step)
                 np.testing.assert_array_equal(tokens, plain(logits, seen, params, step), str(options | extra))
@@ -299,7 +300,7 @@ def exact_distribution(exact: np.ndarray, temperature: float, top_k=0, top_p=1.0
 
 
 def assert_draws_follow(logits: list[float], expected: np.ndarray, **options: float):
-    params = SamplingParams.of(DRAWS, **options, seed=17)
+    params = SamplingParams.of(DRAWS, SamplingOptions(**options, seed=17))
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (DRAWS, 8))
     tokens = np.asarray(compiled_sample(rows, jnp.broadcast_to(SEEN, (DRAWS, 8)), params, 3))
     drawn = np.bincount(tokens, minlength=8)
@@ -334,7 +335,7 @@ def test_extreme_penalties_give_the_limits_distribution(name: str):
 @pytest.mark.parametrize("name", LOGITS)
 def test_greedy_takes_the_first_of_the_highest_logits(name: str):
     for penalties in PENALTIES:
-        params = SamplingParams.of(1, **penalties)
+        params = SamplingParams.of(1, SamplingOptions(**penalties))
         token = compiled_sample(jnp.asarray([LOGITS[name]], jnp.float32), SEEN[None], params, 0)
         assert int(token[0]) == np.argmax(exact_logits(LOGITS[name], **penalties)), penalties
 
@@ -350,7 +351,7 @@ def test_min_p_of_one_leaves_the_likeliest_tokens():
 def test_narrow_formats_are_drawn_from_in_float32(dtype):
     largest = float(jnp.finfo(dtype).max)
     logits = jnp.asarray([[0, largest, 1, largest, -largest, -jnp.inf, jnp.nan, 3]] * 64, dtype)
-    params = SamplingParams.of(64, temperature=1e-38)
+    params = SamplingParams.of(64, SamplingOptions(temperature=1e-38))
     tokens = compiled_sample(logits, jnp.zeros((64, 8), jnp.uint8), params, 0)
     assert set(np.asarray(tokens).tolist()) == {1, 3}
 
@@ -359,10 +360,10 @@ def test_narrow_formats_are_drawn_from_in_float32(dtype):
 def test_a_row_with_nothing_to_choose_gives_the_pad_token(logits: list[float]):
     rows = jnp.asarray([logits, ROW, logits], jnp.float32)
     for options in ({}, {"temperature": 1.0}, {"temperature": 1e-38, "top_k": 2}, {"temperature": 1e6, "top_p": 0.5}):
-        params = SamplingParams.of(3, pad_token_id=5, **options)
+        params = SamplingParams.of(3, SamplingOptions(**options), pad_token_id=5)
         tokens = compiled_sample(rows, jnp.zeros((3, 8), jnp.uint8), params, 0)
         assert (int(tokens[0]), int(tokens[2])) == (5, 5)
-        alone = SamplingParams.of(1, pad_token_id=5, seed=1, **options)
+        alone = SamplingParams.of(1, SamplingOptions(seed=1, **options), pad_token_id=5)
         assert int(tokens[1]) == int(compiled_sample(rows[1:2], jnp.zeros((1, 8), jnp.uint8), alone, 0)[0])
 
 
@@ -378,7 +379,7 @@ def test_a_row_draws_the_same_beside_rows_with_other_options():
     logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (5, vocabulary)), jnp.float32)
     logits = logits.at[0].multiply(3e37)
     seen = jnp.ones((5, vocabulary), jnp.uint8) * GENERATED
-    alone = [SamplingParams.of(1, seed=row, **options) for row, options in enumerate(everything)]
+    alone = [SamplingParams.of(1, SamplingOptions(seed=row, **options)) for row, options in enumerate(everything)]
     ends, pad = alone[0].end_token_ids, alone[0].pad_token_id
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed")
     together = SamplingParams(

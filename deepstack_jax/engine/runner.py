@@ -22,6 +22,7 @@ from deepstack_jax.generation import Plan, answer, plan_answer, prompt_of
 from deepstack_jax.processing.batch import Batch, arrange
 from deepstack_jax.processing.sources import one_line
 from deepstack_jax.programs import Prompt
+from deepstack_jax.sampling_options import SamplingOptions
 
 STEP_SECONDS = 0.03  # of decoding between two looks at the world: cancellations, deadlines, tokens given out
 MAX_STEP_TOKENS = 64
@@ -167,7 +168,7 @@ class Runner:
         """
         try:
             prompt = tiny_prompt(self.model)
-            plan = plan_answer(self.model, prompt, max_new_tokens=PROBE_TOKENS, eos_token_id=[])
+            plan = plan_answer(self.model, prompt, SamplingOptions(max_new_tokens=PROBE_TOKENS, eos_token_id=[]))
             tokens: tuple[int, ...] = ()
             async for chunk in self.run(prompt, plan, time.monotonic() + timeout):
                 tokens += chunk.tokens

@@ -13,6 +13,7 @@ from deepstack_jax.processing.messages import parse_messages, short
 from deepstack_jax.processing.prompt_options import MEDIA_OPTIONS, PromptOptions
 from deepstack_jax.processing.sources import one_line
 from deepstack_jax.processing.stop_strings import StopStrings
+from deepstack_jax.sampling_options import SamplingOptionError, SamplingOptions
 from deepstack_jax.serving.media import admit
 from deepstack_jax.serving.policy import Budget, MediaPolicy
 
@@ -81,26 +82,30 @@ class RequestError(Exception):
         self.param, self.code, self.headers = param, code, headers or {}
 
 
-class SamplingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`sampling_params`: the names, ranges and neutral values of `dsj.generate`, and SGLang's ways to name ends."""
+class SamplingFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`sampling_params`: `SamplingOptions`, which knows the ranges, and SGLang's ways to name ends."""
 
-    max_new_tokens: Annotated[int, Meta(ge=1, le=_WHOLE)] = 64
-    temperature: Annotated[float, Meta(ge=0)] = 0.0
-    top_k: Annotated[int, Meta(ge=-1, le=_WHOLE)] = 0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0)] = 1.0
-    presence_penalty: float = 0.0
+    max_new_tokens: Annotated[int, Meta(le=_WHOLE)] = SamplingOptions.max_new_tokens
+    temperature: float = SamplingOptions.temperature
+    top_k: Annotated[int, Meta(le=_WHOLE)] = SamplingOptions.top_k
+    top_p: float = SamplingOptions.top_p
+    min_p: float = SamplingOptions.min_p
+    repetition_penalty: float = SamplingOptions.repetition_penalty
+    presence_penalty: float = SamplingOptions.presence_penalty
     seed: int = 0
     stop: str | list[str] = []
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=_WHOLE)]], Meta(max_length=16)] = []
     ignore_eos: bool = False
 
-    def options(self, eos_token_ids: tuple[int, ...]) -> dict[str, Any]:
-        """The keyword arguments of `dsj.generate`, for a model with these end tokens. Stop strings are not of them."""
-        taken = {name: getattr(self, name) for name in self.__struct_fields__ if name != "stop"}
-        own = () if taken.pop("ignore_eos") else eos_token_ids
-        return taken | {"eos_token_id": [*own, *taken.pop("stop_token_ids")]}
+    def options(self, eos_token_ids: tuple[int, ...] = ()) -> SamplingOptions:
+        """The options of an answer, for a model with these end tokens. Stop strings are not among them.
+
+        Raises:
+            SamplingOptionError: one is out of its range.
+        """
+        ends = [*(() if self.ignore_eos else eos_token_ids), *self.stop_token_ids]
+        taken = {name: getattr(self, name) for name in self.__struct_fields__ if hasattr(SamplingOptions, name)}
+        return SamplingOptions(**taken, eos_token_id=ends)
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -114,7 +119,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] = {}
     enable_thinking: bool | None = None
     mm_processor_kwargs: dict[str, Any] = {}
-    sampling_params: SamplingOptions = SamplingOptions()
+    sampling_params: SamplingFields = SamplingFields()
     stream: bool = False
     stream_deltas: bool = False
     rid: Annotated[str, Meta(max_length=128)] = ""
@@ -151,7 +156,7 @@ def parse_request(body: bytes) -> GenerateRequest:
         request = msgspec.convert(plain, GenerateRequest)
     except msgspec.ValidationError as error:
         raise _explained(str(error), plain) from None
-    _check_whole(request)
+    _check_whole(request, plain)
     return request
 
 
@@ -201,8 +206,8 @@ def _listed(value: str | list[Any]) -> list[Any]:
     return [one for one in ([value] if isinstance(value, str) else value) if one != ""]
 
 
-def _check_whole(request: GenerateRequest) -> None:
-    """What no field says by itself."""
+def _check_whole(request: GenerateRequest, plain: dict[str, Any]) -> None:
+    """What no field's type says; `plain` has the values as they were sent."""
     has_messages = request.messages is not None
     has_text = request.text is not None and not (has_messages and not request.text)
     if has_text == has_messages:
@@ -211,8 +216,13 @@ def _check_whole(request: GenerateRequest) -> None:
     if unknown := [name for name in request.mm_processor_kwargs if name not in MEDIA_OPTIONS]:
         raise _unknown_field(f"mm_processor_kwargs.{unknown[0]}", MEDIA_OPTIONS)
     try:
+        request.sampling_params.options()
         StopStrings.of(request.sampling_params.stop)
         PromptOptions.of(request.prompt_options())
+    except SamplingOptionError as error:
+        name = f"sampling_params.{error.name}"
+        message = f"{name} {short(plain['sampling_params'][error.name])}: expected {error.expected}"
+        raise RequestError(message, param=name, code="invalid_value") from None
     except ValueError as error:
         raise RequestError(one_line(error), code="invalid_value") from None
 
@@ -230,7 +240,7 @@ def _plain(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(params, dict):
         return body | {"sampling_params": params}
     params = _known_fields(params, _NEUTRAL_SAMPLING, _OTHER_SAMPLING_NAMES, "sampling_params.")
-    for name in [name for name in SamplingOptions.__struct_fields__ if name in body]:
+    for name in [name for name in SamplingFields.__struct_fields__ if name in body]:
         if name in params:
             raise RequestError(f"{name} and sampling_params.{name}: both given, send one of them", param=name)
         params[name] = body.pop(name)
@@ -265,7 +275,7 @@ def _same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
 
 
-_FIELDS = {*GenerateRequest.__struct_fields__, *SamplingOptions.__struct_fields__}
+_FIELDS = {*GenerateRequest.__struct_fields__, *SamplingFields.__struct_fields__}
 
 
 def _unknown_field(name: str, known: Sequence[str]) -> RequestError:
@@ -279,7 +289,7 @@ def _explained(text: str, raw: Any) -> RequestError:
     steps = [int(step) if step.isdigit() else step for step in re.findall(r"\w+", path)]
     where = re.sub(r"^\.", "", path.rstrip("`")) or None
     if field := re.search(r"unknown field `(.*)`", text):
-        struct = SamplingOptions if steps else GenerateRequest
+        struct = SamplingFields if steps else GenerateRequest
         name = f"{where}.{field[1]}" if where else field[1]
         return _unknown_field(name, struct.__struct_fields__)
     value = raw

@@ -180,7 +180,7 @@ class TextNode:
                 param="max_new_tokens",
                 code="context_length_exceeded",
             )
-        return plan_answer(self._model, prompt, **options)
+        return plan_answer(self._model, prompt, options)
 
 
 def _texts_of(message: Any) -> Iterator[str]:

@@ -1,0 +1,116 @@
+"""How answers are drawn and where they end: the options of `generate` and `stream`, checked once, here."""
+
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
+
+_LARGEST = 3.4028234663852886e38  # of float32
+_SEEDS = "a whole number"
+
+# of each number: its range, and the range in words
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_new_tokens": (lambda x: x >= 1 and _is_whole(x), "1 or more"),
+    "temperature": (lambda x: 0 <= x <= _LARGEST, "0 (greedy) or more, at most 3.4e38"),
+    "top_k": (lambda x: x >= -1 and _is_whole(x), "0 or -1 (all) or a positive integer"),
+    "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
+    "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1"),
+    # beyond it, products with logits would lose digits
+    "repetition_penalty": (lambda x: 1e-12 <= x <= 1e12, "positive (1 for none), from 1e-12 to 1e12"),
+    "presence_penalty": (lambda x: abs(x) <= _LARGEST, "finite (0 for none), at most 3.4e38"),
+}
+_WHOLE = ("max_new_tokens", "top_k")
+
+
+class SamplingOptionError(ValueError):
+    """An option that is not a number or is out of its range: `name`, `value`, and what is `expected` in its place."""
+
+    def __init__(self, name: str, value: Any, problem: str, expected: str):
+        super().__init__(f"{name} {reprlib.repr(value)} {problem}: {expected}")
+        self.name, self.value, self.expected = name, value, expected.removeprefix("expected ")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """The options of `generate`. None means the default; whole numbers may be given as floats; -1 is 0 for top_k.
+
+    Args:
+        max_new_tokens: at least 1; prompt and answer must fit the model's positions.
+        temperature: 0 takes the likeliest token; above 0 draws, near 0 among the likeliest only.
+        top_k, top_p, min_p: what drawing leaves out; 0, 1.0 and 0.0 leave nothing out.
+        repetition_penalty: above 1 makes tokens of prompt and answer less likely (transformers' rule).
+        presence_penalty: subtracted from the logits of tokens of the answer (OpenAI's rule).
+        seed: any whole number modulo 2**32 (row r draws with seed + r), or one per row.
+        eos_token_id: end tokens; None takes the checkpoint's own, an empty list none.
+
+    Raises:
+        SamplingOptionError: a ValueError that names the option, its value and what is expected.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    seed: int | Sequence[int] = 0
+    eos_token_id: int | Sequence[int] | None = None
+
+    def __post_init__(self):
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, (is_good, expected) in _RANGES.items():
+            number = _checked(name, getattr(self, name), defaults[name], is_good, expected)
+            self._set(name, int(number) if name in _WHOLE else number)
+        self._set("top_k", max(self.top_k, 0))
+        self._set("seed", _whole_numbers("seed", 0 if self.seed is None else self.seed))
+        if self.eos_token_id is not None:
+            ends = _whole_numbers("eos_token_id", self.eos_token_id, "a token id", -(2**31), 2**31)
+            self._set("eos_token_id", (ends,) if isinstance(ends, int) else ends)
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def seeds(self, batch: int) -> list[int]:
+        """The seed of each row, in [0, 2**32).
+
+        Raises:
+            ValueError: another number of seeds than rows.
+        """
+        seeds = range(self.seed, self.seed + batch) if isinstance(self.seed, int) else self.seed
+        if len(seeds) != batch:
+            raise ValueError(f"{len(seeds)} seeds for a batch of {batch}: give one integer or one per row")
+        return [seed % 2**32 for seed in seeds]
+
+
+def _whole_numbers(
+    name: str, value: Any, expected: str = _SEEDS, least: float = -float("inf"), end: float = float("inf")
+) -> int | tuple[int, ...]:
+    """One whole number in [least, end) as an int, several (a sequence or an array of one axis) as a tuple."""
+
+    def is_good(x: float) -> bool:
+        return _is_whole(x) and least <= x < end
+
+    if isinstance(value, list | tuple | range) or getattr(value, "ndim", None) == 1:
+        return tuple(int(_checked(f"{name}[{i}]", one, 0, is_good, expected)) for i, one in enumerate(value))
+    return int(_checked(name, value, 0, is_good, expected))
+
+
+def _checked(name: str, value: Any, default: Any, is_good: Callable[[float], bool], expected: str) -> float:
+    """`value` as a Python number, `default` for None."""
+    number = default if value is None else _number(name, value)
+    if not is_good(number):
+        raise SamplingOptionError(name, number, "is out of range", f"expected {expected}")
+    return number
+
+
+def _number(name: str, value: Any) -> float:
+    scalar = value.item() if getattr(value, "ndim", None) == 0 else value
+    if isinstance(scalar, bool) or not isinstance(scalar, Real):
+        raise SamplingOptionError(name, scalar, "is not a number", "give one number for all rows")
+    return scalar if isinstance(scalar, int) else float(scalar)
+
+
+def _is_whole(number: float) -> bool:
+    return isinstance(number, int) or number.is_integer()
