@@ -118,8 +118,7 @@ class World:
         return self.machines[NODE]
 
     def copy(self) -> "World":
-        """Another world in this state. Machines are shared until something happens to them."""
-        self.key()
+        """Another world in this state. Machines, and their hashes, are shared until something happens to them."""
         world = object.__new__(World)
         for name, value in self.__dict__.items():
             world.__dict__[name] = value.copy() if type(value) in (dict, set, Counter) else value
