@@ -80,7 +80,8 @@ def options_of(command: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_commands_have_the_options_that_pages_give_them(page):
     text = page.read_text().replace("\\\n", " ")
-    for command, rest in re.findall(r"(?:^ *|`)deepstack-jax (\w+)([^`\n#]*)", text, re.MULTILINE):
+    code = [fence["text"] for fence in FENCE.finditer(text)] + re.findall(r"`([^`\n]+)`", without_fences(text))
+    for command, rest in re.findall(r"^ *deepstack-jax (\w+)([^#\n]*)", "\n".join(code), re.MULTILINE):
         assert command in COMMANDS, f"deepstack-jax {command}: no such command"
         for option in re.findall(r"--[a-z][\w-]*", rest):
             assert option in options_of(command), f"deepstack-jax {command} has no {option}"
