@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from deepstack_jax.config import read_config_object
+
 SHIPPED = {"tiny-vl": Path(__file__).parent / "data" / "tiny-vl"}
 
 
@@ -9,3 +11,14 @@ def checkpoint_path(path: str | Path) -> Path:
     """`path`, or the shipped checkpoint of that name; an existing directory of the same name goes first."""
     given = Path(path)
     return given if given.exists() else SHIPPED.get(str(path), given)
+
+
+def existing_checkpoint(path: str | Path) -> Path:
+    """`checkpoint_path`, of a directory that has a readable config.json. Commands ask before they import jax.
+
+    Raises:
+        ConfigError: there is none; with what is there instead.
+    """
+    found = checkpoint_path(path)
+    read_config_object(found)
+    return found

@@ -1,41 +1,35 @@
-"""The command line: one module a subcommand, each with a `run` that typer reads."""
+"""The command line: one module per subcommand, each with a `run` that typer reads."""
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from importlib import import_module
+from inspect import Parameter, signature
+from typing import Annotated, Any
 
 import typer
 
-COMMANDS = ("convert", "export", "verify", "inspect", "generate", "serve", "keygen", "demo")
+from deepstack_jax.cli import compile_cache
 
-app = typer.Typer(
-    name="deepstack-jax",
-    help="Qwen3-VL-MoE in JAX. Every command has --help with an example; --debug shows a failure's traceback.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+COMMANDS = ("convert", "export", "verify", "inspect", "generate", "serve", "keygen", "demo")
+COMPILING = ("verify", "generate", "serve", "demo")
+HELP = "Qwen3-VL-MoE in JAX. Every command has --help with an example; --debug shows a failure's traceback."
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs one command: exit code 0 done, 1 a failure told in one line, 2 a usage error."""
     args = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
     # transformers announces that it found no PyTorch, which it doesn't need here
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    wanted = next((arg for arg in args if not arg.startswith("-")), None)
-    # only the command that runs is imported: `--help` answers at once
-    for name in COMMANDS if wanted not in COMMANDS else (wanted,):
-        app.command(name)(import_module(f"deepstack_jax.cli.{name}").run)
-    app.callback()(lambda: None)  # keeps the command's name needed when only one is registered
+    given = {"debug": False}
     try:
-        app(args, prog_name="deepstack-jax")
+        _app(args)(args, prog_name="deepstack-jax", obj=given)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if debug:
+        if given["debug"]:
             raise
         from deepstack_jax.processing.sources import one_line
 
@@ -43,3 +37,53 @@ def main(args: list[str] | None = None) -> None:
         expected = isinstance(error, ValueError | OSError)
         print(f"error: {message if expected else f'{type(error).__name__}: {message}'}", file=sys.stderr)
         sys.exit(1)
+
+
+def _app(args: list[str]) -> typer.Typer:
+    app = typer.Typer(
+        name="deepstack-jax", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    )
+    wanted = next((arg for arg in args if not arg.startswith("-")), None)
+    # only the command that runs is imported: `--help` answers at once
+    for name in COMMANDS if wanted not in COMMANDS else (wanted,):
+        app.command(name)(_command(import_module(f"deepstack_jax.cli.{name}").run, name in COMPILING))
+
+    def options(debug: Debug = False, version: Version = False) -> None: ...
+
+    app.callback()(options)  # also keeps the command's name needed when only one is registered
+    return app
+
+
+def _show_debug(context: typer.Context, debug: bool) -> None:
+    context.obj["debug"] |= debug
+
+
+def _show_version(version: bool) -> None:
+    if version:
+        import deepstack_jax
+
+        print(f"deepstack-jax {deepstack_jax.__version__}")
+        raise typer.Exit
+
+
+Debug = Annotated[bool, typer.Option("--debug", callback=_show_debug, help="show a failure's traceback")]
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version")]
+CompileCache = Annotated[str | None, typer.Option(metavar="DIR", help=compile_cache.HELP)]
+
+
+def _command(run: Callable[..., None], is_compiling: bool) -> Callable[..., None]:
+    """`run` with the options that every command has, after its own."""
+
+    @functools.wraps(run)
+    def command(**given: Any) -> None:
+        del given["debug"]  # its callback has taken it
+        if is_compiling:
+            compile_cache.use(given.pop("compile_cache"))
+        run(**given)
+
+    common = [Parameter("debug", Parameter.KEYWORD_ONLY, default=False, annotation=Debug)]
+    if is_compiling:
+        common.append(Parameter("compile_cache", Parameter.KEYWORD_ONLY, default=None, annotation=CompileCache))
+    own = signature(run)
+    command.__signature__ = own.replace(parameters=[*own.parameters.values(), *common])  # type: ignore
+    return command

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from deepstack_jax.shipped import existing_checkpoint
+
 
 def run(
     hf_dir: Annotated[Path, typer.Argument(help="Hugging Face checkpoint: config.json beside safetensors files")],
@@ -24,6 +26,7 @@ def run(
 
     Example: deepstack-jax convert Qwen3-VL-30B-A3B-Instruct ckpt
     """
+    existing_checkpoint(hf_dir)
     import jax
 
     from converters.hf_to_orbax import convert

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deepstack_jax.shipped import existing_checkpoint
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -44,6 +46,7 @@ def run(
 
     Example: deepstack-jax demo --image holiday.jpg --prompt "What do you see?"
     """
+    existing_checkpoint(checkpoint)
     if seed is None:
         seed = secrets.randbelow(UNSEEN_SEEDS)
     picture, questions = _drawn(seed) if image is None else (_loaded(image), [Question(text) for text in QUESTIONS])

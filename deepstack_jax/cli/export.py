@@ -15,6 +15,8 @@ def run(
 
     Example: deepstack-jax export ckpt Qwen3-VL-30B-A3B-Instruct-copy
     """
+    if not ckpt_dir.is_dir():
+        raise ValueError(f"no directory {ckpt_dir}: give one made by deepstack-jax convert")
     import jax
 
     from converters.orbax_to_hf import export

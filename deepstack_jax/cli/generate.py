@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+import deepstack_jax as dsj
+from deepstack_jax.shipped import existing_checkpoint
+
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model
 
@@ -70,17 +73,18 @@ def run(
         "max_frames": max_frames,
         "do_sample_frames": sample_frames,
     }
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "seed": seed,
-    }
-    import deepstack_jax as dsj
+    checkpoint = existing_checkpoint(checkpoint)
+    options = dsj.SamplingOptions(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        seed=seed,
+    )
+    _refuse_missing([*(image or ()), *(video or ())])
     from deepstack_jax.cli.progress import loading
     from deepstack_jax.processing.prompt_options import PromptOptions
     from deepstack_jax.processing.stop_strings import StopStrings
@@ -95,7 +99,7 @@ def run(
     prepared = time.perf_counter()
     prompt_tokens = int(inputs["attention_mask"].sum())
     if as_json and not stop:
-        out = dsj.generate(model, **inputs, **options)
+        out = dsj.generate(model, **inputs, sampling=options)
         tokens, text = out.tokens[0, : out.lengths[0]].tolist(), dsj.decode(model, out)[0]
         timings = {"load": loaded - started, "prepare": prepared - loaded, **out.timings}
     else:
@@ -117,11 +121,9 @@ def run(
 
 
 def _stream(
-    model: "Model", inputs: dict[str, Any], options: dict[str, Any], stops: Any, *, shown: bool
+    model: "Model", inputs: dict[str, Any], options: dsj.SamplingOptions, stops: Any, *, shown: bool
 ) -> tuple[list[int], str]:
     """The tokens and the text of an answer up to a stop string; printed as it comes if `shown`."""
-    import deepstack_jax as dsj
-
     pieces = model.processor.decode_stream()
     tokens: list[int] = []
     text = ""
@@ -132,7 +134,7 @@ def _stream(
         if shown:
             print(piece, end="", flush=True)
 
-    for token in dsj.stream(model, inputs, **options):
+    for token in dsj.stream(model, **inputs, sampling=options):
         tokens.append(int(token[0]))
         say(stops.feed(pieces.feed(tokens[-1])))
         if stops.matched is not None:
@@ -142,6 +144,15 @@ def _stream(
     if shown:
         print(flush=True)
     return tokens, text
+
+
+def _refuse_missing(sources: list[str]) -> None:
+    """Opens the media that need no network, before jax is imported and the weights are read."""
+    from deepstack_jax.processing.sources import open_source
+
+    for source in sources:
+        if not source.strip().lower().startswith(("http:", "https:")):
+            open_source(source, sys.maxsize, ValueError)
 
 
 def _read_json(value: str, option: str, kind: type) -> Any:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from deepstack_jax.shipped import existing_checkpoint
+
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model
     from deepstack_jax.serving.http import Node
@@ -88,6 +90,7 @@ def run(
         raise ValueError("serve needs FastAPI and uvicorn: pip install 'deepstack-jax[serve]'") from None
     from deepstack_jax.serving.policy import MediaPolicy
 
+    existing_checkpoint(checkpoint)
     if allow_folder is not None and not allow_folder.is_dir():
         raise ValueError(f"--allow-folder {allow_folder} is no directory: give an existing one")
     policy = MediaPolicy(
