@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -14,11 +15,17 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import typer
 
 from deepstack_jax.cli import COMMANDS
+from deepstack_jax.disagg.bridge import SendBridge
+from deepstack_jax.disagg.buffers import MultimodalDataBuffers
+from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.transport import Piece, TransferError, Transport
 from pallas_kernels.fused_moe.arg_specs import ODD, TILED
+from tests.test_disagg_bridge import IMAGE, in_token_order, prompt_of, send, side_by_side
 from tests.test_kernels import error_of, error_of_plain_form
 
 ROOT = Path(__file__).parent.parent
@@ -223,6 +230,58 @@ def test_the_backend_of_the_page_is_as_exact_as_the_plain_form():
             assert error_of(out, spec, dtype, "float32") <= 1.1 * error_of_plain_form(spec, dtype, "float32")
     with pytest.raises(NotImplementedError, match="E = 17 is more than 16"):
         backend.fused_moe(*replace(ODD, experts=17).arrays("float32"))
+
+
+@pytest.fixture
+def transports() -> Iterator[tuple[Transport, Transport]]:
+    page = code_of(DOCS / "add-a-transport.md")
+    here, there = page.SocketTransport("127.0.0.1"), page.SocketTransport("127.0.0.1")
+    yield here, there
+    here.close()
+    there.close()
+
+
+def test_the_transport_of_the_page_carries_a_prompt(transports):
+    here, there = transports
+    prompt = prompt_of("tt" + "i" * 9 + "t", 24, 3, np.dtype("bfloat16"))
+    pool = MultimodalDataBuffers(3, 4, 24, 3, np.dtype("bfloat16"))
+    for array in pool.arrays:
+        there.register(array)
+    sender = SendBridge(here, there.session, pool.layout)
+    writes = send(sender, prompt, [(0, 2), (1, 0), (2, 1)])
+    sender.close()
+    assert [write.error for write in writes] == [None] * 3
+    incoming = IncomingPrompt(pool, 12, 9, [IMAGE], num_rows=16)
+    for write in writes:
+        copy = BlockCopy(write.checksum, write.num_bytes)
+        assert incoming.copy_out(write.token_block, write.pool_block, copy) == copy
+    assert incoming.complete
+    np.testing.assert_array_equal(incoming.fill_ids, prompt.fill_ids)
+    np.testing.assert_array_equal(side_by_side(incoming.rows())[:9].view(np.uint8), in_token_order(prompt))
+
+
+def test_the_transport_of_the_page_fails_as_it_promises(transports):
+    here, there = transports
+    source, target = np.full(64, 7, np.uint8), np.zeros(64, np.uint8)
+
+    def write(session: str, destination: int, length: int) -> BaseException | None:
+        return here.submit(session, [Piece(source.ctypes.data, destination, length)]).exception(timeout=30)
+
+    address = target.ctypes.data
+    assert isinstance(write(there.session, address, 64), TransferError)  # not registered
+    there.register(target[:32])
+    for start, length in ((0, 33), (-1, 8), (31, 2), (32, 1)):
+        assert isinstance(write(there.session, address + start, length), TransferError)
+    assert not target.any()
+    assert write(there.session, address + 1, 31) is None
+    assert target.tolist() == [0] + [7] * 31 + [0] * 32
+    there.unregister(target[:32])
+    assert isinstance(write(there.session, address, 1), TransferError)
+    gone = there.session
+    there.close()
+    assert isinstance(write(gone, address, 1), TransferError)
+    here.close()
+    assert isinstance(write(gone, address, 1), TransferError)
 
 
 def test_the_notebook_prints_what_it_shows(monkeypatch, capsys):
