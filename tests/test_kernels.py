@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -36,9 +37,15 @@ def interpreter_of(backend: str | None) -> contextlib.AbstractContextManager[Non
 
 
 @cache
+def arrays(spec: ArgSpec, dtype: str, hidden_dtype: str) -> tuple[jax.Array, ...]:
+    """The arguments, which all backends share."""
+    return spec.arrays(dtype, hidden_dtype)
+
+
+@cache
 def exact(spec: ArgSpec, dtype: str, hidden_dtype: str) -> np.ndarray:
     """float64 of the arguments as they are stored, token by token."""
-    hidden, gate_up, down, index, weights = spec.arrays(dtype, hidden_dtype)
+    hidden, gate_up, down, index, weights = arrays(spec, dtype, hidden_dtype)
     hidden = hidden.astype(dtype)  # what a product reads
     hidden, gate_up, down, weights = (np.asarray(x, np.float64) for x in (hidden, gate_up, down, weights))
     out = np.zeros_like(hidden)
@@ -51,7 +58,7 @@ def exact(spec: ArgSpec, dtype: str, hidden_dtype: str) -> np.ndarray:
 
 @cache
 def error_of_plain_form(spec: ArgSpec, dtype: str, hidden_dtype: str) -> float:
-    return error_of(jax.jit(xla.fused_moe)(*spec.arrays(dtype, hidden_dtype)), spec, dtype, hidden_dtype)
+    return error_of(jax.jit(xla.fused_moe)(*arrays(spec, dtype, hidden_dtype)), spec, dtype, hidden_dtype)
 
 
 def error_of(out: jax.Array, spec: ArgSpec, dtype: str, hidden_dtype: str) -> float:
@@ -59,10 +66,15 @@ def error_of(out: jax.Array, spec: ArgSpec, dtype: str, hidden_dtype: str) -> fl
     return float(np.sqrt(np.mean((np.asarray(out, np.float64) - exact(spec, dtype, hidden_dtype)) ** 2)))
 
 
+@cache
+def jitted(backend: str | None) -> Callable[..., jax.Array]:
+    """One function per backend, so that the routings of one shape share its compilation."""
+    return jax.jit(partial(fused_moe, backend=backend))
+
+
 def run(spec: ArgSpec, dtype: str, hidden_dtype: str, backend: str | None) -> jax.Array:
-    args = spec.arrays(dtype, hidden_dtype)
     with interpreter_of(backend):
-        return jax.block_until_ready(jax.jit(lambda *args: fused_moe(*args, backend=backend))(*args))
+        return jax.block_until_ready(jitted(backend)(*arrays(spec, dtype, hidden_dtype)))
 
 
 @pytest.mark.parametrize("backend", [None, *moe_module.BACKENDS])
@@ -106,12 +118,13 @@ class TestDerivatives:
         with jax.enable_x64(True):
             hidden, gate_up, down, index, weights = (jnp.asarray(x) for x in spec.arrays("float64", "float64"))
 
+            @jax.jit
             def loss(hidden: jax.Array, gate_up: jax.Array, down: jax.Array, weights: jax.Array) -> jax.Array:
                 out = exact_in_float64(hidden, gate_up, down, index, weights)
                 return jnp.sum(jnp.sin(out))
 
             args = hidden, gate_up, down, weights.astype(jnp.float64)
-            expected = jax.grad(loss, argnums=range(4))(*args)
+            expected = jax.jit(jax.grad(loss, argnums=range(4)))(*args)
             rng = np.random.default_rng(0)
             for number, arg in enumerate(args):  # the reference itself, along one random direction of each argument
                 direction = jnp.asarray(rng.standard_normal(arg.shape))
