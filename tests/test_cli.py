@@ -1,4 +1,4 @@
-"""The command line as a person uses it: a child process, its output and its exit code."""
+"""The command line as a person uses it: its output and its exit code, mostly from child processes."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import load_file
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.cli import main
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.jpg"
 COMMANDS = ("convert", "export", "verify", "inspect", "generate", "serve", "keygen", "demo")
@@ -115,14 +116,39 @@ def test_verify_passes_a_sound_checkpoint_and_fails_one_that_is_read_differently
         (["inspect", "nowhere"], 1, "error: "),
     ],
 )
-def test_failures_end_with_one_clear_line(folder: Path, args: list[str], code: int, message: str):
+def test_failures_end_with_one_clear_line(
+    folder: Path,
+    args: list[str],
+    code: int,
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("COLUMNS", "200")
     places = {"CKPT": str(folder / "ckpt"), "HF": str(folder / "hf")}
-    done = deepstack(*(places.get(arg, arg) for arg in args))
-    assert done.returncode == code
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as end:
+        main([places.get(arg, arg) for arg in args])
+    assert_one_clear_line(end.value.code, capfd.readouterr().err, code, message)
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["generate", "nowhere", "--prompt", "x", "--top-p", "much"], 2, "Invalid value for '--top-p'"),
+        (["generate", "nowhere", "--prompt", "x"], 1, "error: no config.json in nowhere"),
+    ],
+)
+def test_so_do_the_processes_of_failed_commands(args: list[str], code: int, message: str):
+    done = deepstack(*args)
+    assert_one_clear_line(done.returncode, done.stderr, code, message)
+
+
+def assert_one_clear_line(found_code: object, errors: str, code: int, message: str) -> None:
+    assert found_code == code
+    assert message in errors
+    assert "Traceback" not in errors
     if code == 1:
-        assert len(done.stderr.strip().splitlines()) == 1
+        assert len(errors.strip().splitlines()) == 1
 
 
 def test_debug_shows_the_traceback():
@@ -168,8 +194,7 @@ def test_the_demo_runs_whole_where_mooncake_is_missing():
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "mooncake" in done.stdout
-    assert "pip install 'deepstack-jax[mooncake,serve]'" in done.stdout
+    assert "Mooncake isn't installed: pip install mooncake-transfer-engine" in done.stdout
     assert "round 1" not in done.stdout
 
 
