@@ -1,6 +1,7 @@
 """The documents: their commands run, and the options, functions and links that they name exist."""
 
 import ast
+import io
 import json
 import os
 import re
@@ -8,18 +9,17 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
-import typer
 
-from deepstack_jax.cli import COMMANDS
+from deepstack_jax.cli import COMMANDS, main
 from deepstack_jax.disagg.bridge import SendBridge
 from deepstack_jax.disagg.buffers import MultimodalDataBuffers
 from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt
@@ -77,11 +77,13 @@ def test_links_lead_to_files_and_headings_that_exist(page):
 
 @cache
 def options_of(command: str) -> set[str]:
-    """Those that `deepstack-jax COMMAND --help` prints."""
-    app = typer.Typer(add_completion=False)
-    app.command(command)(import_module(f"deepstack_jax.cli.{command}").run)
-    params = [param for param in typer.main.get_command(app).params if param.param_type_name == "option"]
-    return {"--help", "--debug"} | {option for param in params for option in (*param.opts, *param.secondary_opts)}
+    """Those that `deepstack-jax COMMAND --help` lists."""
+    help_text = io.StringIO()
+    with mock.patch.dict(os.environ, COLUMNS="200"), redirect_stdout(help_text), pytest.raises(SystemExit):
+        main([command, "--help"])
+    lists = re.findall(r"^│[ *]+(--[\w-]+(?: +--no-[\w-]+)?)", help_text.getvalue(), re.MULTILINE)
+    assert "--help" in lists
+    return {option for each in lists for option in each.split()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
