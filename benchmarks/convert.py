@@ -23,9 +23,9 @@ from importlib.metadata import version
 from math import prod
 from pathlib import Path
 
-from converters.mapping import parameters
-from converters.random_checkpoint import write_random_checkpoint
-from deepstack_jax.config import parse_config
+from deepstack_jax.checkpoints.mapping import parameters
+from deepstack_jax.models.registry import parse_config
+from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 
 CONFIG = {
     "model_type": "qwen3_vl_moe",

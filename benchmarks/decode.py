@@ -34,14 +34,14 @@ from convert import CONFIG as CONFIG_8_LAYERS
 from flax import nnx
 from measured import bandwidth, best_rate, chip_name
 
-from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.checkpoint import Model, load
-from deepstack_jax.config import parse_config
 from deepstack_jax.generation import encode_rows, prompt_of
-from deepstack_jax.models.qwen3_vl_moe import abstract_params, merge_params
+from deepstack_jax.models.parameters import abstract_params, merge_params
+from deepstack_jax.models.registry import parse_config
 from deepstack_jax.processing.batch import arrange
 from deepstack_jax.programs import decode, language_inputs, prefill
 from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 
 TEXT = {
     "model_type": "qwen3_vl_moe_text",
@@ -289,7 +289,7 @@ class HuggingFace:
 
 
 def made_on_chip(config: dict[str, Any], dtype: str) -> Model:
-    """Random weights that balance the experts' load, as converters.random_checkpoint makes them."""
+    """Random weights that balance the experts' load, as deepstack_jax.testing.random_checkpoint makes them."""
     parsed = parse_config(config)
 
     @partial(jax.jit, static_argnums=(1, 2))

@@ -33,8 +33,8 @@ from measured import chip_name
 from PIL import Image
 from transfer import ROW_BYTES, Sender
 
-from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.cli.demo_split import ServeProcess, serve_process
+from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 
 QUESTION = "What is in this picture?"
 HIDDEN, LEVELS = CONFIG["text_config"]["hidden_size"], len(CONFIG["vision_config"]["deepstack_visual_indexes"])

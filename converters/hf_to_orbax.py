@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from converters.direct_file import DirectFile
-from converters.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite, warn_of_notes
-from converters.mapping import Parameter
-from converters.orbax_checkpoint import (
+from deepstack_jax.checkpoints.direct_file import DirectFile
+from deepstack_jax.checkpoints.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite, warn_of_notes
+from deepstack_jax.checkpoints.mapping import Parameter
+from deepstack_jax.checkpoints.orbax_checkpoint import (
     FORMAT_FILE,
     FORMAT_VERSION,
     Leaf,
@@ -32,7 +32,7 @@ from converters.orbax_checkpoint import (
     place_arrays,
     save_tree,
 )
-from converters.safetensors_file import CheckpointError, FiniteCheck, refuse_lfs_pointer
+from deepstack_jax.checkpoints.safetensors_file import CheckpointError, FiniteCheck, refuse_lfs_pointer
 from deepstack_jax.config import ModelConfig, read_special_tokens
 from deepstack_jax.config_values import read_json_object
 from deepstack_jax.shipped import checkpoint_path

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from converters.hf_folder import INDEX
 from converters.hf_to_orbax import Progress, copy_companions, new_directory, refuse_existing
-from converters.mapping import current_name, head_and_embedding, parameters
-from converters.orbax_checkpoint import read_format, read_orbax_params, stored_params
-from converters.safetensors_file import CheckpointError, FileWriter
-from deepstack_jax.config import ModelConfig, read_config
+from deepstack_jax.checkpoints.hf_folder import INDEX
+from deepstack_jax.checkpoints.mapping import current_name, head_and_embedding, parameters
+from deepstack_jax.checkpoints.orbax_checkpoint import read_format, read_orbax_params, stored_params
+from deepstack_jax.checkpoints.safetensors_file import CheckpointError, FileWriter
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.registry import read_config
 
 
 def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None = None) -> None:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from converters.hf_checkpoint import read_params
-from deepstack_jax.config import ModelConfig, read_config, read_special_tokens
-from deepstack_jax.models.qwen3_vl_moe import Params, abstract_params
+from deepstack_jax.checkpoints.hf_checkpoint import read_params
+from deepstack_jax.config import ModelConfig, read_special_tokens
+from deepstack_jax.models.parameters import Params, abstract_params
+from deepstack_jax.models.registry import read_config
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.sharding import param_shardings
 from deepstack_jax.shipped import checkpoint_path
@@ -85,7 +86,7 @@ def load(
     prefixes = None if parts is None else tuple(parts)
     shardings = param_shardings(config, mesh) if mesh else None
     if (path / "deepstack_jax.json").exists():
-        from converters.orbax_checkpoint import restore_params  # Orbax takes a second to import
+        from deepstack_jax.checkpoints.orbax_checkpoint import restore_params  # Orbax takes a second to import
 
         params = restore_params(path, config, dtype=dtype, prefixes=prefixes, shardings=shardings, progress=progress)
     else:

@@ -1,4 +1,4 @@
-"""Model configuration, read from a Hugging Face config.json of the families qwen3_vl_moe, qwen3_moe, qwen3_vl, qwen3.
+"""Model configuration, read from a Hugging Face config.json. Which families there are stands in models/registry.py.
 
 Key names changed between transformers 4 and 5 (`num_experts` -> `num_local_experts`, `rope_theta` and `rope_scaling`
 -> `rope_parameters`); both are read. Missing keys and nulls take the family's default, as transformers gives it. A
@@ -8,15 +8,11 @@ value of the wrong type is refused by name, and so is a key of the rope's scalin
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deepstack_jax.config_rope import RopeConfig, refuse_unknown_rope_keys, rope_config
 from deepstack_jax.config_values import ConfigError, Values, read_json_object, short
 
-VL_FAMILIES = ("qwen3_vl_moe", "qwen3_vl")
-FAMILIES = ("qwen3_vl_moe", "qwen3_moe", "qwen3_vl", "qwen3")
-# the text model of a vision-language checkpoint, saved by itself
-TEXT_PARTS = ("qwen3_vl_moe_text", "qwen3_vl_text")
 DTYPE_NAMES = {"float": "float32", "half": "float16"}  # PyTorch's other names
 
 
@@ -91,6 +87,7 @@ class ModelConfig:
     model_type: str
     text: TextConfig
     vision: VisionConfig | None = None
+    is_vision_language: bool = False  # whether the checkpoint has a vision encoder, be it loaded or not
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
@@ -104,18 +101,39 @@ class ModelConfig:
     def num_deepstack_levels(self) -> int:
         return self.vision.num_deepstack_levels if self.vision else 0
 
-    @property
-    def is_vision_language(self) -> bool:
-        """Whether the checkpoint has a vision encoder, be it loaded or not."""
-        return self.model_type in VL_FAMILIES
-
     def text_only(self) -> "ModelConfig":
         """The same checkpoint without its vision encoder: what a language node loads."""
         return replace(self, vision=None)
 
 
-def read_config(path: str | Path) -> ModelConfig:
-    """Reads `path` (a config.json or the directory that holds one); raises `ConfigError` naming file and position."""
+@dataclass(frozen=True)
+class FamilyTraits:
+    """What a family's config.json leaves unsaid. With these, `parse_model` reads it.
+
+    Attributes:
+        has_vision: text_config and vision_config stand in objects of their own.
+        of_vision_language: the decoder is that of a vision-language family: its rope has that default.
+        has_experts: layers route to experts.
+        head_dim: where the file has none; None divides hidden_size among the heads.
+        renormalises: the router's weights always add up to one, whatever norm_topk_prob says.
+        windows: which layers a sliding window holds for: "none", "all", or "some", by layer_types or max_window_layers.
+        tied: whether embeddings and head are one where the file doesn't say.
+    """
+
+    has_vision: bool = False
+    of_vision_language: bool = False
+    has_experts: bool = False
+    head_dim: int | None = None
+    renormalises: bool = False
+    windows: Literal["none", "all", "some"] = "none"
+    tied: bool = False
+
+
+def read_config_object(path: str | Path) -> dict[str, Any]:
+    """The contents of `path` (a config.json or the directory that holds one).
+
+    Raises `ConfigError` for a file that is damaged, with the position, and for a directory that is no checkpoint's.
+    """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if file.is_file() and file.name.endswith((".safetensors", ".gguf", ".bin", ".pt", ".pth")):
@@ -123,12 +141,11 @@ def read_config(path: str | Path) -> ModelConfig:
     if path.is_dir() and (reason := _other_kind(path)):
         raise ConfigError(reason)
     try:
-        raw = read_json_object(file)
+        return read_json_object(file)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"no config.json in {path}: give the directory of a Hugging Face or converted checkpoint"
         ) from None
-    return parse_config(raw)
 
 
 def read_special_tokens(directory: Path, config: ModelConfig) -> tuple[tuple[int, ...], int]:
@@ -143,13 +160,9 @@ def read_special_tokens(directory: Path, config: ModelConfig) -> tuple[tuple[int
     return ends, (ends[0] if ends else 0) if pad is None else pad
 
 
-def parse_config(raw: dict[str, Any]) -> ModelConfig:
+def parse_model(raw: dict[str, Any], traits: FamilyTraits) -> ModelConfig:
     """Turns the contents of a config.json into a `ModelConfig`; raises `ConfigError` naming what can't be served."""
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES + TEXT_PARTS:
-        expected = ", ".join(FAMILIES + TEXT_PARTS)
-        raise ConfigError(f"model_type {model_type!r} is not supported: expected one of {expected}")
-    is_vl = model_type in VL_FAMILIES
+    model_type, is_vl = raw["model_type"], traits.has_vision
     text_raw = raw.get("text_config") if is_vl else raw
     if not isinstance(text_raw, dict):
         raise ConfigError(f"model_type {model_type} needs an object text_config, found {text_raw!r}")
@@ -160,10 +173,8 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     if is_vl:
         _refuse_misplaced_rope(raw, text_raw)
     root, inner = Values(raw, "config.json"), Values(text_raw, "text_config" if is_vl else "config.json")
-    # transformers ties by the outermost config only: a text_config that says otherwise is ignored. The text model of a
-    # vision-language checkpoint saved by itself never holds a head.
-    tied = root.flag("tie_word_embeddings", model_type in TEXT_PARTS)
-    text = _text_config(model_type, inner, tie_word_embeddings=tied)
+    # transformers ties by the outermost config only: a text_config that says otherwise is ignored
+    text = _text_config(traits, inner, tie_word_embeddings=root.flag("tie_word_embeddings", traits.tied))
     vision = _vision_config(raw["vision_config"]) if is_vl else None
     if vision and vision.out_hidden_size != text.hidden_size:
         raise ConfigError(
@@ -178,6 +189,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
         model_type=model_type,
         text=text,
         vision=vision,
+        is_vision_language=is_vl,
         eos_token_ids=root.token_ids("eos_token_id", inner.token_ids("eos_token_id", ())),
         pad_token_id=root.integer("pad_token_id", inner.integer("pad_token_id", None, least=0), least=0),
         dtype=_dtype(root),
@@ -227,20 +239,19 @@ def _dtype(root: Values) -> str | None:
     return DTYPE_NAMES.get(name, name)
 
 
-def _text_config(model_type: str, values: Values, tie_word_embeddings: bool) -> TextConfig:
+def _text_config(traits: FamilyTraits, values: Values, tie_word_embeddings: bool) -> TextConfig:
     where, integer = values.where, values.integer
     if (act := values.text("hidden_act", "silu")) != "silu":
         raise ConfigError(f"{where}.hidden_act {act!r} is not supported: expected 'silu'")
     layers, heads, hidden = integer("num_hidden_layers"), integer("num_attention_heads"), integer("hidden_size")
-    fixed = model_type in ("qwen3", "qwen3_vl", "qwen3_vl_text")
-    head_dim = integer("head_dim", 128 if fixed else hidden // heads, least=2)
+    head_dim = integer("head_dim", hidden // heads if traits.head_dim is None else traits.head_dim, least=2)
     if head_dim < 2 or head_dim % 2:
         raise ConfigError(f"{where}.head_dim {head_dim} must be even and at least 2: rope turns pairs of values")
     kv_heads = integer("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ConfigError(f"{where}: {heads} attention heads are no multiple of {kv_heads} key-value heads")
-    experts, top_k, width, sparse = _experts(values, layers) if "moe" in model_type else (0, 0, 0, (False,) * layers)
-    rope, positions = rope_config(values, of_vl="_vl" in model_type, sections=model_type in VL_FAMILIES)
+    experts, top_k, width, sparse = _experts(values, layers) if traits.has_experts else (0, 0, 0, (False,) * layers)
+    rope, positions = rope_config(values, of_vl=traits.of_vision_language, sections=traits.has_vision)
     return TextConfig(
         vocab_size=integer("vocab_size"),
         hidden_size=hidden,
@@ -257,10 +268,9 @@ def _text_config(model_type: str, values: Values, tie_word_embeddings: bool) -> 
         num_experts=experts,
         num_experts_per_tok=top_k,
         moe_intermediate_size=width,
-        # Qwen3-VL-MoE's router always renormalises; Qwen3-MoE does where the config says so
-        norm_topk_prob=values.flag("norm_topk_prob", False) or model_type.startswith("qwen3_vl_moe"),
+        norm_topk_prob=values.flag("norm_topk_prob", False) or traits.renormalises,
         sparse_layers=sparse,
-        sliding_windows=_sliding_windows(model_type, values, layers),
+        sliding_windows=_sliding_windows(traits, values, layers),
     )
 
 
@@ -287,15 +297,13 @@ def _refuse_misplaced_rope(raw: dict[str, Any], text_raw: dict[str, Any]) -> Non
             raise ConfigError(f"config.json has {key} beside text_config, where nothing reads it: move it there")
 
 
-def _sliding_windows(model_type: str, values: Values, layers: int) -> tuple[int | None, ...]:
+def _sliding_windows(traits: FamilyTraits, values: Values, layers: int) -> tuple[int | None, ...]:
     window = None
     if values.flag("use_sliding_window", False):
         # null is no window, as in transformers, and not the default one
         window = values.integer("sliding_window", None if "sliding_window" in values.raw else 4096)
-    if model_type == "qwen3_moe":
-        return (window,) * layers
-    if model_type != "qwen3":
-        return (None,) * layers
+    if traits.windows != "some":
+        return (window if traits.windows == "all" else None,) * layers
     if (types := values.raw.get("layer_types")) is not None:
         kinds = ("full_attention", "sliding_attention")
         if not isinstance(types, list) or len(types) != layers or any(kind not in kinds for kind in types):

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.param import AnyArray
+from deepstack_jax.models.parameters import Params, merge_params
 from deepstack_jax.models.qwen3_moe import KVCache
-from deepstack_jax.models.qwen3_vl_moe import Params, merge_params
 from deepstack_jax.models.vision import PatchGeometry, VisualRows, separate_deepstack_embeds
 from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.models.qwen3_vl_moe import abstract_params, logical_axes
+from deepstack_jax.models.parameters import abstract_params, logical_axes
 
 RULES: dict[str, str | None] = {
     "embed": None,

@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from converters.random_checkpoint import tiny_config
+from deepstack_jax.models import registry
 from deepstack_jax.models.vision import VisualRows
+from deepstack_jax.testing.random_checkpoint import tiny_config
 
+# those whose checkpoints are whole models
+FAMILIES = tuple(name for name, family in registry.FAMILIES.items() if not family.is_text_part)
 IMAGE, VIDEO = "image", "video"
 # One row of a batch: text lengths and (kind, grid) in reading order.
 Row = list[int | tuple[str, tuple[int, int, int]]]

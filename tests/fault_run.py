@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.fault_node import MESSAGE_RATES, POOL_BLOCKS, WRITE_RATES
 
 ROOT = Path(__file__).parent.parent

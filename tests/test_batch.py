@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config
-from deepstack_jax.config import parse_config
 from deepstack_jax.generation import encode_rows, encode_visuals
-from deepstack_jax.models.qwen3_vl_moe import init_params
+from deepstack_jax.models.parameters import init_params
+from deepstack_jax.models.registry import parse_config
 from deepstack_jax.processing.batch import Batch, arrange, bucket
+from deepstack_jax.testing.random_checkpoint import tiny_config
 from tests.cases import IMAGE, VIDEO, batch_of, side_by_side
 
 CONFIG = parse_config(tiny_config())

@@ -17,15 +17,16 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 import deepstack_jax as dsj
 from converters import hf_to_orbax
-from converters.hf_checkpoint import NonFiniteWarning, open_checkpoint
 from converters.hf_to_orbax import convert
-from converters.mapping import canonical_shapes
-from converters.orbax_checkpoint import Leaf, restore_params
 from converters.orbax_to_hf import export
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
-from converters.safetensors_file import CheckpointWarning
+from deepstack_jax.checkpoints.hf_checkpoint import NonFiniteWarning, open_checkpoint
+from deepstack_jax.checkpoints.mapping import canonical_shapes
+from deepstack_jax.checkpoints.orbax_checkpoint import Leaf, restore_params
+from deepstack_jax.checkpoints.safetensors_file import CheckpointWarning
 from deepstack_jax.cli import main
-from deepstack_jax.config import FAMILIES, read_config
+from deepstack_jax.models.registry import read_config
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
+from tests.cases import FAMILIES
 
 Tensors = dict[str, np.ndarray]
 SMALL = {"num_hidden_layers": 2, "num_experts": 4}

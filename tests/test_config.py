@@ -13,9 +13,11 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import (
     Qwen3VLMoeTextRotaryEmbedding,
 )
 
-from converters.random_checkpoint import tiny_config
-from deepstack_jax.config import FAMILIES, ConfigError, parse_config, read_config
+from deepstack_jax.config import ConfigError
+from deepstack_jax.models.registry import parse_config, read_config
 from deepstack_jax.models.rope import text_rotation
+from deepstack_jax.testing.random_checkpoint import tiny_config
+from tests.cases import FAMILIES
 
 CLASSES = {
     "qwen3_vl_moe": Qwen3VLMoeConfig,

@@ -16,14 +16,15 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from converters.hf_checkpoint import open_checkpoint, read_params
 from converters.hf_to_orbax import convert
-from converters.mapping import canonical_shapes, hf_tensors
-from converters.orbax_checkpoint import read_orbax_params, restore_params
 from converters.orbax_to_hf import export
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
-from deepstack_jax.config import FAMILIES, parse_config, read_config
-from deepstack_jax.models.qwen3_vl_moe import abstract_params
+from deepstack_jax.checkpoints.hf_checkpoint import open_checkpoint, read_params
+from deepstack_jax.checkpoints.mapping import canonical_shapes, hf_tensors
+from deepstack_jax.checkpoints.orbax_checkpoint import read_orbax_params, restore_params
+from deepstack_jax.models.parameters import abstract_params
+from deepstack_jax.models.registry import parse_config, read_config
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
+from tests.cases import FAMILIES
 
 LAYOUTS = [(family, "hf4") for family in FAMILIES] + [
     (family, layout) for family in FAMILIES if "moe" in family for layout in ("hf5", "per_expert")
@@ -172,9 +173,9 @@ def test_restoring_converts_filters_and_shards(tmp_path):
     program = """
 import sys, jax, numpy as np
 from pathlib import Path
-from converters.orbax_checkpoint import restore_params
-from converters.hf_checkpoint import read_params
-from deepstack_jax.config import read_config
+from deepstack_jax.checkpoints.orbax_checkpoint import restore_params
+from deepstack_jax.checkpoints.hf_checkpoint import read_params
+from deepstack_jax.models.registry import read_config
 source, converted = Path(sys.argv[1]), Path(sys.argv[2])
 mesh = jax.make_mesh((8,), ("x",))
 config = read_config(converted)

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from converters.hf_checkpoint import NonFiniteWarning, open_checkpoint, read_params
 from converters.hf_to_orbax import convert
-from converters.orbax_checkpoint import read_format, restore_params
 from converters.orbax_to_hf import export
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
-from converters.safetensors_file import CheckpointError
-from deepstack_jax.config import ConfigError, read_config
+from deepstack_jax.checkpoints.hf_checkpoint import NonFiniteWarning, open_checkpoint, read_params
+from deepstack_jax.checkpoints.orbax_checkpoint import read_format, restore_params
+from deepstack_jax.checkpoints.safetensors_file import CheckpointError
+from deepstack_jax.config import ConfigError
+from deepstack_jax.models.registry import read_config
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 
 GATE_UP = "model.language_model.layers.1.mlp.experts.gate_up_proj"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.direct_file import DirectFile, aligned_empty
+from deepstack_jax.checkpoints.direct_file import DirectFile, aligned_empty
 
 
 @pytest.fixture(params=["disk", "memory"])

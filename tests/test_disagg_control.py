@@ -19,7 +19,6 @@ import zmq
 import zmq.asyncio
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.disagg import encode as encode_node
 from deepstack_jax.disagg.control import (
     ClusterKey,
@@ -51,6 +50,7 @@ from deepstack_jax.disagg.messages import (
 )
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
 from deepstack_jax.disagg.payload import pack
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.test_disagg_split import EncodeProcess, encode_process, media
 
 BLOCK = 16

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
-from deepstack_jax.config import read_config
 from deepstack_jax.disagg.payload import pack, unpack
+from deepstack_jax.models.registry import read_config
 from deepstack_jax.processing.processor import Processor
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 
 SIZE = (96, 64)
 TURNED = 0x0112, 6  # EXIF: a quarter turn

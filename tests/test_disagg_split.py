@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 import deepstack_jax as dsj
-from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.disagg.encode_worker import MAX_TOGETHER
 from deepstack_jax.disagg.language import Arrival, EncoderLinks, TransferFailedError
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
@@ -26,6 +25,7 @@ from deepstack_jax.disagg.payload import pack
 from deepstack_jax.generation import answer, plan_answer, prompt_of
 from deepstack_jax.processing.batch import arrange
 from deepstack_jax.programs import Prompt, all_logits
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.test_disagg_payload import IMAGES, VIDEOS, opened
 
 BLOCK = 16  # tokens

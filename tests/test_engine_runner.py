@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import deepstack_jax as dsj
-from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.engine.runner import (
     Chunk,
     DeadlineError,
@@ -24,6 +23,7 @@ from deepstack_jax.engine.runner import (
 )
 from deepstack_jax.generation import plan_answer, prompt_of
 from deepstack_jax.processing.batch import arrange
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.cases import IMAGE, batch_of
 
 CONFIG = tiny_config(text_config={"num_hidden_layers": 1}, vision_config={"depth": 1, "deepstack_visual_indexes": [0]})

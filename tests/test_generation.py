@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
-from deepstack_jax.models.qwen3_vl_moe import abstract_params
+from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.processing.batch import bucket
 from deepstack_jax.programs import Prompt, decode, prefill
 from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.cases import IMAGE, batch_of
 from tests.torch_reference import load_reference, reference_tokens
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.generation import encode_rows
-from deepstack_jax.models.qwen3_vl_moe import merge_params
+from deepstack_jax.models.parameters import merge_params
 from deepstack_jax.processing.batch import arrange
+from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import BY_NAME, CASES, Case, side_by_side
 from tests.torch_reference import load_reference, reference_logits, reference_rows, reference_tokens
 

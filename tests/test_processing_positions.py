@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeConfig
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel
 
-from deepstack_jax.config import ModelConfig, parse_config
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.registry import parse_config
 from deepstack_jax.processing.positions import rope_positions, visual_index
 
 IMAGE, VIDEO, PAD = 91, 92, 0

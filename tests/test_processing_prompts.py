@@ -18,7 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-from deepstack_jax.config import ModelConfig, parse_config
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.registry import parse_config
 from deepstack_jax.processing.images import ImageError, load_image
 from deepstack_jax.processing.messages import PromptError
 from deepstack_jax.processing.processor import Processor

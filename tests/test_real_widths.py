@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.generation import encode_rows
 from deepstack_jax.processing.batch import arrange
+from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import IMAGE, VIDEO, batch_of, mrope, side_by_side
 from tests.torch_reference import load_reference, reference_logits, reference_rows, reference_tokens
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import write_random_checkpoint
 from deepstack_jax.generation import prompt_of
 from deepstack_jax.models.vision import patch_geometry, separate_deepstack_embeds
 from deepstack_jax.processing.batch import Batch, arrange
 from deepstack_jax.programs import Prompt, all_logits, encode
+from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import CASES
 
 CASE = CASES[0]

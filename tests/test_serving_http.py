@@ -28,7 +28,6 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.cli import main
 from deepstack_jax.engine.runner import Chunk
 from deepstack_jax.serving import http as serving_http
@@ -36,6 +35,7 @@ from deepstack_jax.serving.http import Node, create_app
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest
 from deepstack_jax.serving.text_node import TextNode
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.waiting import until
 
 CONFIG = tiny_config(

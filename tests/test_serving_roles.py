@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax.cli import main
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 
 CONFIG = tiny_config(
     text_config={"num_hidden_layers": 1, "max_position_embeddings": 2048},

@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 import pytest
 
-from converters.random_checkpoint import tiny_config, write_random_checkpoint
 from deepstack_jax import sharding
-from deepstack_jax.config import parse_config
-from deepstack_jax.models.qwen3_vl_moe import abstract_params, logical_axes
+from deepstack_jax.models.parameters import abstract_params, logical_axes
+from deepstack_jax.models.registry import parse_config
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 
 CHILD = """
 import sys
 import jax, numpy as np
 import deepstack_jax as dsj
-from converters.random_checkpoint import tiny_config
+from deepstack_jax.testing.random_checkpoint import tiny_config
 from deepstack_jax.sharding import make_mesh
 from tests.cases import IMAGE, batch_of
 

@@ -1,6 +1,7 @@
 """How the packages hang together: dependencies point one way, and nothing at run time needs PyTorch."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,16 @@ ROOT = Path(__file__).parent.parent
 
 MODEL = tuple(
     f"deepstack_jax.{name}"
-    for name in ("checkpoint", "config", "generation", "models", "processing", "programs", "sampling_options")
+    for name in (
+        "checkpoint",
+        "checkpoints",
+        "config",
+        "generation",
+        "models",
+        "processing",
+        "programs",
+        "sampling_options",
+    )  # fmt: skip
 )
 # What each part may import of this project. Parts that are not named here may import anything.
 ALLOWED = {
@@ -19,7 +29,20 @@ ALLOWED = {
     "deepstack_jax/config_values.py": (),
     "deepstack_jax/models": ("deepstack_jax.models", "deepstack_jax.config", "pallas_kernels"),
     "deepstack_jax/processing": ("deepstack_jax.processing", "deepstack_jax.config", "deepstack_jax.models"),
-    "converters": ("converters", "deepstack_jax.config", "deepstack_jax.models", "deepstack_jax.shipped"),
+    "deepstack_jax/checkpoints": ("deepstack_jax.checkpoints", "deepstack_jax.config", "deepstack_jax.models"),
+    "deepstack_jax/testing": (
+        "deepstack_jax.testing",
+        "deepstack_jax.checkpoints",
+        "deepstack_jax.config",
+        "deepstack_jax.models",
+    ),
+    "converters": (
+        "converters",
+        "deepstack_jax.checkpoints",
+        "deepstack_jax.config",
+        "deepstack_jax.models",
+        "deepstack_jax.shipped",
+    ),
     "deepstack_jax/disagg": ("deepstack_jax.disagg", *MODEL),
     "deepstack_jax/engine": ("deepstack_jax.engine", "deepstack_jax.disagg", *MODEL),
     "deepstack_jax/serving": ("deepstack_jax.serving", "deepstack_jax.engine", "deepstack_jax.disagg", *MODEL),
@@ -49,6 +72,24 @@ def test_dependencies_point_one_way():
             for name in imports_of(file):
                 if name.split(".")[0] in PROJECT:
                     assert name.startswith(tuple(allowed)), f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_the_product_imports_no_converter_but_in_its_commands():
+    for file in files_of("deepstack_jax"):
+        if "cli" not in file.parts:
+            assert not any(name.startswith("converters") for name in imports_of(file)), file
+
+
+def test_only_the_registry_knows_families_by_name():
+    """A comparison with the model's type elsewhere would be a family that no entry of the registry describes."""
+    for package in ("deepstack_jax", "converters"):
+        for file in files_of(package):
+            if file.name == "registry.py" or "testing" in file.parts:
+                continue
+            for node in ast.walk(ast.parse(file.read_text())):
+                compared = isinstance(node, ast.Compare) and "model_type" in ast.unparse(node)
+                matched = isinstance(node, ast.Call) and re.search(r"model_type\.\w+with\(", ast.unparse(node))
+                assert not compared and not matched, f"{file.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}"
 
 
 def test_kernels_import_jax_alone():

@@ -13,8 +13,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 import deepstack_jax as dsj
-from deepstack_jax.config import ModelConfig, parse_config
-from deepstack_jax.models.qwen3_vl_moe import init_params
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.parameters import init_params
+from deepstack_jax.models.registry import parse_config
 from deepstack_jax.processing.chat import _render_qwen
 from pallas_kernels.fused_moe import fused_moe
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from deepstack_jax.config import read_config
+from deepstack_jax.models.registry import read_config
 
 
 def load_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

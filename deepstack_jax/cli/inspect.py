@@ -7,6 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 import typer
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.shipped import existing_checkpoint
 
 
 class _Leaf(NamedTuple):
@@ -27,16 +28,15 @@ def run(
 
     Example: deepstack-jax inspect ckpt
     """
+    checkpoint = existing_checkpoint(checkpoint)
     import jax
     from rich.console import Console
     from rich.table import Table
 
-    from converters.mapping import group_of
-    from deepstack_jax.config import read_config
-    from deepstack_jax.shipped import checkpoint_path
+    from deepstack_jax.checkpoints.mapping import group_of
+    from deepstack_jax.models.registry import read_config
 
     jax.config.update("jax_platforms", "cpu")  # looking needs no accelerator
-    checkpoint = checkpoint_path(checkpoint)
     config = read_config(checkpoint)
     kind, leaves = _leaves(checkpoint, config, expert_layout)
     table = Table("group", "tensors", "parameters", "dtype", "bytes", box=None)
@@ -57,9 +57,9 @@ def run(
 
 
 def _leaves(checkpoint: Path, config: ModelConfig, expert_layout: str | None) -> tuple[str, list[_Leaf]]:
-    from converters.hf_checkpoint import open_checkpoint
-    from converters.mapping import canonical_shapes
-    from converters.orbax_checkpoint import FORMAT_FILE, read_format, stored_params
+    from deepstack_jax.checkpoints.hf_checkpoint import open_checkpoint
+    from deepstack_jax.checkpoints.mapping import canonical_shapes
+    from deepstack_jax.checkpoints.orbax_checkpoint import FORMAT_FILE, read_format, stored_params
 
     if (checkpoint / FORMAT_FILE).exists():
         stored = stored_params(checkpoint)

@@ -75,7 +75,7 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
 
     import deepstack_jax as dsj
     from deepstack_jax.generation import prompt_of
-    from deepstack_jax.models.qwen3_vl_moe import merge_params
+    from deepstack_jax.models.parameters import merge_params
     from deepstack_jax.processing.batch import arrange
     from deepstack_jax.programs import language_inputs, precision_of
 
@@ -119,11 +119,11 @@ def _load_torch(checkpoint: Path) -> Any:
         raise ValueError("verify needs PyTorch: pip install 'deepstack-jax[test]'") from None
     from transformers.utils import logging
 
-    from deepstack_jax.config import read_config
+    from deepstack_jax.models.registry import family_of, read_config
 
     logging.disable_progress_bar()
     config = read_config(checkpoint)
-    if config.model_type.endswith("_text"):
+    if family_of(config).is_text_part:
         raise ValueError(f"{config.model_type} has no head in transformers: verify the whole checkpoint")
     auto = AutoModelForImageTextToText if config.vision else AutoModelForCausalLM
     return auto.from_pretrained(checkpoint, dtype=torch.float32).eval()

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from converters.hf_to_orbax import new_directory
-from converters.mapping import parameters
-from converters.random_checkpoint import SPECIAL_TOKENS
-from converters.safetensors_file import FileWriter
-from deepstack_jax.config import ModelConfig, parse_config
+from deepstack_jax.checkpoints.mapping import parameters
+from deepstack_jax.checkpoints.safetensors_file import FileWriter
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.registry import parse_config
+from deepstack_jax.testing.random_checkpoint import SPECIAL_TOKENS
 
 VOCABULARY = 640
 # Pictures become about 25 to 36 visual tokens, temporal patches of a clip 9 to 20 each: near-constant cost, and things

@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.moe import SparseMoE
 from deepstack_jax.models.param import product
+from deepstack_jax.models.parameters import Params, merge_params
 from deepstack_jax.models.qwen3_moe import KVCache
-from deepstack_jax.models.qwen3_vl_moe import Params, merge_params
 from deepstack_jax.models.vision import VisionEncoder, separate_deepstack_embeds
 from pallas_kernels.fused_moe.xla import swiglu
 from tiny_vl.sight import sight_loss

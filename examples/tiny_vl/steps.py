@@ -11,7 +11,7 @@ import optax
 import optax.contrib
 
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.models.qwen3_vl_moe import Params, abstract_params, init_params
+from deepstack_jax.models.parameters import Params, abstract_params, init_params
 from tiny_vl.loss import HIDDEN, SIGHT_HEAD, loss_of
 from tiny_vl.sight import CLASSES
 

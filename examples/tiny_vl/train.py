@@ -19,7 +19,7 @@ import numpy as np
 
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.demo.samples import KINDS
-from deepstack_jax.models.qwen3_vl_moe import Params
+from deepstack_jax.models.parameters import Params
 from tiny_vl.batches import SEEDS, Batcher, TrainingBatch
 from tiny_vl.checkpoint import model_config
 from tiny_vl.runs import FIRST_SEED, Run, export, open_run, plot, restore, save

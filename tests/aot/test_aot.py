@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from deepstack_jax.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
-from deepstack_jax.models.qwen3_vl_moe import abstract_params
+from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.programs import Prompt, decode, prefill
 from deepstack_jax.sampling import SamplingParams

@@ -15,9 +15,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from converters.mapping import Parameter, parameters
-from converters.safetensors_file import FileWriter, plan_files
-from deepstack_jax.config import ModelConfig, parse_config
+from deepstack_jax.checkpoints.mapping import Parameter, parameters
+from deepstack_jax.checkpoints.safetensors_file import FileWriter, plan_files
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.registry import family_of, parse_config
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -29,14 +30,6 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 _BLOCK = 1 << 20  # values made at once
-_ARCHITECTURES = {
-    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
-    "qwen3_vl": "Qwen3VLForConditionalGeneration",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_vl_moe_text": "Qwen3VLMoeTextModel",
-    "qwen3_vl_text": "Qwen3VLTextModel",
-}
 # Frequent pairs, so that a random model's output has some letters in common with text.
 _MERGES = (
     "Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "Ġ w", "Ġ o", "e n", "Ġ c", "i t", "i s",
@@ -125,7 +118,7 @@ def write_random_checkpoint(
     if any(directory.glob("*.safetensors")):
         raise FileExistsError(f"{directory} already holds a checkpoint: give another directory")
     _write_weights(directory, parsed, seed, numpy_dtype, expert_layout, max_shard_bytes, repeat_values)
-    written = {"architectures": [_ARCHITECTURES[parsed.model_type]], "dtype": dtype, **config}
+    written = {"architectures": [family_of(parsed).architecture], "dtype": dtype, **config}
     _write_json(directory / "config.json", written)
     generation = {"do_sample": False, "eos_token_id": list(parsed.eos_token_ids), "pad_token_id": parsed.pad_token_id}
     _write_json(directory / "generation_config.json", {k: v for k, v in generation.items() if v not in (None, [])})

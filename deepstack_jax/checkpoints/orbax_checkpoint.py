@@ -6,8 +6,6 @@ has gigabytes. A piece is a file of some rows: an expert, or a part of a large m
 pieces are written and forced to disk side by side, and converting needs the memory of a few of them.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import logging
@@ -22,18 +20,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
-from converters.mapping import canonical_shapes
-from converters.safetensors_file import DTYPES, CheckpointError, CheckpointWarning
-
-if TYPE_CHECKING:  # jax and Orbax take a second to import, in which a conversion already writes
-    import jax
-
-    from deepstack_jax.config import ModelConfig
+from deepstack_jax.checkpoints.mapping import canonical_shapes
+from deepstack_jax.checkpoints.safetensors_file import DTYPES, CheckpointError, CheckpointWarning
+from deepstack_jax.config import ModelConfig
 
 FORMAT_FILE = "deepstack_jax.json"
 PARAMS = "params"

@@ -1,7 +1,7 @@
 """A Hugging Face checkpoint directory: checked as a whole before any weight is read, then read tensor by tensor.
 
 Takes a single `model.safetensors` or shards with `model.safetensors.index.json`, the expert layouts and names of
-`converters.mapping`, and float32, float16 and bfloat16 tensors. Where their dtypes differ, all are read in the one that
+`mapping.py`, and float32, float16 and bfloat16 tensors. Where their dtypes differ, all are read in the one that
 transformers' `from_pretrained` takes; tensors that are not the model's are left out, as there.
 
 The layout of fused experts is told from the shape of `gate_up_proj`; where 2F == D it has to be given. `down_proj` does
@@ -10,22 +10,20 @@ passed through it may hold one of the two in either order. Nor does `transformer
 the writer of the config and not of the weights.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from converters.direct_file import aligned_empty
-from converters.hf_folder import check_index, index_dtype, refuse_other_kinds, weight_files, why_missing
-from converters.mapping import (
+from deepstack_jax.checkpoints.direct_file import aligned_empty
+from deepstack_jax.checkpoints.hf_folder import check_index, index_dtype, refuse_other_kinds, weight_files, why_missing
+from deepstack_jax.checkpoints.mapping import (
     EXPERT_LAYOUTS,
     HfTensor,
     Parameter,
@@ -35,7 +33,7 @@ from converters.mapping import (
     hf_tensors,
     parameters,
 )
-from converters.safetensors_file import (
+from deepstack_jax.checkpoints.safetensors_file import (
     DTYPES,
     CheckpointError,
     CheckpointWarning,
@@ -44,9 +42,8 @@ from converters.safetensors_file import (
     read_entries,
     read_tensor,
 )
-
-if TYPE_CHECKING:  # deepstack_jax imports this module to load a checkpoint
-    from deepstack_jax.config import ModelConfig
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.registry import family_of, read_config
 
 Inspect = Callable[[np.ndarray], None]
 _NAMED = 8  # tensors that are left out, in the line about them
@@ -138,8 +135,6 @@ def open_checkpoint(
     """
     directory = Path(directory)
     if config is None:
-        from deepstack_jax.config import read_config
-
         config = read_config(directory)
     found = {file: read_entries(directory / file) for file in weight_files(directory)}
     refuse_other_kinds(entry for named in found.values() for entry in named.values())
@@ -152,7 +147,7 @@ def open_checkpoint(
     dtype, mixed = _one_dtype(directory, config, found, entries)
     _take_tied_head(entries, config, dtype)
     notes = [f"{directory}: {left_out}"] if left_out else []
-    if config.model_type.endswith("_text") and not has_head:
+    if family_of(config).is_text_part and not has_head:
         notes.append(
             f"{directory} holds no lm_head.weight: the embeddings serve as the head, which is right only where the "
             "whole model tied them; otherwise add its lm_head.weight and set tie_word_embeddings to false"

@@ -1,18 +1,14 @@
 """What a Hugging Face directory holds: which of its files are read, and why one that can't be read is none."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from converters.mapping import current_name, head_and_embedding
-from converters.safetensors_file import CheckpointError, Entry, read_entries, refuse_lfs_pointer
-
-if TYPE_CHECKING:  # deepstack_jax imports the converters to load a checkpoint
-    from deepstack_jax.config import ModelConfig
+from deepstack_jax.checkpoints.mapping import current_name, head_and_embedding
+from deepstack_jax.checkpoints.safetensors_file import CheckpointError, Entry, read_entries, refuse_lfs_pointer
+from deepstack_jax.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

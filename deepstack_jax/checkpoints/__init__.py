@@ -1,0 +1,1 @@
+"""Reading and writing checkpoints: Hugging Face directories, and the Orbax directories that conversion makes."""

@@ -1,0 +1,60 @@
+"""A model's parameters as one flat dictionary, apart from its modules.
+
+They are `{dotted path: array}`, such as `language_model.model.layers.0.self_attn.q_proj.weight`. A pure function
+rebuilds the modules around them while it is traced, so everything jitted depends only on `(config, params)`, and a part
+of a model is a part of the dictionary.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.registry import build_module
+
+Params = dict[str, jax.Array]
+
+
+def merge_params(config: ModelConfig, params: Params) -> Any:
+    """The modules around `params`. Parts whose parameters are missing are there in shape only and can't be run."""
+    graphdef, declared = _declared(config)
+    state = {path: variable.replace(params.get(_dotted(path), variable.get_value())) for path, variable in declared}
+    return nnx.merge(graphdef, nnx.from_flat_state(state))
+
+
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter, by dotted path."""
+    shapes = ((path, variable.get_value().shape) for path, variable in _declared(config)[1])
+    return {_dotted(path): jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes}
+
+
+def logical_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
+    """The logical axes of every parameter, by dotted path."""
+    return {_dotted(path): variable.get_metadata("out_sharding") for path, variable in _declared(config)[1]}
+
+
+def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> Params:
+    """Random parameters, as each one's declaration says."""
+
+    @jax.jit
+    def init() -> Params:
+        model = build_module(config, dtype=dtype, rngs=nnx.Rngs(seed))
+        return {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+    return init()
+
+
+@lru_cache(maxsize=32)
+def _declared(config: ModelConfig) -> tuple[nnx.GraphDef[Any], list[tuple[Any, Any]]]:
+    """The modules without their parameters, and each parameter's path and declaration."""
+    model = nnx.eval_shape(lambda: build_module(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    return graphdef, list(nnx.to_flat_state(state))
+
+
+def _dotted(path: Any) -> str:
+    return ".".join(str(key) for key in path)
