@@ -11,18 +11,26 @@ LIBIBVERBS = @PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null | grep -q li
 	{ $$root apt-get update && $$root apt-get install --yes --no-install-recommends libibverbs1; } >/dev/null 2>&1 || \
 	echo "libibverbs.so.1 is missing, so nothing is split: install the package that has it (Debian: libibverbs1)"; }
 PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
+# Processes that share the test files. Each test file stays in one process, as its fixtures start servers.
+WORKERS ?= 2
+PYTEST = $(PLATFORM_TESTS) $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-aot docs lint types clean
+.PHONY: demo test test-exhaustive test-aot docs lint types clean
 
 demo: .venv/demo-ready
 	@$(BIN)/deepstack-jax demo
 
 test: .venv/test-ready
-	$(PLATFORM_TESTS) $(BIN)/python -m pytest
+	$(PYTEST) --dist loadfile --durations 25
+
+# The two largest searches through the states of a transfer, side by side
+test-exhaustive: .venv/test-ready
+	$(PYTEST) --dist load -m exhaustive --durations 0 tests/test_disagg_protocol.py
 
 # Compiles for TPUs and NVIDIA's Hopper without having one; their compilers live apart from what users run
 test-aot: .venv-aot/ready
-	export JAX_PLATFORMS=cpu; .venv-aot/bin/python -m pytest -m tpu tests/aot & tpu=$$!; \
+	export JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false; \
+	.venv-aot/bin/python -m pytest -m tpu tests/aot & tpu=$$!; \
 	.venv-aot/bin/python -m pytest -m gpu tests/aot; gpu=$$?; wait $$tpu && exit $$gpu
 
 # The site, in build/site; NO_MKDOCS_2_WARNING silences the theme's announcement
