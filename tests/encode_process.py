@@ -21,7 +21,7 @@ async def main(checkpoint: str, dtype: str, block_size: str) -> None:
         counters = {
             "encoded": worker.encoded,
             "found": worker.found,
-            "cached_bytes": worker.cache.num_bytes,
+            "cached_bytes": worker.cache.currsize,
             "parameters": sorted(model.params),
             "jobs": len(server.sender.outgoing),
             "bytes": sum(peer.bridge.times.num_bytes for peer in server.peers.values()),

@@ -30,15 +30,18 @@ _RUN = "import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGTERM); from 
 def missing() -> str | None:
     """What the split needs and this environment lacks, with the remedy, in one line; None where nothing is."""
     if not sys.platform.startswith("linux"):
-        return "Mooncake runs on Linux alone"
-    for name in ("mooncake.engine", "zmq", "xxhash", "fastapi", "uvicorn", "httpx", "h11"):
+        return "Mooncake runs only on Linux"
+    for name in ("zmq", "xxhash", "fastapi", "uvicorn", "httpx"):
         try:
             import_module(name)
         except ModuleNotFoundError as error:
             return f"{error.name} is missing: pip install 'deepstack-jax[mooncake,serve]'"
-        except ImportError as error:
-            library = str(error).partition(":")[0]
-            return f"Mooncake needs {library}: install the system package that has it (Debian: libibverbs1)"
+    from deepstack_jax.disagg.mooncake_wheel import explain
+
+    try:
+        import_module("mooncake.engine")
+    except ImportError as error:
+        return explain(error)
     return None
 
 

@@ -3,7 +3,6 @@
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import xxhash
+from cachetools import LRUCache
 
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.generation import encode_visuals, join_rows
@@ -26,29 +26,6 @@ class Encoded(NamedTuple):
 
     rows: VisualRows
     seconds: float
-
-
-class RowCache:
-    """Rows of images by content, the least recently used ones given up first. For one thread."""
-
-    def __init__(self, max_bytes: int):
-        self.max_bytes, self.num_bytes = max_bytes, 0
-        self._rows: OrderedDict[bytes, jax.Array] = OrderedDict()
-
-    def get(self, key: bytes) -> jax.Array | None:
-        """The rows, which are then the most recently used; None if they aren't there."""
-        if key in self._rows:
-            self._rows.move_to_end(key)
-        return self._rows.get(key)
-
-    def put(self, key: bytes, rows: jax.Array) -> None:
-        """Keeps the rows, unless they alone are larger than the bound."""
-        if key in self._rows or rows.nbytes > self.max_bytes:
-            return
-        while self.num_bytes + rows.nbytes > self.max_bytes:
-            self.num_bytes -= self._rows.popitem(last=False)[1].nbytes
-        self._rows[key] = rows
-        self.num_bytes += rows.nbytes
 
 
 @dataclass(frozen=True)
@@ -70,7 +47,8 @@ class EncodeWorker:
 
     def __init__(self, model: Model, cache_bytes: int = 1 << 30):
         """`model` needs its vision parameters alone."""
-        self.cache = RowCache(cache_bytes)
+        # rows of images by content; only the thread uses it
+        self.cache: LRUCache[bytes, jax.Array] = LRUCache(cache_bytes, getsizeof=lambda rows: rows.nbytes)
         self.encoded = self.found = 0
         self.last_work: float | None = None
         self.error: str | None = None
@@ -154,7 +132,8 @@ class EncodeWorker:
         ]
         jax.block_until_ready(joined)
         for key in missing:
-            self.cache.put(key, there[key])
+            if there[key].nbytes <= self.cache.maxsize:
+                self.cache[key] = there[key]
         self.encoded += len(missing)
         self.found += sum(len(of_job) for of_job in keys) - len(missing)
         return joined

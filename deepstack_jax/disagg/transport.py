@@ -18,6 +18,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from deepstack_jax.disagg.mooncake_wheel import explain
+
 QUEUE_LIMIT = 1024  # pieces handed to the engine a peer; at 2048 it refuses
 POLL_SECONDS = 5e-5, 1e-2  # least and most between two looks; the engine's own waiting calls spin, and take a core
 POLL_RATE = 8e9  # bytes a second: a write isn't looked at before it can have ended
@@ -255,13 +257,8 @@ def _start_engine(host: str, protocol: str, device: str) -> Any:
         os.environ.setdefault("MC_FORCE_TCP", "1")  # else the engine takes any RDMA device that it finds
     try:
         module = importlib.import_module("mooncake.engine")
-    except ModuleNotFoundError as error:
-        raise TransferError("Mooncake isn't installed: pip install 'deepstack-jax[mooncake]'") from error
     except ImportError as error:
-        library = str(error).partition(":")[0]
-        raise TransferError(
-            f"Mooncake needs {library}: install the system package that has it (libibverbs1)"
-        ) from error
+        raise TransferError(explain(error)) from error
     engine = module.TransferEngine()
     with _silent() if quiet else contextlib.nullcontext():
         status = engine.initialize(host, "P2PHANDSHAKE", protocol, device)
