@@ -25,10 +25,32 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh over the first `num_devices` devices (all by default) with the one axis "tensor"."""
-    devices = jax.devices()[:num_devices]
-    return Mesh(np.asarray(devices), ("tensor",))
+def make_mesh(num_devices: int | str | None = None) -> Mesh:
+    """A mesh over the first `num_devices` devices (all by default) with the one axis "tensor".
+
+    "tensor=8" says the same as 8.
+
+    Raises:
+        ValueError: another axis, or more devices than there are.
+    """
+    devices = jax.devices()
+    count = len(devices) if num_devices is None else _count(num_devices)
+    if not 1 <= count <= len(devices):
+        raise ValueError(f"mesh of {count} devices: there are {len(devices)}, ask for 1 to {len(devices)}")
+    return Mesh(np.asarray(devices[:count]), ("tensor",))
+
+
+def _count(num_devices: int | str) -> int:
+    if isinstance(num_devices, str):
+        text = num_devices.strip().removeprefix("tensor=")
+        if not text.isdecimal():
+            raise ValueError(
+                f"mesh {num_devices!r} is not supported: the only axis is tensor, give a number of devices or tensor=8"
+            )
+        return int(text)
+    if isinstance(num_devices, bool) or not hasattr(num_devices, "__index__"):
+        raise ValueError(f"mesh {num_devices!r} is not supported: give a number of devices or tensor=8")
+    return num_devices.__index__()
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:

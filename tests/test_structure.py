@@ -27,6 +27,8 @@ ALLOWED = {
     "deepstack_jax/config.py": ("deepstack_jax.config_rope", "deepstack_jax.config_values"),
     "deepstack_jax/config_rope.py": ("deepstack_jax.config_values",),
     "deepstack_jax/config_values.py": (),
+    "deepstack_jax/sampling_options.py": (),
+    "deepstack_jax/demo": ("deepstack_jax.demo",),
     "deepstack_jax/models": ("deepstack_jax.models", "deepstack_jax.config", "pallas_kernels"),
     "deepstack_jax/processing": ("deepstack_jax.processing", "deepstack_jax.config", "deepstack_jax.models"),
     "deepstack_jax/checkpoints": ("deepstack_jax.checkpoints", "deepstack_jax.config", "deepstack_jax.models"),
