@@ -1,8 +1,9 @@
-"""A timeline in a terminal: one bar a stage, to scale."""
+"""A timeline in a terminal: one bar per stage, to scale."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rich.bar import Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -22,19 +23,25 @@ class Span(NamedTuple):
 def draw(spans: Sequence[Span], columns: int, ascii_only: bool = False) -> Table:
     """Rows of stage, milliseconds and a bar, together `columns` characters wide.
 
-    All bars have one scale, the end of the last span; each is at least half a cell long. Without Unicode a bar is made
-    of # in whole cells.
+    All bars have one scale, the end of the last span; each is at least a cell long. Without Unicode a bar is made of #.
     """
-    width = max(columns - 22, 10)
-    scale = 2 * width / max((span.end for span in spans), default=1.0)
+    width = max(columns - 23, 10)
+    total = max((span.end for span in spans), default=1.0)
+    cell = total / width
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="bold", width=9, no_wrap=True)
-    table.add_column(justify="right", width=9, no_wrap=True)
+    table.add_column(justify="right", width=10, no_wrap=True)
     table.add_column(no_wrap=True)
     for stage, begin, end in _merged(spans):
-        start = min(round(begin * scale), 2 * width - 1)
-        bar = _bar(start, max(min(round(end * scale), 2 * width), start + 1), ascii_only)
-        table.add_row(stage, f"{(end - begin) * 1e3:,.1f} ms", Text(bar, COLORS.get(stage, ROUND_COLOR)))
+        first = min(begin, total - cell)
+        last = max(end, first + cell)
+        color = COLORS.get(stage, ROUND_COLOR)
+        if ascii_only:
+            start = round(first / cell)
+            bar = Text(" " * start + "#" * max(round(last / cell) - start, 1), color)
+        else:
+            bar = Bar(total, first, last, width=width, color=color)
+        table.add_row(stage, f"{(end - begin) * 1e3:,.1f} ms", bar)
     return table
 
 
@@ -48,11 +55,3 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
         all_rounds,
         *(span for span in spans if span.stage in COLORS and span.begin > all_rounds.begin),
     ]
-
-
-def _bar(start: int, end: int, ascii_only: bool) -> str:
-    """A bar from half cell `start` to half cell `end`."""
-    if ascii_only:
-        return " " * (start // 2) + "#" * max((end + 1) // 2 - start // 2, 1)
-    lead = "▐" if start % 2 else ""
-    return " " * (start // 2) + lead + "█" * ((end - start - len(lead)) // 2) + ("▌" if end % 2 else "")
