@@ -19,6 +19,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import deepstack_jax as dsj
 from deepstack_jax.cli import COMMANDS, main
 from deepstack_jax.disagg.bridge import SendBridge
 from deepstack_jax.disagg.buffers import MultimodalDataBuffers
@@ -123,6 +124,11 @@ def defined(file: Path) -> set[str]:
 
     add(ast.parse(file.read_text()).body, "")
     return names
+
+
+def test_the_reference_has_all_public_names():
+    (members,) = re.findall(r"members: \[(.*)\]", (DOCS / "api" / "library.md").read_text())
+    assert {*members.split(", "), "__version__"} == set(dsj.__all__)
 
 
 LIFE = (DOCS / "life-of-a-request.md").read_text()
