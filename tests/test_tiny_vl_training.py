@@ -1,5 +1,6 @@
 """Training of examples/tiny_vl: batches are what inference sees, the loss is the model's, runs can be resumed."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import deepstack_jax as dsj
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.parameters import init_params
 from deepstack_jax.models.registry import parse_config
-from deepstack_jax.processing.chat import _render_qwen
+from deepstack_jax.processing.chat import render as render_prompt
 from pallas_kernels.fused_moe import fused_moe
 
 tiny_vl = pytest.importorskip("tiny_vl")
@@ -294,11 +295,13 @@ def test_the_chat_template_writes_the_conversation_format_of_qwen(model: dsj.Mod
     ]
     template = model.processor.chat_template
     assert template is not None
+    bare = copy.copy(model.processor.tokenizer)
+    bare.chat_template = None
     for upto in (2, 4):
         rendered = model.processor.tokenizer.apply_chat_template(
             messages[:upto], chat_template=template, tokenize=False, add_generation_prompt=True
         )
-        assert rendered == _render_qwen(messages[:upto])
+        assert rendered == render_prompt(messages[:upto], bare, None)
 
 
 def test_the_directory_is_small_and_says_what_it_is(checkpoint: Path, model: dsj.Model):

@@ -16,6 +16,15 @@ VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 TURN_START = "<|im_start|>"
 
+# Qwen3-VL's conversation format without tools, for checkpoints that have no template; contents are one str. There is no
+# default system message.
+QWEN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{{ '<|im_start|>assistant\\n' }}"
+)
+
 _MARKED = re.compile(
     f"{re.escape(VISION_START)}(?:{re.escape(IMAGE_TOKEN)}|{re.escape(VIDEO_TOKEN)})+{re.escape(VISION_END)}"
 )
@@ -63,7 +72,8 @@ def render(
     """
     variables = dict(variables or {})
     if template is None and not tokenizer.chat_template:
-        return _render_qwen(messages, tools, variables)
+        _refuse_extras(messages, tools, variables)
+        template = QWEN_TEMPLATE
     source: str = template or tokenizer.get_chat_template(tools=list(tools) or None)
     if "image" not in source:
         # templates of text models read contents that are one str, and drop lists without a word
@@ -111,9 +121,8 @@ def _check_variables(source: str, tools: Sequence[Any], variables: Mapping[str, 
         _log.warning("the checkpoint's chat template doesn't read %s", ", ".join(unread))
 
 
-def _render_qwen(messages: Sequence[Message], tools: Sequence[Any], variables: Mapping[str, Any]) -> str:
-    """Qwen3-VL's conversation format without tools. There is no default system message."""
-    turns = []
+def _refuse_extras(messages: Sequence[Message], tools: Sequence[Any], variables: Mapping[str, Any]) -> None:
+    """Refuses what `QWEN_TEMPLATE` would drop in silence."""
     for message in messages:
         extras = [key for key in message if key not in ("role", "content")]
         if tools or extras or variables or message["role"] == "tool":
@@ -121,9 +130,6 @@ def _render_qwen(messages: Sequence[Message], tools: Sequence[Any], variables: M
             raise PromptError(
                 f"this checkpoint has no chat template, and so no place for {what}: copy its chat_template.jinja"
             )
-        role = "system" if message["role"] == "developer" else message["role"]
-        turns.append(f"{TURN_START}{role}\n{_render_content(message['content'])}<|im_end|>\n")
-    return "".join(turns) + f"{TURN_START}assistant\n"
 
 
 def _render_content(content: str | list[dict[str, str]]) -> str:
