@@ -152,14 +152,17 @@ def test_the_diagrams_of_a_request_name_functions_of_the_tables():
 
 
 def as_pattern(line: str) -> str:
-    """A shown line, its times, errors and random ids being any of their kind, and `...` anything."""
-    kinds = r"\d+\.\d+(?:e-\d+)?|\d+e-\d+|[0-9a-f]{32}|\.\.\."
-    number = r"[\d.e-]+"
-    replaced = {"...": ".*"}
-    parts = re.split(f"({kinds})", line.strip())
+    """A shown line, its times, errors and random ids being any of their kind, any gap a gap, and `...` anything."""
+    kinds = {
+        r"\.\.\.": ".*",
+        r"[0-9a-f]{32}": "[0-9a-f]{32}",
+        r"\d+(?:\.\d+)?e-\d+|\d+\.\d+": r"\d[\d.e-]*",
+        r"\s+": r"\s+",
+    }
+    parts = re.split("|".join(f"({kind})" for kind in kinds), line.strip())
+    any_of_kind = [None, *kinds.values()]
     return "".join(
-        re.escape(part) if i % 2 == 0 else replaced.get(part, "[0-9a-f]{32}" if len(part) == 32 else number)
-        for i, part in enumerate(parts)
+        any_of_kind[i % len(any_of_kind)] or re.escape(part) for i, part in enumerate(parts) if part is not None
     )
 
 
