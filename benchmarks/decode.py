@@ -328,7 +328,7 @@ def experts_load(model: Model, ids: np.ndarray) -> np.ndarray:
 def step_bytes(model: Model, batch: int, context: int) -> float:
     """Bytes that one decode step reads: weights of the experts that a batch of tokens reaches, and the cache."""
     config = model.config.text
-    itemsize = next(iter(model.params.values())).dtype.itemsize
+    itemsize = model.dtype.itemsize
     always = sum(x.nbytes for path, x in model.text_params.items() if ".experts." not in path and "embed" not in path)
     experts = sum(x.nbytes for path, x in model.text_params.items() if ".experts." in path)
     reached = 1 - (1 - config.num_experts_per_tok / config.num_experts) ** batch  # expected share when load is even

@@ -1,18 +1,19 @@
 """Loading a checkpoint, converted or as Hugging Face has it, as a `Model`."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 
 from deepstack_jax.checkpoints.hf_checkpoint import read_params
 from deepstack_jax.config import ModelConfig, read_special_tokens
-from deepstack_jax.models.parameters import Params, abstract_params
+from deepstack_jax.models.parameters import Params, abstract_params, flat_params, merge_params, model_dtype
 from deepstack_jax.models.registry import read_config
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.sharding import param_shardings
@@ -23,13 +24,45 @@ VISION, TEXT = "visual.", "language_model."
 
 @dataclass
 class Model:
-    """A checkpoint in memory. Its parameters are a flat dictionary by dotted path (see models/qwen3_vl_moe.py)."""
+    """A checkpoint in memory. Its parameters are a flat dictionary by dotted path (see models/parameters.py).
+
+    `config.dtype` is that of weights, cache and visual rows: the one that the parameters have, or, where they have
+    several, the one that it names.
+
+    Raises:
+        ValueError: the parameters have several dtypes and the configuration names none.
+    """
 
     config: ModelConfig
     params: Params
     path: Path | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        found = {array.dtype.name for array in self.params.values()}
+        if len(found) == 1:
+            self.config = replace(self.config, dtype=found.pop())
+        model_dtype(self.config)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of weights, cache and visual rows."""
+        return model_dtype(self.config)
+
+    def module(self) -> nnx.Module:
+        """The model as a Flax module over these parameters, for optax, LoRA or quantisation.
+
+        Its `language_model` is a `Qwen3MoeForCausalLM`; `visual` is there where the parameters are.
+        """
+        return merge_params(self.config, self.params)
+
+    def from_module(self, module: nnx.Module) -> "Model":
+        """This model with the parameters of a module that came from `module()` and was trained."""
+        params = flat_params(module)
+        if missing := [path for path in self.params if path not in params]:
+            raise ValueError(f"the module has no parameter {missing[0]}: it was not made by this model's module()")
+        return replace(self, params={path: params[path] for path in self.params})
 
     @cached_property
     def vision_params(self) -> Params:

@@ -218,7 +218,8 @@ def plan_answer(model: Model, prompt: Batch | Prompt, options: SamplingOptions) 
         ValueError: a number of seeds that is not the prompt's rows, or a prompt and an answer that exceed the model's
             positions.
     """
-    ends = model.eos_token_ids if options.eos_token_id is None else options.eos_token_id
+    named = options.eos_token_id
+    ends = model.eos_token_ids if named is None else (named,) if isinstance(named, int) else named
     rows = len(np.asarray(prompt.lengths))
     sampling = SamplingParams.of(rows, options, end_token_ids=ends, pad_token_id=model.pad_token_id)
     return Plan(sampling, _capacity(model, prompt, options.max_new_tokens), options.max_new_tokens)

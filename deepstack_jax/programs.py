@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.param import AnyArray
-from deepstack_jax.models.parameters import Params, merge_params
+from deepstack_jax.models.parameters import Params, merge_params, model_dtype
 from deepstack_jax.models.qwen3_moe import KVCache
 from deepstack_jax.models.vision import PatchGeometry, VisualRows, separate_deepstack_embeds
 from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
@@ -57,7 +57,7 @@ class DecodeState:
 def encode(
     config: ModelConfig, params: Params, pixel_values: Float[Array, "G P C"], geometry: PatchGeometry
 ) -> Float[Array, "G M R"]:
-    """Rows [G, P / merge^2, (1+N)*D] of G images or videos of one bucket, in the parameters' dtype.
+    """Rows [G, P / merge^2, (1+N)*D] of G images or videos of one bucket, in the model's dtype.
 
     Needs the `visual.` parameters alone. Each is computed as if it were alone, so its rows are the same bits whatever
     comes with it; the geometry's arrays have a leading G as well.
@@ -66,7 +66,7 @@ def encode(
     def one(item: tuple[jax.Array, PatchGeometry]) -> jax.Array:
         return merge_params(config, params).visual(*item)
 
-    with precision_of(params):
+    with precision_of(config):
         if len(pixel_values) == 1:
             return one(jax.tree.map(lambda x: x[0], (pixel_values, geometry)))[None]
         return jax.lax.map(one, (pixel_values, geometry))
@@ -90,7 +90,7 @@ def place(
 @partial(jax.jit, static_argnums=0)
 def all_logits(config: ModelConfig, params: Params, prompt: Prompt) -> Float[Array, "B T V"]:
     """float32 logits at every token."""
-    with precision_of(params):
+    with precision_of(config):
         return merge_params(config, params).language_model(**language_inputs(prompt))[0]
 
 
@@ -100,8 +100,8 @@ def prefill(
 ) -> DecodeState:
     """Runs the prompt, fills a new cache of `capacity` slots a row and draws the first token."""
     batch = prompt.input_ids.shape[0]
-    with precision_of(params):
-        cache = KVCache.empty(config.text, batch, capacity, _dtype_of(params))
+    with precision_of(config):
+        cache = KVCache.empty(config.text, batch, capacity, model_dtype(config))
         model = merge_params(config, params).language_model
         hidden, cache = model.model(cache=cache, **language_inputs(prompt))
         assert cache is not None
@@ -141,7 +141,7 @@ def decode(
         assert cache is not None
         return _append(replace(state, cache=cache), model.logits(hidden[:, 0]), sampling)
 
-    with precision_of(params):
+    with precision_of(config):
         return jax.lax.while_loop(unfinished, next_token, state)
 
 
@@ -157,13 +157,9 @@ def language_inputs(prompt: Prompt) -> dict[str, Any]:
     }
 
 
-def precision_of(params: Params) -> AbstractContextManager[object]:
+def precision_of(config: ModelConfig) -> AbstractContextManager[object]:
     """float32 models compute float32 products: the default of TPU and NVIDIA is bfloat16 or tf32 passes."""
-    return jax.default_matmul_precision("highest" if _dtype_of(params) == jnp.float32 else "default")
-
-
-def _dtype_of(params: Params) -> jnp.dtype:
-    return next(iter(params.values())).dtype
+    return jax.default_matmul_precision("highest" if model_dtype(config) == jnp.float32 else "default")
 
 
 def _append(state: DecodeState, logits: jax.Array, sampling: SamplingParams) -> DecodeState:

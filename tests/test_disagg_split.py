@@ -177,7 +177,7 @@ def test_only_visual_rows_and_sixteen_bytes_a_token_cross_the_wire(pair: tuple[d
     model, process = pair
     text = "a long story " * 400
     payload = pack(text, *media("one image"))
-    itemsize = next(iter(model.params.values())).dtype.itemsize
+    itemsize = model.dtype.itemsize
     for num_blocks in (1, 64):
         before = process.counters()["bytes"]
         (arrival,) = fetched(model, process, [payload], num_blocks=num_blocks)
@@ -221,7 +221,7 @@ def test_with_two_encoders_sixty_four_requests_end_about_in_order(
 ):
     """No more than 16 later ones end before any of them: as many as an encoder encodes together."""
     model, process = pair
-    dtype = next(iter(model.params.values())).dtype.name
+    dtype = model.dtype.name
     payloads = [pack(f"What is number {i}?", *media("one image")) for i in range(64)]
     ended: list[int] = []
     with encode_process(checkpoint, dtype) as other:

@@ -84,7 +84,7 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
 
     @jax.jit
     def stages_of_vision(params: Any, pixel_values: Any, geometry: Any) -> dict[str, jax.Array]:
-        with precision_of(params):
+        with precision_of(config):
             rows, seen = nnx.capture(merge_params(config, params).visual, nnx.Intermediate)(pixel_values, geometry)
         blocks = {f"blocks.{i}": hidden for i, hidden in enumerate(seen["hidden_states"].get_value())}
         merged, *levels = jnp.split(rows, 1 + config.num_deepstack_levels, axis=-1)
@@ -92,7 +92,7 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
 
     @jax.jit
     def stages_of_text(params: Any, prompt: Any) -> dict[str, jax.Array]:
-        with precision_of(params):
+        with precision_of(config):
             forward = nnx.capture(merge_params(config, params).language_model, nnx.Intermediate)
             (logits, _), seen = forward(**language_inputs(prompt))
         embeddings, *layers = seen["model"]["hidden_states"].get_value()

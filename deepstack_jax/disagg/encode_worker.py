@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import xxhash
 from cachetools import LRUCache
 
@@ -143,5 +144,5 @@ def content_key(visual: Visual) -> bytes:
     """Equal for images and videos of equal patches and equal grids."""
     digest = xxhash.xxh3_128(visual.pixel_values.data)
     for array in (visual.geometry.coordinates, visual.geometry.segment_stop):
-        digest.update(array.data)
+        digest.update(np.asarray(array).data)
     return digest.digest()

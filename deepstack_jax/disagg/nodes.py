@@ -4,8 +4,6 @@ import socket
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.disagg.bridge import ReceiveBridge
@@ -94,9 +92,9 @@ def open_encoder_links(
     config = model.config
     width, levels = config.text.hidden_size, config.num_deepstack_levels
     said = _said(model, block_size)
-    row_bytes = block_size * width * (1 + levels) * np.dtype(_dtype(model)).itemsize
+    row_bytes = block_size * width * (1 + levels) * model.dtype.itemsize
     num_blocks = num_blocks or min(MAX_LIST, max(1, POOL_BYTES // row_bytes))
-    pool = MultimodalDataBuffers(num_blocks, block_size, width, levels, _dtype(model))
+    pool = MultimodalDataBuffers(num_blocks, block_size, width, levels, model.dtype)
     settings = ReceiverSettings(
         num_blocks,
         block_size,
@@ -128,15 +126,11 @@ def _said(model: Model, block_size: int) -> dict[str, Any]:
         raise ValueError(f"{config.model_type} is a text model, which has nothing to split: serve it as unified")
     return {
         "model": identity_of(model),
-        "dtype": _dtype(model).name,
+        "dtype": model.dtype.name,
         "hidden_size": config.text.hidden_size,
         "num_deepstack_embeddings": config.num_deepstack_levels,
         "block_size": block_size,
     }
-
-
-def _dtype(model: Model) -> np.dtype:
-    return next(iter(model.params.values())).dtype
 
 
 def _node_id() -> str:

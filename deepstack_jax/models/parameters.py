@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -17,6 +18,22 @@ from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.registry import build_module
 
 Params = dict[str, jax.Array]
+
+
+def model_dtype(config: ModelConfig) -> np.dtype:
+    """The dtype of weights, cache and visual rows.
+
+    Raises:
+        ValueError: the configuration names none.
+    """
+    if config.dtype is None:
+        raise ValueError("the configuration names no dtype: set one, as dataclasses.replace(config, dtype='bfloat16')")
+    return jnp.dtype(config.dtype)
+
+
+def flat_params(module: nnx.Module) -> Params:
+    """The parameters of a module, by dotted path."""
+    return {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
 def merge_params(config: ModelConfig, params: Params) -> Any:
@@ -42,8 +59,7 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float
 
     @jax.jit
     def init() -> Params:
-        model = build_module(config, dtype=dtype, rngs=nnx.Rngs(seed))
-        return {_dotted(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+        return flat_params(build_module(config, dtype=dtype, rngs=nnx.Rngs(seed)))
 
     return init()
 
@@ -51,7 +67,8 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float
 @lru_cache(maxsize=32)
 def _declared(config: ModelConfig) -> tuple[nnx.GraphDef[Any], list[tuple[Any, Any]]]:
     """The modules without their parameters, and each parameter's path and declaration."""
-    model = nnx.eval_shape(lambda: build_module(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    dtype = config.dtype or jnp.float32  # where only names and shapes are asked for, any will do
+    model = nnx.eval_shape(lambda: build_module(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     return graphdef, list(nnx.to_flat_state(state))
 

@@ -56,7 +56,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(hidden, heads, ("embed", "heads"), bias=bias, dtype=dtype, rngs=rngs)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype, rngs=rngs)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype, rngs=rngs)
-        self.head_dim = head_dim
+        self.head_dim, self.dtype = head_dim, jnp.dtype(dtype)
         self.window = config.sliding_windows[layer]
 
     def __call__(
@@ -67,14 +67,13 @@ class Attention(nnx.Module):
         cached: LayerCache | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """Returns the output and the layer's keys and values, those of `hidden` written at `slots`."""
-        dtype = self.k_proj.weight[...].dtype
         query, key, value = (
             proj(hidden).reshape(*hidden.shape[:-1], -1, self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query = rotate(self.q_norm(query), rotation).astype(dtype)
-        key = rotate(self.k_norm(key), rotation).astype(dtype)
-        value = value.astype(dtype)
+        query = rotate(self.q_norm(query), rotation).astype(self.dtype)
+        key = rotate(self.k_norm(key), rotation).astype(self.dtype)
+        value = value.astype(self.dtype)
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         if cached is not None:
             key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, (key, value), strict=True))

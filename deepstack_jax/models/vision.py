@@ -54,7 +54,7 @@ class VisionEncoder(nnx.Module):
     """`pixel_values` and their geometry to rows [M, (1+N)*D]: the visual embeddings and N deepstack levels."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.config = config
+        self.config, self.dtype = config, jnp.dtype(dtype)
         self.patch_embed = PatchEmbed(config, dtype=dtype, rngs=rngs)
         self.pos_embed = PositionEmbedding(config, dtype=dtype, rngs=rngs)
         self.blocks = nnx.List([VisionBlock(config, dtype=dtype, rngs=rngs) for _ in range(config.depth)])
@@ -67,7 +67,7 @@ class VisionEncoder(nnx.Module):
         )
 
     def __call__(self, pixel_values: Float[Array, "P C"], geometry: PatchGeometry) -> Float[Array, "M R"]:
-        """pixel_values [P, C*Tp*p*p] -> rows [P / merge^2, (1+N)*D] in the parameters' dtype.
+        """pixel_values [P, C*Tp*p*p] -> rows [P / merge^2, (1+N)*D] in the model's dtype.
 
         `nnx.capture` finds the `hidden_states` after each block in it.
         """
@@ -82,7 +82,7 @@ class VisionEncoder(nnx.Module):
                 which = self.config.deepstack_visual_indexes.index(i)
                 levels.append(self.deepstack_merger_list[which](hidden))
         rows = [self.merger(hidden), *levels]
-        return jnp.concatenate(rows, axis=-1).astype(self.merger.linear_fc2.weight[...].dtype)
+        return jnp.concatenate(rows, axis=-1).astype(self.dtype)
 
 
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well
@@ -127,17 +127,16 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.hidden_size  # of all heads together as well
-        self.head_dim = config.head_dim
+        self.head_dim, self.dtype = config.head_dim, jnp.dtype(dtype)
         self.qkv = Linear((3, width), width, (None, "heads", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
         self.proj = Linear(width, width, ("vision_embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, hidden: Float[Array, "P D"], rotation: Rotation, start: jax.Array, stop: jax.Array
     ) -> Float[Array, "P D"]:
-        dtype = self.qkv.weight[...].dtype
         query, key, value = jnp.moveaxis(self.qkv(hidden).reshape(len(hidden), 3, -1, self.head_dim), 1, 0)
         query, key = rotate(query, rotation), rotate(key, rotation)
-        query, key, value = (x.astype(dtype).swapaxes(0, 1)[None] for x in (query, key, value))
+        query, key, value = (x.astype(self.dtype).swapaxes(0, 1)[None] for x in (query, key, value))
         return self.proj(ranged_attention(query, key, value, start[None], stop[None])[0].reshape(len(hidden), -1))
 
 

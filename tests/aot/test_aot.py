@@ -150,7 +150,7 @@ def config_and_params(model: str, layers: int) -> tuple[ModelConfig, dict[str, j
         num_position_embeddings=2304,
         deepstack_visual_indexes=(0, 1, 2),
     )
-    config = ModelConfig("qwen3_vl_moe", text, vision)
+    config = ModelConfig("qwen3_vl_moe", text, vision, dtype="bfloat16")
     params = abstract_params(config, jnp.bfloat16)
     return config, {path: leaf for path, leaf in params.items() if path.startswith("language_model.")}
 
