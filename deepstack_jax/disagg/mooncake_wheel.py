@@ -24,5 +24,5 @@ def explain(error: ImportError) -> str:
     library = str(error).partition(":")[0]
     if library.startswith("libcu"):
         wheel = wheel_for_this_machine()
-        return f"Mooncake needs {library}, which this machine lacks: take its wheel {wheel} in place of the other"
+        return f"Mooncake needs {library}, which this machine lacks: install {wheel} in place of its other wheel"
     return f"Mooncake needs {library}: install the system package that has it (Debian: libibverbs1)"
