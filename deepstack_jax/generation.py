@@ -1,5 +1,6 @@
 """Answers from prompts: `forward`, `generate` and its streaming form."""
 
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -196,6 +197,8 @@ def _one_of(sampling: SamplingOptions | None, single: SamplingOptions) -> Sampli
     """`sampling`, or else the options that were given one by one."""
     if sampling is None:
         return single
+    if not isinstance(sampling, SamplingOptions):
+        raise TypeError(f"sampling {reprlib.repr(sampling)} is not supported: give SamplingOptions")
     if single != SamplingOptions():
         both = [field.name for field in fields(single) if getattr(single, field.name) != field.default]
         raise ValueError(f"{both[0]} and sampling: both given, give one of them")

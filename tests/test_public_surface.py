@@ -67,6 +67,8 @@ def test_both_ways_at_once_are_refused(model: dsj.Model):
     for answer in (dsj.generate, dsj.stream):
         with pytest.raises(ValueError, match="top_k and sampling: both given"):
             answer(model, **PROMPT, top_k=3, sampling=dsj.SamplingOptions())
+        with pytest.raises(TypeError, match=r"sampling {'top_k': 3} is not supported: give SamplingOptions"):
+            answer(model, **PROMPT, sampling={"top_k": 3})
 
 
 def test_a_stream_refuses_before_its_first_token(model: dsj.Model):
