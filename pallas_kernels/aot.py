@@ -77,7 +77,8 @@ def compile_for(target: str | Mesh, fn: Callable[..., Any], *args: Any, **jit_op
         `jax.stages.Compiled`: `memory_analysis()` and `as_text()` tell what the compiler planned.
 
     Raises:
-        What the target's compiler raises, and `ValueError` as `mesh_of`.
+        ValueError: as `mesh_of`.
+        Exception: whatever the target's compiler raises.
     """
     mesh = mesh_of(target) if isinstance(target, str) else target
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn, **jit_options)

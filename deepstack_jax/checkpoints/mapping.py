@@ -63,9 +63,10 @@ def parameters(config: ModelConfig, expert_layout: str = "hf4") -> list[Paramete
     """Every parameter of `config`'s model in the model's order, with its tensors in `expert_layout`."""
     if expert_layout not in EXPERT_LAYOUTS:
         raise ValueError(f"expert layout {expert_layout!r} is unknown: expected one of {', '.join(EXPERT_LAYOUTS)}")
-    roots = family_of(config).layout.roots
+    roots, declared = family_of(config).layout.roots, abstract_params(config)
     found = []
-    for path, leaf in abstract_params(config).items():
+    # the encoder first and the head last, as a prompt passes them
+    for path, leaf in sorted(declared.items(), key=lambda item: (".lm_head." in item[0], "visual." not in item[0])):
         root, theirs = next(root for root in roots if path.startswith(root[0]))
         found.append(_parameter(config, path, leaf.shape, theirs + path.removeprefix(root), expert_layout))
     return found

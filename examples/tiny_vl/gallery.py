@@ -1,6 +1,6 @@
 """Makes docs/tiny-vl.md: `python -m tiny_vl.gallery CHECKPOINT docs`.
 
-The page shows samples that nobody trained on, and what a checkpoint answers with all of its DeepStack levels, with each
+The page shows held-out samples, and what a checkpoint answers with all of its DeepStack levels, with each
 one off, and with none.
 """
 
@@ -18,16 +18,16 @@ INTRODUCTION = """\
 # What tiny-vl sees
 
 `tiny-vl` is the checkpoint that comes with the package: {parameters:.1f} million parameters, {layers} decoder layers
-of {experts} experts, a vision encoder of {depth} layers, {levels} DeepStack levels. It was trained on drawn pictures,
-pairs and clips alone ([examples/tiny_vl](../examples/tiny_vl/README.md)); it knows nothing else.
+of {experts} experts, a vision encoder of {depth} layers, {levels} DeepStack levels. It was trained only on drawn pictures,
+pairs and clips ([examples/tiny_vl](../examples/tiny_vl/README.md)).
 
 ```sh
 deepstack-jax demo                       # a new picture each time, in the terminal
 deepstack-jax generate tiny-vl --prompt "What color is the star?" --image docs/tiny-vl/picture-0.png
 ```
 
-Below are the first samples of seeds that nobody trained on. The columns are its answers with all DeepStack levels, with
-one level switched off (its rows set to zero), and with none. What is wrong is in italics.
+Below are the first held-out samples. The columns are its answers with all DeepStack levels, with
+one level switched off (its rows set to zero), and with none. Wrong answers are in italics.
 """
 
 
