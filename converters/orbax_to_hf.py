@@ -24,7 +24,7 @@ def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None =
     bits where the conversion kept the dtype. transformers' `from_pretrained` loads the result.
 
     Raises:
-        CheckpointError: `ckpt_dir` is no converted checkpoint, or is damaged.
+        CheckpointError: `ckpt_dir` is not a converted checkpoint, or is damaged.
         OSError: `hf_dir` exists or can't be written; nothing is left behind.
     """
     ckpt_dir, hf_dir = Path(ckpt_dir), Path(hf_dir).absolute()

@@ -249,7 +249,7 @@ def _text_config(traits: FamilyTraits, values: Values, tie_word_embeddings: bool
         raise ConfigError(f"{where}.head_dim {head_dim} must be even and at least 2: rope turns pairs of values")
     kv_heads = integer("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise ConfigError(f"{where}: {heads} attention heads are no multiple of {kv_heads} key-value heads")
+        raise ConfigError(f"{where}: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
     experts, top_k, width, sparse = _experts(values, layers) if traits.has_experts else (0, 0, 0, (False,) * layers)
     rope, positions = rope_config(values, of_vl=traits.of_vision_language, sections=traits.has_vision)
     return TextConfig(

@@ -369,7 +369,10 @@ REFUSED = {
         tiny_config(text_config={"num_experts_per_tok": 9}),
         r"num_experts_per_tok 9 must lie between 1 and num_experts 8",
     ),
-    "heads": (tiny_config(text_config={"num_key_value_heads": 3}), r"4 attention heads are no multiple of 3 key-value"),
+    "heads": (
+        tiny_config(text_config={"num_key_value_heads": 3}),
+        r"4 attention heads are not a multiple of 3 key-value",
+    ),
     "activation": (tiny_config("qwen3_moe", hidden_act="gelu"), r"hidden_act 'gelu' is not supported: expected 'silu'"),
     "rope type": (
         tiny_config("qwen3", rope_scaling={"rope_type": "longrope"}),

@@ -96,15 +96,15 @@ REFUSED = {
     "no weights": (lambda d: weights(d).unlink(), r"no model\.safetensors and no .*index\.json in .*: give a"),
     "no config": (lambda d: (d / "config.json").unlink(), r"no config\.json in .*: give the directory"),
     "another family": (edit_config(model_type="llama"), r"model_type 'llama' is not supported: expected one of"),
-    "empty file": (truncate(0), r"model\.safetensors is no safetensors file or is truncated .*: download it again"),
+    "empty file": (truncate(0), r"model\.safetensors is not a safetensors file or is truncated .*: download it again"),
     "half a header": (
         truncate(1000),
-        r"is no safetensors file or is truncated \(header of \d+ bytes in a file of 1000\)",
+        r"is not a safetensors file or is truncated \(header of \d+ bytes in a file of 1000\)",
     ),
     "half the data": (truncate(1_000_000), r"is truncated: tensor .* ends at byte \d+, the file at 1000000: download"),
     "not safetensors": (
         lambda d: weights(d).write_bytes(b"<!DOCTYPE html><html></html>"),
-        r"is no safetensors file or is trunc",
+        r"is not a safetensors file or is trunc",
     ),
     "header not JSON": (lambda d: weights(d).write_bytes(bytes([4, *[0] * 7]) + b"oops"), r"has a damaged header \("),
     "header not an object": (

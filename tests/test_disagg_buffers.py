@@ -178,7 +178,7 @@ class TestBuffers:
     @pytest.mark.parametrize(
         ("arguments", "says"),
         [((0, 1, 1), "num_blocks 0"), ((1, 0, 1), "block_size 0"), ((1, 1, 1, -1), "num_deepstack_embeddings -1"),
-         ((1, 1, 1, 1, np.int8), "dtype int8 is no model's")],
+         ((1, 1, 1, 1, np.int8), "dtype int8 is not supported")],
     )  # fmt: skip
     def test_sizes_that_make_no_sense_are_refused(self, arguments, says):
         with pytest.raises(ValueError, match=says):

@@ -172,7 +172,7 @@ class TestKeys:
             ).decode()
         path.write_bytes(b"\xff\xfe" if content == "no text" else content.encode())
         path.chmod(0o600)
-        with pytest.raises(ValueError, match="is no key file: make one with deepstack-jax keygen"):
+        with pytest.raises(ValueError, match="is not a key file: make one with deepstack-jax keygen"):
             read_key(path)
 
     @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ class TestKeys:
 
     @pytest.mark.parametrize("endpoint", ["ipc:///x", "tcp://127.0.0.1", "tcp://::1:5", "127.0.0.1:5", "tcp://:5"])
     def test_what_is_no_endpoint_is_refused(self, endpoint: str, key: ClusterKey):
-        with pytest.raises(ValueError, match="is no endpoint: expected tcp://host:port"):
+        with pytest.raises(ValueError, match="is not a valid endpoint: expected tcp://host:port"):
             check_endpoint(endpoint, key)
 
     def test_strangers_get_nothing_and_leave_no_trace(self, model: dsj.Model, key: ClusterKey):

@@ -217,7 +217,7 @@ class TestDeepstackAdd:
                 expected[token] += np.asarray(rows[row], np.float32)[level * spec.width : (level + 1) * spec.width]
         call = jax.jit(deepstack_add, static_argnums=3, static_argnames="backend")
         if spec == add_specs.ODD and backend in INTERPRETED:
-            with pytest.raises(NotImplementedError, match="D = 6 is no multiple of 128"):
+            with pytest.raises(NotImplementedError, match="D = 6 is not a multiple of 128"):
                 call(hidden, rows, index, level, backend=backend)
             return
         with interpreter_of(backend):

@@ -145,8 +145,8 @@ class TestUnsupported:
     @pytest.mark.parametrize(
         ("spec", "dtype", "reason"),
         [
-            (ODD, "bfloat16", "D = 36 is no multiple of 128"),
-            (replace(TILED, inner=200), "bfloat16", "F = 200 is no multiple of 128"),
+            (ODD, "bfloat16", "D = 36 is not a multiple of 128"),
+            (replace(TILED, inner=200), "bfloat16", "F = 200 is not a multiple of 128"),
             (TILED, "float32", "not bfloat16"),
         ],
     )
@@ -192,5 +192,5 @@ class TestDeepstackAdd:
 
     def test_refuses_with_the_size(self):
         hidden, rows, index = jnp.zeros((4, 36)), jnp.zeros((2, 72)), jnp.zeros(4, jnp.int32)
-        with pytest.raises(NotImplementedError, match="D = 36 is no multiple of 128"):
+        with pytest.raises(NotImplementedError, match="D = 36 is not a multiple of 128"):
             deepstack_gpu.deepstack_add(hidden, rows, index, 0)

@@ -140,8 +140,8 @@ class TestFusedMoe:
     @pytest.mark.parametrize(
         ("spec", "dtypes", "reason"),
         [
-            (replace(TILED, width=200), ("bfloat16", "float32"), "D = 200 is no multiple of 128"),
-            (replace(TILED, inner=36), ("bfloat16", "float32"), "F = 36 is no multiple of 128"),
+            (replace(TILED, width=200), ("bfloat16", "float32"), "D = 200 is not a multiple of 128"),
+            (replace(TILED, inner=36), ("bfloat16", "float32"), "F = 36 is not a multiple of 128"),
             (TILED, ("float16", "float32"), "weights are float16 and float16"),
             (TILED, ("bfloat16", "float16"), "hidden is float16"),
             (replace(TILED, width=1 << 16), ("float32", "float32"), "tiles of D = 65536 don't fit into 64 MiB"),
@@ -197,7 +197,7 @@ class TestDeepstackAdd:
     def test_says_why_it_refuses(self, dtype: str):
         hidden, rows, index = deepstack_args(6, 4, 5, dtype)
         for args, reason in [
-            ((hidden[:, :120], rows, index), "D = 120 is no multiple of 128"),
+            ((hidden[:, :120], rows, index), "D = 120 is not a multiple of 128"),
             ((hidden.astype("bfloat16"), rows, index), "hidden is bfloat16, not float32"),
             ((hidden, rows.astype("float16"), index), "rows are float16"),
             ((jnp.zeros((70000, 256)), rows, jnp.zeros(70000, jnp.int32)), "T = 70000 is more than 65536"),

@@ -393,7 +393,7 @@ def test_bad_media_are_refused_with_their_own_errors(processor: Processor, tmp_p
 
 def test_a_text_checkpoint_refuses_images(directory: Path):
     processor = Processor.from_directory(directory, model_config(text_only=True))
-    message = "this qwen3 checkpoint reads text alone: leave images and videos out"
+    message = "this qwen3 checkpoint accepts only text: leave images and videos out"
     for prompt, images in (
         ("What?", [CHELSEA]),
         (IMAGE, [CHELSEA]),

@@ -94,9 +94,7 @@ def test_a_family_needs_no_other_file(tmp_path: Path):
 
 
 def test_an_unknown_family_and_a_second_of_one_name_are_refused():
-    with pytest.raises(
-        ConfigError, match="model_type 'damped' is not supported: expected one of qwen3_vl_moe"
-    ):
+    with pytest.raises(ConfigError, match="model_type 'damped' is not supported: expected one of qwen3_vl_moe"):
         parse_config(damped_config())
     with pytest.raises(ValueError, match="model_type 'qwen3' is registered already"):
         registry.register(replace(DAMPED, model_type="qwen3"))

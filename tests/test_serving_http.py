@@ -605,7 +605,7 @@ def test_the_command_says_what_is_wrong_before_it_loads(folder: Path, capsys: py
         port = str(taken.getsockname()[1])
         for options, words in (
             (["--port", port], f"port {port} can't be used"),
-            (["--allow-folder", str(folder / "nothing")], "is no directory"),
+            (["--allow-folder", str(folder / "nothing")], "is not a directory"),
             (["--allow-network", "10.0.0.0/33"], "10.0.0.0/33"),
         ):
             with pytest.raises(SystemExit) as end:

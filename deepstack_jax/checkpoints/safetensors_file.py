@@ -73,7 +73,7 @@ def read_entries(file: Path) -> dict[str, Entry]:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise CheckpointError(
-                    f"{file} is no safetensors file or is truncated "
+                    f"{file} is not a safetensors file or is truncated "
                     f"(header of {length} bytes in a file of {size}): download it again"
                 )
             header = json.loads(stream.read(length))

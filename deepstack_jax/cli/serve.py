@@ -92,7 +92,7 @@ def run(
 
     existing_checkpoint(checkpoint)
     if allow_folder is not None and not allow_folder.is_dir():
-        raise ValueError(f"--allow-folder {allow_folder} is no directory: give an existing one")
+        raise ValueError(f"--allow-folder {allow_folder} is not a directory: give an existing one")
     policy = MediaPolicy(
         allowed_domains=tuple(allow_domain or ()),
         allowed_folder=allow_folder,
@@ -108,7 +108,7 @@ def run(
     )
     with _bind(host, port) as listener:  # before the weights are read: a port in use is told at once
         if not _is_loopback(listener):
-            print(f"warning: {host} is open to others, and this server asks nobody who they are", file=sys.stderr)
+            print(f"warning: {host} is open to others, and this server has no authentication", file=sys.stderr)
         from deepstack_jax.serving.http import create_app
 
         split = SplitOptions(
@@ -218,7 +218,9 @@ def _check_split(role: Role, split: SplitOptions) -> None:
     if role == "language" and not split.encoders and not split.encode_here:
         raise ValueError("--role language needs --encoder tcp://host:port of an encode node, or --encode-here")
     if split.node_address in ("0.0.0.0", "::"):
-        raise ValueError(f"--host {split.node_address} is no address to reach: give --node-address as well")
+        raise ValueError(
+            f"--host {split.node_address} is not an address that others can reach: give --node-address as well"
+        )
     try:
         from deepstack_jax.disagg.control import check_endpoint, read_key
     except ImportError as missing:

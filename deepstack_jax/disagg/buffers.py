@@ -73,7 +73,7 @@ class MultimodalDataBuffers:
                 raise ValueError(f"{name} {value} is too small: expected {least} or more")
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.float32, np.float16, ml_dtypes.bfloat16):
-            raise ValueError(f"dtype {self.dtype} is no model's: expected float32, bfloat16 or float16")
+            raise ValueError(f"dtype {self.dtype} is not supported: expected float32, bfloat16 or float16")
         self.num_blocks, self.block_size = int(num_blocks), int(block_size)
         self.hidden_size, self.num_deepstack_embeddings = int(hidden_size), int(num_deepstack_embeddings)
 

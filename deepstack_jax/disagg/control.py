@@ -53,7 +53,7 @@ def read_key(path: str | Path) -> ClusterKey:
     """The key of a file that `make_key` wrote.
 
     Raises:
-        ValueError: it is no key file, or others can read it.
+        ValueError: it is not a key file, or others can read it.
     """
     path = Path(path)
     if path.stat().st_mode & 0o077:
@@ -64,19 +64,21 @@ def read_key(path: str | Path) -> ClusterKey:
         if zmq.curve_public(key.secret) != key.public:
             raise ValueError
     except (ValueError, KeyError, TypeError, AttributeError, zmq.ZMQError):
-        raise ValueError(f"{path} is no key file: make one with deepstack-jax keygen {path}") from None
+        raise ValueError(f"{path} is not a key file: make one with deepstack-jax keygen {path}") from None
     return key
 
 
 def check_endpoint(endpoint: str, key: ClusterKey | None) -> None:
-    """Refuses what is no endpoint, and one in reach of others where there is no key.
+    """Refuses what is not a valid endpoint, and one in reach of others where there is no key.
 
     Raises:
         ValueError: with the remedy.
     """
     match = _ENDPOINT.fullmatch(endpoint)
     if match is None:
-        raise ValueError(f"{endpoint!r} is no endpoint: expected tcp://host:port, tcp://[address]:port for IPv6")
+        raise ValueError(
+            f"{endpoint!r} is not a valid endpoint: expected tcp://host:port, tcp://[address]:port for IPv6"
+        )
     host = match["six"] or match["host"]
     try:
         local = ipaddress.ip_address(host.partition("%")[0]).is_loopback

@@ -150,7 +150,9 @@ class Processor:
     @property
     def _vision(self) -> Any:
         if self.config.vision is None:
-            raise PromptError(f"this {self.config.model_type} checkpoint reads text alone: leave images and videos out")
+            raise PromptError(
+                f"this {self.config.model_type} checkpoint accepts only text: leave images and videos out"
+            )
         return self.config.vision
 
     def _batch(self, prompt: Any, images: list, videos: list) -> list[Prompt]:

@@ -20,7 +20,7 @@ def unsupported(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, lev
     """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
     width = hidden.shape[1]
     if width % 128:
-        return f"D = {width} is no multiple of 128"
+        return f"D = {width} is not a multiple of 128"
     if rows.shape[0] == 0:
         return "M = 0: there is no feature row to read"
     for name, dtype in (("hidden is", hidden.dtype), ("rows are", rows.dtype)):

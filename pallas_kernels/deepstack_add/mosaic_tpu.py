@@ -28,13 +28,13 @@ def unsupported(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, lev
     """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
     tokens, width = hidden.shape
     if width % 128:
-        return f"D = {width} is no multiple of 128"
+        return f"D = {width} is not a multiple of 128"
     if hidden.dtype != jnp.float32:
         return f"hidden is {hidden.dtype}, not float32: a copy can't start at every row of 16-bit numbers"
     if rows.dtype not in (jnp.float32, jnp.bfloat16):
         return f"rows are {rows.dtype}, not float32 or bfloat16"
     if rows.dtype == jnp.bfloat16 and width % 256:
-        return f"D = {width} is no multiple of 256, and rows are bfloat16"
+        return f"D = {width} is not a multiple of 256, and rows are bfloat16"
     if tokens > MAX_TOKENS:
         return f"T = {tokens} is more than {MAX_TOKENS}"
     return None

@@ -36,7 +36,7 @@ def unsupported(
     """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
     for name, size in (("D", down.shape[2]), ("F", down.shape[1])):
         if size % 128:
-            return f"{name} = {size} is no multiple of 128"
+            return f"{name} = {size} is not a multiple of 128"
     if gate_up.dtype != jnp.bfloat16 or down.dtype != jnp.bfloat16:
         return f"weights are {gate_up.dtype} and {down.dtype}, not bfloat16 (wgmma would round float32 to tf32)"
     return None

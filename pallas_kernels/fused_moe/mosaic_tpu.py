@@ -53,7 +53,7 @@ def unsupported(
     width, inner = down.shape[2], down.shape[1]
     for name, size in (("D", width), ("F", inner)):
         if size % _LANES:
-            return f"{name} = {size} is no multiple of {_LANES}"
+            return f"{name} = {size} is not a multiple of {_LANES}"
     if gate_up.dtype != down.dtype or down.dtype not in (jnp.bfloat16, jnp.float32):
         return f"weights are {gate_up.dtype} and {down.dtype}, not both bfloat16 or float32"
     if hidden.dtype not in (jnp.bfloat16, jnp.float32):
