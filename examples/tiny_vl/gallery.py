@@ -18,16 +18,16 @@ INTRODUCTION = """\
 # What tiny-vl sees
 
 `tiny-vl` is the checkpoint that comes with the package: {parameters:.1f} million parameters, {layers} decoder layers
-of {experts} experts, a vision encoder of {depth} layers, {levels} DeepStack levels. It was trained only on drawn pictures,
-pairs and clips ([examples/tiny_vl](../examples/tiny_vl/README.md)).
+of {experts} experts, a vision encoder of {depth} layers, {levels} DeepStack levels. It was trained only on drawn
+pictures, pairs and clips ([examples/tiny_vl](../examples/tiny_vl/README.md)).
 
 ```sh
 deepstack-jax demo                       # a new picture each time, in the terminal
 deepstack-jax generate tiny-vl --prompt "What color is the star?" --image docs/tiny-vl/picture-0.png
 ```
 
-Below are the first held-out samples. The columns are its answers with all DeepStack levels, with
-one level switched off (its rows set to zero), and with none. Wrong answers are in italics.
+Below are the first held-out samples. The columns are its answers with all DeepStack levels, with one level switched off
+(its rows set to zero), and with none. Wrong answers are in italics.
 """
 
 

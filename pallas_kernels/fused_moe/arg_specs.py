@@ -72,8 +72,8 @@ REAL = {
     "235B-A22B": tuple(replace(QWEN3_VL_235B_A22B, tokens=tokens) for tokens in TOKENS),
 }
 
-# No two sizes are equal, so that a transposition can't pass. The first are not a multiple of any tile; the second are of
-# what matrix units need, with an F that is not a multiple of 256.
+# No two sizes are equal, so that a transposition can't pass. The first are multiples of no tile; the second are those
+# that matrix units need, with an F that is not a multiple of 256.
 ODD = ArgSpec(1, width=36, experts=10, top_k=3, inner=20)
 TILED = ArgSpec(1, width=256, experts=6, top_k=2, inner=384)
 SMALL = tuple(
