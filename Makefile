@@ -5,6 +5,8 @@ BIN := .venv/bin
 # GPU and TPU machines: make demo EXTRAS=cuda (or tpu)
 EXTRAS ?=
 comma := ,
+# the cuda extra brings another one of Mooncake's wheels
+WITH = $(foreach extra,$(if $(findstring cuda,$(EXTRAS)),,mooncake) $(EXTRAS),$(comma)$(extra))
 # Mooncake's wheel needs one library of the system
 LIBIBVERBS = @PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null | grep -q libibverbs.so.1 || { \
 	root=$$(test "$$(id -u)" = 0 || echo "sudo -n"); export DEBIAN_FRONTEND=noninteractive; \
@@ -54,12 +56,12 @@ clean:
 
 .venv/demo-ready: pyproject.toml | .venv/bin/python
 	$(LIBIBVERBS)
-	$(BIN)/python -m pip install --quiet --editable ".[mooncake,serve$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	$(BIN)/python -m pip install --quiet --editable ".[serve$(WITH)]"
 	@touch $@
 
 .venv/test-ready: pyproject.toml | .venv/bin/python
 	$(LIBIBVERBS)
-	$(BIN)/python -m pip install --quiet --editable ".[test$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	$(BIN)/python -m pip install --quiet --editable ".[test$(WITH)]"
 	@touch $@ .venv/demo-ready
 
 .venv-aot/ready: pyproject.toml | .venv-aot/bin/python

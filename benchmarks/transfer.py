@@ -34,10 +34,13 @@ import numpy as np
 from measured import chip_name
 
 from deepstack_jax.disagg import MultimodalDataBuffers
-from deepstack_jax.disagg.bridge import BlockWrite, ReceiveBridge, SendBridge
-from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt, OutgoingPrompt
-from deepstack_jax.disagg.transport import MooncakeTransport, Piece
-from deepstack_jax.disagg.wire import BufferLayout, checksum
+from deepstack_jax.disagg.encode.bridge import BlockWrite, SendBridge
+from deepstack_jax.disagg.encode.outgoing import OutgoingPrompt
+from deepstack_jax.disagg.language.bridge import ReceiveBridge
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.transports import Piece
+from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
+from deepstack_jax.disagg.wire.layout import BufferLayout, checksum
 from deepstack_jax.models.vision import VisualRows, separate_deepstack_embeds
 
 HIDDEN, LEVELS, BLOCK = 2048, 3, int(os.environ.get("BLOCK", "128"))

@@ -15,10 +15,10 @@ import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by name)
 import numpy as np
 
 from deepstack_jax.disagg import MultimodalDataBuffers
-from deepstack_jax.disagg.bridge import ReceiveBridge
-from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt
-from deepstack_jax.disagg.transport import MooncakeTransport
-from deepstack_jax.disagg.wire import BufferLayout
+from deepstack_jax.disagg.language.bridge import ReceiveBridge
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
+from deepstack_jax.disagg.wire.layout import BufferLayout
 from tests.cases import side_by_side
 
 ROOT = Path(__file__).parent.parent

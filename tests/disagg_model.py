@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from deepstack_jax.disagg.messages import Abort, Message, WrittenBlock
-from deepstack_jax.disagg.receiver import Receiver, ReceiverSettings
-from deepstack_jax.disagg.sender import Sender, SenderSettings
-from deepstack_jax.disagg.transfer import (
+from deepstack_jax.disagg.encode.sender import Sender, SenderSettings
+from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
+from deepstack_jax.disagg.wire.messages import Abort, Message, WrittenBlock
+from deepstack_jax.disagg.wire.transfer import (
     Action,
     Began,
     CopyOut,

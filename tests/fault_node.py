@@ -26,16 +26,16 @@ import msgspec
 import psutil
 
 import deepstack_jax as dsj
-from deepstack_jax.disagg import transport as mooncake
-from deepstack_jax.disagg.encode import EncodeServer
-from deepstack_jax.disagg.faults import Fault, FaultyTransport, random_faults
-from deepstack_jax.disagg.language import EncoderLinks
-from deepstack_jax.disagg.messages import Accepted, Grant, Written, decode
+from deepstack_jax.disagg.encode.server import EncodeServer
+from deepstack_jax.disagg.language.encoders import EncoderLinks
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
-from deepstack_jax.disagg.transport import MooncakeTransport, Piece
+from deepstack_jax.disagg.transports import Piece, mooncake
+from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
+from deepstack_jax.disagg.wire.messages import Accepted, Grant, Written, decode
 from deepstack_jax.serving.http import create_app
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.text_node import TextNode
+from tests.faults import Fault, FaultyTransport, random_faults, tamper_with_messages
 
 BLOCK, POOL_BLOCKS, SHARE = 16, 9, 3  # tokens; a pool that fits three requests' shares
 MESSAGE_RATES = {"drop": 0.04, "double": 0.04, "reorder": 0.06, "malformed": 0.04}
@@ -67,7 +67,7 @@ class Mischief:
         self._seconds = options.transfer_timeout / 2
 
     def tamper(self, data: bytes) -> list[tuple[float, bytes]]:
-        """What goes out in place of a message, and when (see `control.Tamper`)."""
+        """What goes out in place of a message, and when (see `tamper_with_messages`)."""
         message = decode(data)[0]
         if isinstance(message, Accepted):
             self.reached("before")
@@ -211,9 +211,8 @@ async def encode_node(options: Options, errors: Errors) -> None:
     mischief = Mischief(options)
     transport = Transport(mischief, options.seed)
     model = dsj.load(options.checkpoint, parts=("visual.",))
-    server = open_encode_server(
-        model, endpoint=options.endpoint, block_size=BLOCK, transport=transport, tamper=mischief.tamper
-    )
+    tamper_with_messages(mischief.tamper).start()
+    server = open_encode_server(model, endpoint=options.endpoint, block_size=BLOCK, transport=transport)
     await server.start()
     print(json.dumps({"url": server.listener.endpoint}), flush=True)
     await commands(mischief, lambda: used(errors, mischief) | encode_state(server, transport))
@@ -232,8 +231,8 @@ async def language_node(options: Options, errors: Errors) -> None:
         num_blocks=POOL_BLOCKS,
         share=SHARE,
         transfer_timeout=options.transfer_timeout,
-        tamper=mischief.tamper,
     )
+    tamper_with_messages(mischief.tamper).start()
     policy = MediaPolicy()
     node = TextNode(model, policy, encoders=links)
     await node.start()

@@ -18,15 +18,17 @@ import numpy as np
 import pytest
 
 from deepstack_jax.disagg import MultimodalDataBuffers
-from deepstack_jax.disagg import bridge as bridge_module
-from deepstack_jax.disagg.bridge import BlockWrite, SendBridge, WriteSkippedError
-from deepstack_jax.disagg.device_rows import DeviceRows, HostMemory, HostRows, steps_of
-from deepstack_jax.disagg.faults import Fault, FaultyTransport, random_faults
-from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt, OutgoingPrompt
-from deepstack_jax.disagg.transport import MooncakeTransport, Piece, TransferError, Transport
+from deepstack_jax.disagg.encode import bridge as bridge_module
+from deepstack_jax.disagg.encode.bridge import BlockWrite, SendBridge, WriteSkippedError
+from deepstack_jax.disagg.encode.outgoing import OutgoingPrompt
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.transports import Piece, TransferError, Transport
+from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
+from deepstack_jax.disagg.wire.device_rows import DeviceRows, HostMemory, HostRows, steps_of
 from deepstack_jax.models.vision import VisualRows, separate_deepstack_embeds
 from tests.bridge_peer import Peer, peer
 from tests.cases import side_by_side
+from tests.faults import Fault, FaultyTransport, random_faults
 from tests.waiting import until
 
 IMAGE, VIDEO, TEXT = 90, 91, 7
@@ -103,7 +105,7 @@ KINDS = {
 @pytest.mark.parametrize(("dtype", "levels"), [("bfloat16", 3), ("float32", 0)])
 @pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
 def test_what_arrives_is_what_was_sent(transport, shared_peers, tmp_path, monkeypatch, kinds, dtype, levels, staged):
-    monkeypatch.setattr(transport, "registered_sources", staged)  # staged: as for rdma
+    monkeypatch.setattr(transport, "needs_registered_sources", staged)  # staged: as for rdma
     there = shared_peers[dtype]
     prompt = prompt_of(kinds, 24, levels, np.dtype(dtype))
     count = -(-len(kinds) // 4)
@@ -431,7 +433,8 @@ def test_ipv6(tmp_path):
     code = """if True:
         import sys
         import numpy as np
-        from deepstack_jax.disagg.transport import MooncakeTransport, Piece
+        from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
+        from deepstack_jax.disagg.transports import Piece
         transport = MooncakeTransport("::1")
         source = np.arange(16, dtype=np.int32)
         transport.submit(sys.argv[1], [Piece(source.ctypes.data, int(sys.argv[2]), 64)]).result(20)
@@ -472,7 +475,7 @@ class Local(Transport):
 
     writes: list[BlockWrite]
     session = "here"
-    registered_sources = False
+    needs_registered_sources = False
 
     def __init__(self):
         self.submitted: list[list[Piece]] = []

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deepstack_jax.disagg import BlockAllocator, MultimodalDataBuffers
-from deepstack_jax.disagg.buffers import BufferData
-from deepstack_jax.disagg.wire import (
+from deepstack_jax.disagg.wire.buffers import BufferData
+from deepstack_jax.disagg.wire.layout import (
     DEEPSTACK_EMBEDDINGS,
     FILL_IDS,
     Span,

@@ -19,8 +19,12 @@ import zmq
 import zmq.asyncio
 
 import deepstack_jax as dsj
-from deepstack_jax.disagg import encode as encode_node
-from deepstack_jax.disagg.control import (
+from deepstack_jax.disagg.encode import server as encode_node
+from deepstack_jax.disagg.encode.server import EncodeServer
+from deepstack_jax.disagg.language.encoders import EncoderLinks, TransferFailedError
+from deepstack_jax.disagg.language.link import SILENCE
+from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
+from deepstack_jax.disagg.wire.control import (
     ClusterKey,
     Connection,
     Listener,
@@ -28,10 +32,7 @@ from deepstack_jax.disagg.control import (
     make_key,
     read_key,
 )
-from deepstack_jax.disagg.encode import EncodeServer
-from deepstack_jax.disagg.language import EncoderLinks, TransferFailedError
-from deepstack_jax.disagg.link import SILENCE
-from deepstack_jax.disagg.messages import (
+from deepstack_jax.disagg.wire.messages import (
     PROTOCOL,
     Abort,
     Accepted,
@@ -48,9 +49,9 @@ from deepstack_jax.disagg.messages import (
     decode,
     encode,
 )
-from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
-from deepstack_jax.disagg.payload import pack
+from deepstack_jax.disagg.wire.payload import pack
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
+from tests.faults import tamper_with_messages
 from tests.test_disagg_split import EncodeProcess, encode_process, media
 
 BLOCK = 16
@@ -520,19 +521,20 @@ class TestRequests:
             return [(0.0, data)]
 
         async def work() -> None:
-            async with linked(model, [process.endpoint], tamper=tamper) as links:
-                await until(lambda: links.num_encoders == 1)
-                payload = pack("What is this?", *media("one image"))
-                request = asyncio.create_task(links.fetch("r", payload, time.monotonic() + 600))
-                if lost is Abort:
-                    await until(lambda: links.receiver.requests and links.receiver.requests["r"].accepted, 60)
-                    request.cancel()
-                    with pytest.raises(asyncio.CancelledError):
+            with tamper_with_messages(tamper):
+                async with linked(model, [process.endpoint]) as links:
+                    await until(lambda: links.num_encoders == 1)
+                    payload = pack("What is this?", *media("one image"))
+                    request = asyncio.create_task(links.fetch("r", payload, time.monotonic() + 600))
+                    if lost is Abort:
+                        await until(lambda: links.receiver.requests and links.receiver.requests["r"].accepted, 60)
+                        request.cancel()
+                        with pytest.raises(asyncio.CancelledError):
+                            await request
+                    else:
                         await request
-                else:
-                    await request
-                    assert process.counters()["jobs"] == 1
-                assert spared == 1
-                await until(lambda: not process.counters()["jobs"], encode_node.REMIND + 30)
+                        assert process.counters()["jobs"] == 1
+                    assert spared == 1
+                    await until(lambda: not process.counters()["jobs"], encode_node.REMIND + 30)
 
         asyncio.run(work())

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepstack_jax.disagg.buffers import MultimodalDataBuffers
-from deepstack_jax.disagg.messages import (
+from deepstack_jax.disagg.encode.sender import Sender, SenderSettings
+from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
+from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
+from deepstack_jax.disagg.wire.messages import (
     MAX_MESSAGE,
     MESSAGES,
     PROTOCOL,
@@ -34,9 +36,7 @@ from deepstack_jax.disagg.messages import (
     encode,
     refusal,
 )
-from deepstack_jax.disagg.receiver import Receiver, ReceiverSettings
-from deepstack_jax.disagg.sender import Sender, SenderSettings
-from deepstack_jax.disagg.transfer import CopyOut, EncodeHere, Ended, Prepare, Send, StartWrite
+from deepstack_jax.disagg.wire.transfer import CopyOut, EncodeHere, Ended, Prepare, Send, StartWrite
 
 FUZZED = 200_000
 PRINT, SUM = b"a prompt", b"checksum"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deepstack_jax.disagg.payload import pack, unpack
+from deepstack_jax.disagg.wire.payload import pack, unpack
 from deepstack_jax.models.registry import read_config
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint

@@ -2,7 +2,9 @@
 
 import pytest
 
-from deepstack_jax.disagg.messages import (
+from deepstack_jax.disagg.encode.sender import Over, Sender, SenderSettings
+from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
+from deepstack_jax.disagg.wire.messages import (
     Abort,
     Aborted,
     Accepted,
@@ -14,9 +16,7 @@ from deepstack_jax.disagg.messages import (
     Written,
     WrittenBlock,
 )
-from deepstack_jax.disagg.receiver import Receiver, ReceiverSettings
-from deepstack_jax.disagg.sender import Over, Sender, SenderSettings
-from deepstack_jax.disagg.transfer import (
+from deepstack_jax.disagg.wire.transfer import (
     Began,
     CopyOut,
     EncodeHere,

@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 
 import deepstack_jax as dsj
-from deepstack_jax.disagg.encode_worker import MAX_TOGETHER
-from deepstack_jax.disagg.language import Arrival, EncoderLinks, TransferFailedError
+from deepstack_jax.disagg.encode.worker import MAX_TOGETHER
+from deepstack_jax.disagg.language.encoders import Arrival, EncoderLinks, TransferFailedError
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
-from deepstack_jax.disagg.payload import pack
+from deepstack_jax.disagg.wire.payload import pack
 from deepstack_jax.generation import answer, plan_answer, prompt_of
 from deepstack_jax.processing.batch import arrange
 from deepstack_jax.programs import Prompt, all_logits

@@ -21,10 +21,10 @@ import pytest
 
 import deepstack_jax as dsj
 from deepstack_jax.cli import COMMANDS, main
-from deepstack_jax.disagg.bridge import SendBridge
-from deepstack_jax.disagg.buffers import MultimodalDataBuffers
-from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt
-from deepstack_jax.disagg.transport import Piece, TransferError, Transport
+from deepstack_jax.disagg.encode.bridge import SendBridge
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.transports import Piece, TransferError, Transport
+from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
 from pallas_kernels.fused_moe.arg_specs import ODD, TILED
 from tests.test_disagg_bridge import IMAGE, in_token_order, prompt_of, send, side_by_side
 from tests.test_kernels import arrays, error_of, error_of_plain_form

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deepstack_jax.disagg.mooncake_wheel import explain, wheel_for_this_machine
+from deepstack_jax.disagg.transports.mooncake_wheel import explain, wheel_for_this_machine
 
 DRIVER = {"cuda": "libcuda.so.1"}
 

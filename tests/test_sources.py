@@ -279,7 +279,9 @@ WRAPPED = base64.encodebytes(PNG).decode()
         *[TEXT.encode(), WRAPPED.encode(), f"data:;base64,{TEXT}".encode()],
         *[PNG, bytearray(PNG), memoryview(PNG), io.BytesIO(PNG)],
     ],
-    ids=str,
+    ids=lambda source: (
+        f"{type(source).__name__} {source[:20]!r}" if hasattr(source, "count") else type(source).__name__
+    ),
 )
 def test_a_size_is_that_of_the_file_and_is_checked_before_it_is_decoded(source: Any, monkeypatch: pytest.MonkeyPatch):
     assert content(source, SIZE) == PNG

@@ -36,7 +36,7 @@ def missing() -> str | None:
             import_module(name)
         except ModuleNotFoundError as error:
             return f"{error.name} is missing: pip install 'deepstack-jax[mooncake,serve]'"
-    from deepstack_jax.disagg.mooncake_wheel import explain
+    from deepstack_jax.disagg.transports.mooncake_wheel import explain
 
     try:
         import_module("mooncake.engine")

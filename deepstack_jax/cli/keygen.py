@@ -12,7 +12,7 @@ def run(file: Annotated[Path, typer.Argument(help="key file to make")]) -> None:
     Example: deepstack-jax keygen cluster.key
     """
     try:
-        from deepstack_jax.disagg.control import make_key
+        from deepstack_jax.disagg.wire.control import make_key
     except ImportError:
         raise ValueError("keygen needs pyzmq: pip install 'deepstack-jax[mooncake]'") from None
     make_key(file)

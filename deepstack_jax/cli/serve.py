@@ -7,7 +7,8 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import quote
 
 import typer
 
@@ -170,11 +171,12 @@ def make_node(
     if role == "unified":
         return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context)
 
-    from deepstack_jax.disagg.control import read_key
     from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
+    from deepstack_jax.disagg.wire.control import read_key
 
     key = read_key(split.key) if split.key else None
-    mooncake: dict[str, Any] = {"host": split.node_address, "protocol": split.protocol, "device": split.device}
+    device = f"?device={quote(split.device)}" if split.device else ""
+    transport = f"mooncake+{split.protocol}://{_in_url(split.node_address)}{device}"
     if role == "encode":
         from deepstack_jax.serving.encode_node import EncodeNode
 
@@ -184,7 +186,7 @@ def make_node(
             key=key,
             block_size=split.block_size,
             cache_bytes=split.cache_bytes,
-            **mooncake,
+            transport=transport,
         )
         return EncodeNode(model, server, name=name)
     links = open_encoder_links(
@@ -194,7 +196,7 @@ def make_node(
         block_size=split.block_size,
         num_blocks=split.pool_blocks,
         http_url=split.http_url,
-        **mooncake,
+        transport=transport,
     )
     return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context, encoders=links)
 
@@ -222,7 +224,7 @@ def _check_split(role: Role, split: SplitOptions) -> None:
             f"--host {split.node_address} is not an address that others can reach: give --node-address as well"
         )
     try:
-        from deepstack_jax.disagg.control import check_endpoint, read_key
+        from deepstack_jax.disagg.wire.control import check_endpoint, read_key
     except ImportError as missing:
         raise ValueError(f"the split needs {missing.name}: pip install 'deepstack-jax[mooncake,serve]'") from None
     key = read_key(split.key) if split.key else None

@@ -1,5 +1,5 @@
 """The split: vision on encode nodes, text on language nodes, rows of visual tokens carried from one to the other."""
 
-from deepstack_jax.disagg.buffers import BlockAllocator, MultimodalDataBuffers
+from deepstack_jax.disagg.wire.buffers import BlockAllocator, MultimodalDataBuffers
 
 __all__ = ["BlockAllocator", "MultimodalDataBuffers"]

@@ -2,89 +2,78 @@
 
 import socket
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.disagg.bridge import ReceiveBridge
-from deepstack_jax.disagg.buffers import MultimodalDataBuffers
-from deepstack_jax.disagg.control import ClusterKey, Listener, Tamper
-from deepstack_jax.disagg.encode import EncodeServer, new_incarnation
-from deepstack_jax.disagg.encode_worker import EncodeWorker
-from deepstack_jax.disagg.identity import identity_of
-from deepstack_jax.disagg.language import EncoderLinks
-from deepstack_jax.disagg.messages import MAX_LIST, Hello
-from deepstack_jax.disagg.receiver import ReceiverSettings
-from deepstack_jax.disagg.transport import MooncakeTransport, Transport
+from deepstack_jax.disagg.encode.server import EncodeServer, new_incarnation
+from deepstack_jax.disagg.encode.worker import EncodeWorker
+from deepstack_jax.disagg.language.bridge import ReceiveBridge
+from deepstack_jax.disagg.language.encoders import EncoderLinks
+from deepstack_jax.disagg.language.receiver import ReceiverSettings
+from deepstack_jax.disagg.transports import Transport, open_transport
+from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
+from deepstack_jax.disagg.wire.control import ClusterKey, Listener
+from deepstack_jax.disagg.wire.identity import identity_of
+from deepstack_jax.disagg.wire.messages import MAX_LIST, Hello
 
 BLOCK_SIZE = 128  # tokens; the same on all nodes of a cluster
 POOL_BYTES = 256 << 20  # of a language node's pool, if nothing else is asked for
-Protocol = Literal["tcp", "rdma"]
+DEFAULT_TRANSPORT = "mooncake+tcp://127.0.0.1"
 
 
 def open_encode_server(
     model: Model,
     *,
     endpoint: str = "tcp://127.0.0.1:*",
-    host: str = "127.0.0.1",
     key: ClusterKey | None = None,
-    protocol: Protocol = "tcp",
-    device: str = "",
     block_size: int = BLOCK_SIZE,
     cache_bytes: int = 1 << 30,
-    transport: Transport | None = None,
-    tamper: Tamper | None = None,
+    transport: Transport | str = DEFAULT_TRANSPORT,
 ) -> EncodeServer:
-    """An encode server of `model`, which needs its vision parameters alone.
+    """An encode server of `model`, which needs only its vision parameters.
 
     Args:
         endpoint: of the control socket, tcp://host:port; the port may be `*`.
-        host: under which Mooncake is reached.
         key: the cluster's; required where the endpoint isn't loopback.
-        protocol, device: Mooncake's.
         block_size: tokens.
         cache_bytes: most that the cache of rows takes on the device.
-        transport, tamper: in place of Mooncake's, and faults of messages, for tests.
+        transport: what carries rows, or the URL of one, with the host under which other nodes reach it.
 
     Raises:
         ValueError, TransferError: what can't be used, with the remedy.
     """
     hello = Hello(role="encode", node_id=_node_id(), incarnation=new_incarnation(), **_said(model, block_size))
-    listener = Listener(endpoint, key, tamper)
+    listener = Listener(endpoint, key)
     try:
-        transport = transport or MooncakeTransport(host, protocol, device)
+        carrier = open_transport(transport) if isinstance(transport, str) else transport
     except Exception:
         listener.close()
         raise
-    return EncodeServer(model, hello, listener, transport, EncodeWorker(model, cache_bytes))
+    return EncodeServer(model, hello, listener, carrier, EncodeWorker(model, cache_bytes))
 
 
 def open_encoder_links(
     model: Model,
     encoders: Sequence[str],
     *,
-    host: str = "127.0.0.1",
     key: ClusterKey | None = None,
-    protocol: Protocol = "tcp",
-    device: str = "",
     block_size: int = BLOCK_SIZE,
     num_blocks: int | None = None,
     share: int | None = None,
     http_url: str = "",
     transfer_timeout: float = 30.0,
-    transport: Transport | None = None,
-    tamper: Tamper | None = None,
+    transport: Transport | str = DEFAULT_TRANSPORT,
 ) -> EncoderLinks:
     """The links of a language node with `model` to encode nodes' control endpoints.
 
     Args:
         encoders: tcp://host:port of each.
-        host, key, protocol, device, block_size: as of `open_encode_server`.
+        key, block_size, transport: as of `open_encode_server`.
         num_blocks: of the pool; None takes as many as fit POOL_BYTES.
         share: most blocks that a request gets at once; None takes a quarter of the pool.
         http_url: where this node takes requests, for encode nodes that pass theirs on.
         transfer_timeout: seconds without progress after which a transfer is given up.
-        transport, tamper: as of `open_encode_server`.
 
     Raises:
         ValueError, TransferError: what can't be used, with the remedy.
@@ -103,20 +92,20 @@ def open_encoder_links(
         transfer_timeout=transfer_timeout,
         encodes_here=bool(model.vision_params),
     )
-    transport = transport or MooncakeTransport(host, protocol, device)
+    carrier = open_transport(transport) if isinstance(transport, str) else transport
     ptrs, total_lens, item_lens = (tuple(sizes) for sizes in pool.get_buf_infos())
     hello = Hello(
         role="language",
         node_id=_node_id(),
         incarnation=new_incarnation(),
-        session=transport.session,
+        session=carrier.session,
         ptrs=ptrs,
         total_lens=total_lens,
         item_lens=item_lens,
         http_url=http_url,
         **said,
     )
-    return EncoderLinks(config, hello, ReceiveBridge(transport, pool), transport, settings, encoders, key, tamper)
+    return EncoderLinks(config, hello, ReceiveBridge(carrier, pool), carrier, settings, encoders, key)
 
 
 def _said(model: Model, block_size: int) -> dict[str, Any]:

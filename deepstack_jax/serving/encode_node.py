@@ -11,7 +11,7 @@ import httpx
 import msgspec
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.disagg.encode import EncodeServer
+from deepstack_jax.disagg.encode.server import EncodeServer
 from deepstack_jax.engine.runner import Chunk, DeadlineError, tiny_prompt
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.processing.sources import one_line

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.disagg.language import Arrival, EncoderLinks, NoEncoderError, TransferFailedError
-from deepstack_jax.disagg.payload import pack
+from deepstack_jax.disagg.language.encoders import Arrival, EncoderLinks, NoEncoderError, TransferFailedError
+from deepstack_jax.disagg.wire.payload import pack
 from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
 from deepstack_jax.generation import Plan, plan_answer
 from deepstack_jax.processing.batch import Batch, arrange

@@ -1,5 +1,6 @@
 """A transport that goes wrong on purpose, to show that what is built on it doesn't."""
 
+import asyncio
 import ctypes
 import random
 import threading
@@ -7,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+from unittest import mock
 
 import numpy as np
 
-from deepstack_jax.disagg.transport import Piece, TransferError, Transport
+from deepstack_jax.disagg.transports import Piece, TransferError, Transport
+from deepstack_jax.disagg.wire import control
 
 FaultKind = Literal["delay", "drop", "fail", "stall", "late", "corrupt"]
 
@@ -62,8 +65,8 @@ class FaultyTransport:
         return self._inner.session
 
     @property
-    def registered_sources(self) -> bool:
-        return self._inner.registered_sources
+    def needs_registered_sources(self) -> bool:
+        return self._inner.needs_registered_sources
 
     def register(self, memory: np.ndarray) -> None:
         self._inner.register(memory)
@@ -160,3 +163,14 @@ def _forward(write: "Future[None]", outcome: "Future[None]") -> None:
             outcome.set_result(None)
 
     write.add_done_callback(ended)
+
+
+def tamper_with_messages(tamper: Callable[[bytes], Iterable[tuple[float, bytes]]]) -> Any:
+    """A patch of the control sockets of this process: `tamper` says what goes out for a message, and after how long."""
+    plain = control._send
+
+    def send(socket: Any, prefix: list[bytes], data: bytes) -> None:
+        for delay, instead in tamper(data):
+            asyncio.get_running_loop().call_later(delay, plain, socket, prefix, instead)
+
+    return mock.patch.object(control, "_send", send)

@@ -14,18 +14,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import Sharding
 
-from deepstack_jax.disagg.buffers import MultimodalDataBuffers
-from deepstack_jax.disagg.device_rows import HostMemory, HostRows, page_aligned
-from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt, OutgoingPrompt, copied, place_of_rows, runs_of
-from deepstack_jax.disagg.transport import Piece, Transport
-from deepstack_jax.disagg.wire import (
+from deepstack_jax.disagg.encode.outgoing import OutgoingPrompt
+from deepstack_jax.disagg.transports import Piece, Transport
+from deepstack_jax.disagg.wire.device_rows import HostRows, page_aligned
+from deepstack_jax.disagg.wire.layout import (
     AUX_DATAS,
     AUX_LENGTH,
     DEEPSTACK_EMBEDDINGS,
@@ -37,23 +35,13 @@ from deepstack_jax.disagg.wire import (
     Span,
     checksum,
 )
+from deepstack_jax.disagg.wire.rows import StageTimes, copied, place_of_rows, runs_of
 
 _LOG = logging.getLogger(__name__)
 
 SLOT_BYTES = 2 << 20  # of rows in a group: each group wakes every thread on its way once
 SLOTS = 4
 UNSURE_SECONDS = 60.0  # that the engine may go on reading what it has reported as failed
-
-
-@dataclass
-class StageTimes:
-    """Seconds that the stages of a bridge were at work, and what went through."""
-
-    device: float = 0.0  # waiting for rows to come to the host, or sending them from it
-    host: float = 0.0  # copies and checksums
-    wire: float = 0.0  # at least one write in flight
-    num_bytes: int = 0
-    pieces: int = 0
 
 
 class WriteSkippedError(Exception):
@@ -90,7 +78,7 @@ class SendBridge:
         self._widths = [length // layout.block_size for length in layout.item_lens]  # bytes a token
         self._widths[AUX_DATAS] = 4  # an integer
         row_bytes = self._widths[INPUT_EMBEDDINGS] + sum(self._widths[DEEPSTACK_EMBEDDINGS:])
-        self._staged = transport.registered_sources
+        self._staged = transport.needs_registered_sources
         self._slot_rows = max(layout.block_size, slot_bytes // row_bytes)
         self._slot_tokens = max(layout.block_size, slot_bytes // 128)
         staged_rows = self._slot_rows if self._staged else 0
@@ -299,51 +287,6 @@ class SendBridge:
             self._retired |= over
         if over:
             self._transport.unregister(self._ring)
-
-
-class ReceiveBridge:
-    """Registers a pool and copies blocks out of it, in a thread and in the order asked for."""
-
-    def __init__(self, transport: Transport, pool: MultimodalDataBuffers):
-        self.times = StageTimes()
-        self._transport, self._pool = transport, pool
-        for buffer in pool.arrays:
-            transport.register(buffer)
-        self._memory = HostMemory()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="receive")
-
-    def expect(
-        self,
-        total_tokens: int,
-        visual_rows: int,
-        visual_ids: Sequence[int],
-        num_rows: int | None = None,
-        sharding: Sharding | None = None,
-    ) -> IncomingPrompt:
-        """Memory for a prompt, that of earlier ones where they are over; the arguments are `IncomingPrompt`'s."""
-        return IncomingPrompt(
-            self._pool, total_tokens, visual_rows, visual_ids, num_rows=num_rows, sharding=sharding, memory=self._memory
-        )
-
-    def copy_out(
-        self, prompt: IncomingPrompt, token_block: int, pool_block: int, expected: BlockCopy
-    ) -> "Future[BlockCopy]":
-        """`IncomingPrompt.copy_out` in the bridge's thread."""
-
-        def run() -> BlockCopy:
-            started = time.perf_counter()
-            copy = prompt.copy_out(token_block, pool_block, expected)
-            self.times.host += time.perf_counter() - started
-            self.times.num_bytes += copy.num_bytes
-            return copy
-
-        return self._worker.submit(run)
-
-    def close(self) -> None:
-        """Ends what has been asked for, then closes the pool to peers."""
-        self._worker.shutdown()
-        for buffer in self._pool.arrays:
-            self._transport.unregister(buffer)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ a former incarnation sent can then be taken for the new one's.
 from dataclasses import dataclass
 from enum import IntEnum
 
-from deepstack_jax.disagg.messages import Message
+from deepstack_jax.disagg.wire.messages import Message
 
 
 class State(IntEnum):

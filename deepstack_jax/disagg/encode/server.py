@@ -18,10 +18,22 @@ import numpy as np
 import xxhash
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.disagg.bridge import BlockWrite, SendBridge, WriteSkippedError
-from deepstack_jax.disagg.control import Listener
-from deepstack_jax.disagg.encode_worker import EncodeWorker, content_key
-from deepstack_jax.disagg.messages import (
+from deepstack_jax.disagg.encode.bridge import BlockWrite, SendBridge, WriteSkippedError
+from deepstack_jax.disagg.encode.outgoing import OutgoingPrompt
+from deepstack_jax.disagg.encode.sender import Sender, SenderSettings
+from deepstack_jax.disagg.encode.worker import EncodeWorker, content_key
+from deepstack_jax.disagg.transports import TransferError, Transport
+from deepstack_jax.disagg.wire.control import Listener
+from deepstack_jax.disagg.wire.layout import (
+    AUX_FORMAT_VERSION,
+    AUX_LENGTH,
+    AUX_ROPE_DELTA,
+    AUX_TOTAL_TOKENS,
+    AUX_VISUAL_ROWS,
+    FORMAT_VERSION,
+    fingerprint,
+)
+from deepstack_jax.disagg.wire.messages import (
     MAX_REASON,
     Goodbye,
     Heartbeat,
@@ -33,20 +45,8 @@ from deepstack_jax.disagg.messages import (
     WrittenBlock,
     refusal,
 )
-from deepstack_jax.disagg.payload import unpack
-from deepstack_jax.disagg.prompts import OutgoingPrompt
-from deepstack_jax.disagg.sender import Sender, SenderSettings
-from deepstack_jax.disagg.transfer import Action, Forget, Key, Prepare, Send, StartWrite
-from deepstack_jax.disagg.transport import TransferError, Transport
-from deepstack_jax.disagg.wire import (
-    AUX_FORMAT_VERSION,
-    AUX_LENGTH,
-    AUX_ROPE_DELTA,
-    AUX_TOTAL_TOKENS,
-    AUX_VISUAL_ROWS,
-    FORMAT_VERSION,
-    fingerprint,
-)
+from deepstack_jax.disagg.wire.payload import unpack
+from deepstack_jax.disagg.wire.transfer import Action, Forget, Key, Prepare, Send, StartWrite
 from deepstack_jax.processing.batch import Visual, arrange
 from deepstack_jax.processing.sources import one_line
 

@@ -5,8 +5,8 @@ import itertools
 import logging
 from typing import Protocol
 
-from deepstack_jax.disagg.control import Connection
-from deepstack_jax.disagg.messages import (
+from deepstack_jax.disagg.wire.control import Connection
+from deepstack_jax.disagg.wire.messages import (
     Goodbye,
     Heartbeat,
     HeartbeatReply,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from deepstack_jax.disagg.wire import BufferLayout
+from deepstack_jax.disagg.wire.layout import BufferLayout
 
 PROTOCOL = 2  # of these messages, and of what a Submit's payload holds
 MAX_PAYLOAD = 128 << 20  # bytes of one request's messages, images and videos

@@ -14,10 +14,20 @@ import msgspec
 import numpy as np
 
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.disagg.bridge import ReceiveBridge
-from deepstack_jax.disagg.control import ClusterKey, Connection, Tamper
-from deepstack_jax.disagg.link import Link
-from deepstack_jax.disagg.messages import (
+from deepstack_jax.disagg.language.bridge import ReceiveBridge
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.language.link import Link
+from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
+from deepstack_jax.disagg.transports import Transport
+from deepstack_jax.disagg.wire.control import ClusterKey, Connection
+from deepstack_jax.disagg.wire.layout import (
+    AUX_FORMAT_VERSION,
+    AUX_ROPE_DELTA,
+    AUX_TOTAL_TOKENS,
+    AUX_VISUAL_ROWS,
+    FORMAT_VERSION,
+)
+from deepstack_jax.disagg.wire.messages import (
     Abort,
     Accepted,
     Goodbye,
@@ -27,17 +37,7 @@ from deepstack_jax.disagg.messages import (
     Prepared,
     Written,
 )
-from deepstack_jax.disagg.prompts import BlockCopy, IncomingPrompt
-from deepstack_jax.disagg.receiver import Receiver, ReceiverSettings
-from deepstack_jax.disagg.transfer import Action, Began, CopyOut, EncodeHere, Ended, Send, State
-from deepstack_jax.disagg.transport import Transport
-from deepstack_jax.disagg.wire import (
-    AUX_FORMAT_VERSION,
-    AUX_ROPE_DELTA,
-    AUX_TOTAL_TOKENS,
-    AUX_VISUAL_ROWS,
-    FORMAT_VERSION,
-)
+from deepstack_jax.disagg.wire.transfer import Action, Began, CopyOut, EncodeHere, Ended, Send, State
 from deepstack_jax.processing.batch import bucket
 from deepstack_jax.programs import Prompt
 
@@ -114,7 +114,6 @@ class EncoderLinks:
         settings: ReceiverSettings,
         endpoints: Iterable[str],
         key: ClusterKey | None = None,
-        tamper: Tamper | None = None,
     ):
         """
         Args:
@@ -124,7 +123,6 @@ class EncoderLinks:
             settings: of the receiver.
             endpoints: tcp://host:port of each encode node's control socket.
             key: the cluster's.
-            tamper: faults of control messages, for tests.
 
         Raises:
             ValueError: an endpoint that can't be used.
@@ -138,7 +136,7 @@ class EncoderLinks:
             Link(
                 self,
                 msgspec.structs.replace(hello, incarnation=f"{hello.incarnation}.{number}"),
-                Connection(endpoint, key, tamper),
+                Connection(endpoint, key),
             )
             for number, endpoint in enumerate(dict.fromkeys(endpoints))
         ]

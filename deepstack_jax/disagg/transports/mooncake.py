@@ -1,7 +1,5 @@
-"""Writing into another node's memory: the interface that the bridge needs, and Mooncake's transfer engine behind it.
-
-A write is a list of pieces for one peer. It ends, as done or failed, when none of its pieces is in flight any more;
-there is no cancel. Mooncake listens on every interface without authentication: keep it on a private network.
+"""Mooncake's transfer engine as a transport. It listens on every interface without authentication: keep it on a private
+network.
 """
 
 import contextlib
@@ -14,60 +12,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
-from deepstack_jax.disagg.mooncake_wheel import explain
+from deepstack_jax.disagg.transports import Piece, TransferError
+from deepstack_jax.disagg.transports.mooncake_wheel import explain
 
 QUEUE_LIMIT = 1024  # pieces handed to the engine a peer; at 2048 it refuses
 POLL_SECONDS = 5e-5, 1e-2  # least and most between two looks; the engine's own waiting calls spin, and take a core
 POLL_RATE = 8e9  # bytes a second: a write isn't looked at before it can have ended
 IDLE_SECONDS = 30.0  # after which a peer's thread ends
 PROGRESS_SECONDS = 10  # without a byte of progress, after which the engine gives a write up
-
-
-class Piece(NamedTuple):
-    """Bytes to write: addresses in this process and in the peer's."""
-
-    source: int
-    destination: int
-    num_bytes: int
-
-
-class TransferError(Exception):
-    """A write failed, or the engine refused. Part of the bytes may have arrived, or may still arrive."""
-
-
-class Transport(Protocol):
-    """What carries bytes: `MooncakeTransport`, or `FaultyTransport` around it."""
-
-    @property
-    def session(self) -> str:
-        """The name under which peers write to this process."""
-        ...
-
-    @property
-    def registered_sources(self) -> bool:
-        """Whether writes are from registered memory alone."""
-        ...
-
-    def register(self, memory: np.ndarray) -> None:
-        """Opens contiguous memory to peers' writes, and to be written from. It lives until `unregister`."""
-        ...
-
-    def unregister(self, memory: np.ndarray) -> None: ...
-
-    def submit(self, session: str, pieces: Sequence[Piece]) -> "Future[None]":
-        """Starts a write to a peer and returns at once. The sources must stay as they are until the future ends.
-
-        The future fails with `TransferError`. Its callbacks run in the transport's threads: they must be short.
-        """
-        ...
-
-    def close(self) -> None:
-        """Lets what is in flight end, fails what is not, and frees the engine."""
-        ...
 
 
 class MooncakeTransport:
@@ -84,7 +40,7 @@ class MooncakeTransport:
     def __init__(self, host: str, protocol: Literal["tcp", "rdma"] = "tcp", device: str = ""):
         if protocol == "rdma":
             _check_rdma_device(device)
-        self.registered_sources = protocol == "rdma"
+        self.needs_registered_sources = protocol == "rdma"
         self._engine: Any = _start_engine(host, protocol, device)
         name = f"[{host}]" if ":" in host else host
         self._session = f"{name}:{self._engine.get_rpc_port()}"
@@ -137,6 +93,16 @@ class MooncakeTransport:
         for memory in tuple(self._registered.values()):
             self.unregister(memory)
         self._engine = None
+
+
+def open_tcp(host: str) -> MooncakeTransport:
+    """Mooncake over tcp, for `open_transport`."""
+    return MooncakeTransport(host, "tcp")
+
+
+def open_rdma(host: str, device: str = "") -> MooncakeTransport:
+    """Mooncake over rdma, for `open_transport`; `device` names RDMA devices with commas between, all by default."""
+    return MooncakeTransport(host, "rdma", device)
 
 
 @dataclass

@@ -4,12 +4,11 @@ With a cluster's key file both sides encrypt and prove who they are (CURVE): a p
 refusal. It is required for every address that isn't loopback. Sockets belong to the event loop's thread.
 """
 
-import asyncio
 import ipaddress
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,11 @@ import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from deepstack_jax.disagg.messages import MAX_MESSAGE, Message, decode, encode
+from deepstack_jax.disagg.wire.messages import MAX_MESSAGE, Message, decode, encode
 
 LINGER = 100  # milliseconds
 
 _ENDPOINT = re.compile(r"tcp://(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d+|\*)")
-
-# What a test puts between a message and the network: what is sent in its place, each after a delay in seconds.
-Tamper = Callable[[bytes], Iterable[tuple[float, bytes]]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +87,7 @@ def check_endpoint(endpoint: str, key: ClusterKey | None) -> None:
 class Listener:
     """The encode node's socket: messages from language nodes, by the name of their connection."""
 
-    def __init__(self, endpoint: str, key: ClusterKey | None = None, tamper: Tamper | None = None):
+    def __init__(self, endpoint: str, key: ClusterKey | None = None):
         """Binds `endpoint`, whose port may be `*`.
 
         Raises:
@@ -114,7 +110,6 @@ class Listener:
             self.close()
             raise ValueError(f"{endpoint} can't be used ({error.strerror}): choose another one") from None
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._tamper = tamper
         self.dropped = 0  # messages that could not be read
 
     async def messages(self) -> AsyncIterator[tuple[bytes, Message]]:
@@ -129,7 +124,7 @@ class Listener:
 
     def send(self, connection: bytes, message: Message) -> None:
         """Sends, or drops the message where the peer is gone or takes nothing: who needs an answer asks again."""
-        _send(self._socket, [connection], encode(message), self._tamper)
+        _send(self._socket, [connection], encode(message))
 
     def close(self) -> None:
         """What was sent last has a moment to leave."""
@@ -142,7 +137,7 @@ class Listener:
 class Connection:
     """A language node's socket to one encode node. ZeroMQ connects again by itself."""
 
-    def __init__(self, endpoint: str, key: ClusterKey | None = None, tamper: Tamper | None = None):
+    def __init__(self, endpoint: str, key: ClusterKey | None = None):
         """Starts to connect.
 
         Raises:
@@ -162,7 +157,6 @@ class Connection:
         except zmq.ZMQError as error:
             self.close()
             raise ValueError(f"{endpoint} can't be used ({error.strerror}): check the encoder's address") from None
-        self._tamper = tamper
         self.dropped = 0
 
     async def messages(self) -> AsyncIterator[Message]:
@@ -177,7 +171,7 @@ class Connection:
 
     def send(self, message: Message) -> None:
         """Sends, or drops the message where the queue is full."""
-        _send(self._socket, [], encode(message), self._tamper)
+        _send(self._socket, [], encode(message))
 
     def close(self) -> None:
         """What was sent last has a moment to leave."""
@@ -203,15 +197,7 @@ def _socket(context: zmq.asyncio.Context, kind: int, endpoint: str) -> zmq.async
     return socket
 
 
-def _send(socket: Any, prefix: list[bytes], data: bytes, tamper: Tamper | None) -> None:
-    if tamper is None:
-        _send_now(socket, prefix, data)
-        return
-    for delay, instead in tamper(data):
-        asyncio.get_running_loop().call_later(delay, _send_now, socket, prefix, instead)
-
-
-def _send_now(socket: Any, prefix: list[bytes], data: bytes) -> None:
+def _send(socket: Any, prefix: list[bytes], data: bytes) -> None:
     if socket.closed:
         return
     sent = socket.send_multipart([*prefix, data], flags=zmq.DONTWAIT)  # all or nothing, and over at once

@@ -9,8 +9,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from deepstack_jax.disagg.buffers import BlockAllocator
-from deepstack_jax.disagg.messages import (
+from deepstack_jax.disagg.wire.buffers import BlockAllocator
+from deepstack_jax.disagg.wire.messages import (
     MAX_LIST,
     MAX_PAYLOAD,
     MAX_REASON,
@@ -27,7 +27,7 @@ from deepstack_jax.disagg.messages import (
     Written,
     WrittenBlock,
 )
-from deepstack_jax.disagg.transfer import Action, Began, CopyOut, EncodeHere, Ended, Send, State
+from deepstack_jax.disagg.wire.transfer import Action, Began, CopyOut, EncodeHere, Ended, Send, State
 
 _LONGEST_BUDGET_MS = 24 * 3600 * 1000
 

@@ -1,55 +1,23 @@
-"""A prompt on either side of the bridge: what an encode node has, and what has arrived on a language node."""
+"""A prompt on a language node: what has arrived of it."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Sharding
 
-from deepstack_jax.disagg.buffers import MultimodalDataBuffers
-from deepstack_jax.disagg.device_rows import DeviceRows, HostMemory, HostRows
-from deepstack_jax.disagg.wire import (
+from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
+from deepstack_jax.disagg.wire.device_rows import DeviceRows, HostMemory
+from deepstack_jax.disagg.wire.layout import (
     AUX_DATAS,
     AUX_LENGTH,
     FILL_IDS,
     MROPE_POSITIONS,
     ROW_BUFFERS,
     checksum,
-    visual_runs,
 )
+from deepstack_jax.disagg.wire.rows import copied, place_of_rows, runs_of
 from deepstack_jax.models.vision import VisualRows
-
-CACHED_BYTES = 1 << 18  # of rows copied and summed at a time, so that the second reads the cache
-
-
-@dataclass(frozen=True, eq=False)
-class OutgoingPrompt:
-    """What an encode node has for a prompt of T tokens."""
-
-    fill_ids: np.ndarray  # int32 [T]
-    mrope_positions: np.ndarray  # int32 [3, T]
-    aux_datas: np.ndarray  # int32 [16]
-    visual_index: np.ndarray  # int32 [T]: row of each visual token, -1 for text
-    rows: VisualRows | None = None  # None for text alone
-
-    @cached_property
-    def host_rows(self) -> list[HostRows]:
-        """Its rows for the bridge: embeddings, and deepstack where there is any."""
-        if self.rows is None:
-            raise ValueError("the prompt has visual tokens and no rows: encode its pictures first")
-        return [HostRows(rows) for rows in self.rows if rows is not None]
-
-    @cached_property
-    def rows_before(self) -> np.ndarray:
-        """Visual tokens before each place: [T + 1]."""
-        return np.concatenate([[0], np.cumsum(self.visual_index >= 0)])
-
-    @cached_property
-    def token_positions(self) -> np.ndarray:
-        """Its positions as the wire has them: [T, 3]."""
-        return np.ascontiguousarray(self.mrope_positions.T)
 
 
 class BlockCopy(NamedTuple):
@@ -187,27 +155,3 @@ class IncomingPrompt:
             self._ready_blocks += 1
         for device in self._devices:
             device.send(self._ready_rows)
-
-
-def copied(source: np.ndarray, target: np.ndarray) -> Iterator[np.ndarray]:
-    """Copies rows [n, W] into contiguous ones; yields those part by part, for who reads them from the cache."""
-    step = max(1, CACHED_BYTES // (source.shape[1] * source.itemsize))
-    for start in range(0, len(source), step):
-        part = target[start : start + step]
-        part[...] = source[start : start + step]
-        yield part
-
-
-def runs_of(visual: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """`visual_runs` of a block; most blocks are of one kind."""
-    if visual.all():
-        return ((0, len(visual)),)
-    return visual_runs(visual) if visual.any() else ()
-
-
-def place_of_rows(runs: Sequence[tuple[int, int]]) -> int:
-    """Where in a block its visual rows begin; they are one piece in each buffer.
-
-    One run stands at its tokens' places, so that neighbouring blocks merge; several are packed at the block's start.
-    """
-    return runs[0][0] if len(runs) == 1 else 0

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from deepstack_jax.disagg.wire import (
+from deepstack_jax.disagg.wire.layout import (
     AUX_DATAS,
     AUX_LENGTH,
     DEEPSTACK_EMBEDDINGS,

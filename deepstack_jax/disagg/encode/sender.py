@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from deepstack_jax.disagg.messages import (
+from deepstack_jax.disagg.wire.messages import (
     MAX_REASON,
     MAX_TOKENS,
     Abort,
@@ -23,7 +23,7 @@ from deepstack_jax.disagg.messages import (
     Written,
     WrittenBlock,
 )
-from deepstack_jax.disagg.transfer import Action, Forget, Key, Prepare, Send, StartWrite, State
+from deepstack_jax.disagg.wire.transfer import Action, Forget, Key, Prepare, Send, StartWrite, State
 
 _REMEMBERED = 4096  # attempts that are over
 

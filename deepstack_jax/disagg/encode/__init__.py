@@ -1,0 +1,1 @@
+"""The encode side: pictures to rows, and their writes into the pools of language nodes."""

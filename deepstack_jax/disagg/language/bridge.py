@@ -1,0 +1,58 @@
+"""The language node's end of the bridge: blocks are copied out of the pool as soon as they have arrived."""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from jax.sharding import Sharding
+
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.transports import Transport
+from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
+from deepstack_jax.disagg.wire.device_rows import HostMemory
+from deepstack_jax.disagg.wire.rows import StageTimes
+
+
+class ReceiveBridge:
+    """Registers a pool and copies blocks out of it, in a thread and in the order asked for."""
+
+    def __init__(self, transport: Transport, pool: MultimodalDataBuffers):
+        self.times = StageTimes()
+        self._transport, self._pool = transport, pool
+        for buffer in pool.arrays:
+            transport.register(buffer)
+        self._memory = HostMemory()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="receive")
+
+    def expect(
+        self,
+        total_tokens: int,
+        visual_rows: int,
+        visual_ids: Sequence[int],
+        num_rows: int | None = None,
+        sharding: Sharding | None = None,
+    ) -> IncomingPrompt:
+        """Memory for a prompt, that of earlier ones where they are over; the arguments are `IncomingPrompt`'s."""
+        return IncomingPrompt(
+            self._pool, total_tokens, visual_rows, visual_ids, num_rows=num_rows, sharding=sharding, memory=self._memory
+        )
+
+    def copy_out(
+        self, prompt: IncomingPrompt, token_block: int, pool_block: int, expected: BlockCopy
+    ) -> "Future[BlockCopy]":
+        """`IncomingPrompt.copy_out` in the bridge's thread."""
+
+        def run() -> BlockCopy:
+            started = time.perf_counter()
+            copy = prompt.copy_out(token_block, pool_block, expected)
+            self.times.host += time.perf_counter() - started
+            self.times.num_bytes += copy.num_bytes
+            return copy
+
+        return self._worker.submit(run)
+
+    def close(self) -> None:
+        """Ends what has been asked for, then closes the pool to peers."""
+        self._worker.shutdown()
+        for buffer in self._pool.arrays:
+            self._transport.unregister(buffer)
