@@ -1,5 +1,7 @@
 """A new family is one entry of the registry: it converts, loads and answers without a change to any other file."""
 
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from deepstack_jax.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 from deepstack_jax.models.registry import CheckpointLayout, Family, parse_config
 from deepstack_jax.models.rope import text_rotation
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
+
+ROOT = Path(__file__).parent.parent
 
 # What docs/add-a-model.md walks through: a decoder whose layers damp what they add, with names and keys of its own.
 
@@ -117,6 +121,25 @@ def test_models_are_called_as_transformers_calls_them(tmp_path: Path, model_type
     assert cache is None
     expected = np.asarray(dsj.forward(model, **inputs))[0]
     np.testing.assert_allclose(logits[0, : batch.lengths[0]], expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_the_ten_lines_of_the_documentation_give_the_logits_of_forward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (ROOT / "docs" / "usage.md").read_text()
+    code = text.partition("### The modules")[2].partition("```python\n")[2].partition("```")[0]
+    shutil.copyfile(ROOT / "docs" / "tiny-vl" / "picture-0.png", tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    inputs = dsj.prepare(names["model"], "What color is the star?", images=["picture.png"])
+    expected = np.asarray(dsj.forward(names["model"], **inputs))[0]
+    found = np.asarray(names["logits"])[0, : len(expected)]
+    np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+
+
+def test_the_readme_lists_the_registered_families():
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    families = registry.FAMILIES.values()
+    assert rows == [(family.model_type, family.checkpoints) for family in families if not family.is_text_part]
 
 
 def test_a_lora_trains_through_the_module(tmp_path: Path):
