@@ -537,7 +537,7 @@ def policy_of(*options: str) -> MediaPolicy:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("deepstack_jax.serving.policy.MediaPolicy", keep)
         with pytest.raises(SystemExit) as end:
-            main(["serve", "nowhere", *options])
+            main(["serve", "tiny-vl", *options])
     assert end.value.code == 130
     return caught[0]
 

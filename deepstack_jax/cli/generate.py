@@ -150,9 +150,12 @@ def _refuse_missing(sources: list[str]) -> None:
     """Opens the media that need no network, before jax is imported and the weights are read."""
     from deepstack_jax.processing.sources import open_source
 
+    class MediaError(ValueError):
+        """Of its own: other ValueErrors are told as what they are."""
+
     for source in sources:
         if not source.strip().lower().startswith(("http:", "https:")):
-            open_source(source, sys.maxsize, ValueError)
+            open_source(source, sys.maxsize, MediaError)
 
 
 def _read_json(value: str, option: str, kind: type) -> Any:

@@ -67,7 +67,8 @@ def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float
 @lru_cache(maxsize=32)
 def _declared(config: ModelConfig) -> tuple[nnx.GraphDef[Any], list[tuple[Any, Any]]]:
     """The modules without their parameters, and each parameter's path and declaration."""
-    dtype = config.dtype or jnp.float32  # where only names and shapes are asked for, any will do
+    # names and shapes are the same for all; a model that is run has one of these
+    dtype = config.dtype if config.dtype in ("float32", "bfloat16", "float16") else jnp.float32
     model = nnx.eval_shape(lambda: build_module(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     return graphdef, list(nnx.to_flat_state(state))

@@ -224,13 +224,13 @@ def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes
 
 def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
     try:
-        if 3 * len(_base64_letters(text).rstrip("=")) // 4 > max_bytes:
-            raise error(_too_long(name, max_bytes))
-        return decode_base64(text)
-    except error:
-        raise
+        letters = _base64_letters(text)
+        content = decode_base64(text) if 3 * len(letters.rstrip("=")) // 4 <= max_bytes else None
     except ValueError:
         raise error(f"{name} is not valid base64: encode the file's bytes again") from None
+    if content is None:
+        raise error(_too_long(name, max_bytes))
+    return content
 
 
 def _base64_letters(text: str) -> str:
