@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 from collections.abc import Iterator
 from email import message_from_bytes
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -143,9 +144,15 @@ def imports_of(file: Path) -> Iterator[str]:
         yield from (name.split(".")[0] for name in names)
 
 
+@cache
+def distributions_by_import() -> dict[str, set[str]]:
+    """Which installed distributions have a top level; it takes seconds to find out."""
+    return {name: {canonicalize_name(one) for one in found} for name, found in packages_distributions().items()}
+
+
 def distributions_of(part: str) -> Iterator[tuple[Path, str, set[str]]]:
     """(file, import, distributions that have it) for what comes from other projects."""
-    by_import = {name: {canonicalize_name(one) for one in found} for name, found in packages_distributions().items()}
+    by_import = distributions_by_import()
     path = ROOT / part
     for file in [path] if path.is_file() else sorted(path.rglob("*.py")):
         for name in imports_of(file):
