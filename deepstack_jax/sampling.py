@@ -138,7 +138,8 @@ def _truncate(
 
     Logits are compared before scaling, after which a huge temperature makes them equal.
     """
-    descending = -jnp.sort(-logits, axis=-1)
+    # fused with what follows, the sort takes a TPU more than sixty copies of the logits
+    descending = jax.lax.optimization_barrier(-jnp.sort(-logits, axis=-1))
     vocabulary = logits.shape[-1]
     last = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, vocabulary), vocabulary) - 1
     of_top_k = jnp.take_along_axis(descending, last[:, None], axis=-1)
