@@ -119,7 +119,7 @@ def _walk(checkpoint: Path, picture: Any, questions: list[Question], max_new_tok
         lap("load", f"{parameters:,} parameters: {text.num_hidden_layers} layers of {text.hidden_size}, {experts}")
         for question in questions:
             whole(model, dsj.prepare(model, question.text, images=[picture]))
-        lap("compile", "a program a bucket of patches, of prompt, of cache; a server does this once")
+        lap("compile", "one program per bucket of patches, prompt and cache; a server does this once")
         if nodes:
             nodes.wait()
             for question in questions:

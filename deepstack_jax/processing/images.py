@@ -96,20 +96,29 @@ class ImageOptions:
                 `MAX_IMAGE_PIXELS`, or a height without a width.
         """
         options = cls(**option_values(raw, dict.fromkeys(IMAGE_OPTIONS, int), "an image", ImageError))
-        low, high, height, width = (getattr(options, name) for name in IMAGE_OPTIONS)
-        if low and high and low > high:
-            raise ImageError(f"min_pixels {low} of an image is above its max_pixels {high}: swap or lower it")
-        if low and low > MAX_IMAGE_PIXELS:
-            raise ImageError(f"min_pixels {low} of an image is above {MAX_IMAGE_PIXELS}: lower it")
-        if (height is None) != (width is None):
-            given, missing = ("height", "width") if width is None else ("width", "height")
-            raise ImageError(f"resized_{given} {height or width} of an image needs resized_{missing} beside it")
-        if height and width and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise ImageError(
-                f"resized_height {height} and resized_width {width} of an image have an aspect ratio above "
-                f"{MAX_ASPECT_RATIO}: give sides that are closer"
-            )
+        check_order(options.min_pixels, options.max_pixels, "pixels", "an image", ImageError)
+        if (options.min_pixels or 0) > MAX_IMAGE_PIXELS:
+            raise ImageError(f"min_pixels {options.min_pixels} of an image is above {MAX_IMAGE_PIXELS}: lower it")
+        check_resized(options.resized_height, options.resized_width, "an image", ImageError)
         return options
+
+
+def check_order(least: int | None, most: int | None, unit: str, what: str, error: type[ValueError]) -> None:
+    """Raises `error` where min_`unit` of an image or a video is above its max_`unit`."""
+    if least and most and least > most:
+        raise error(f"min_{unit} {least} of {what} is above its max_{unit} {most}: swap or lower it")
+
+
+def check_resized(height: int | None, width: int | None, what: str, error: type[ValueError]) -> None:
+    """Raises `error` for a resized_height or resized_width without the other, and for sides too unlike."""
+    if (height is None) != (width is None):
+        given, missing = ("height", "width") if width is None else ("width", "height")
+        raise error(f"resized_{given} {height or width} of {what} needs resized_{missing} beside it")
+    if height and width and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise error(
+            f"resized_height {height} and resized_width {width} of {what} have an aspect ratio above "
+            f"{MAX_ASPECT_RATIO}: give sides that are closer"
+        )
 
 
 IMAGE_OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(ImageOptions))

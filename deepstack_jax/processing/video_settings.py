@@ -15,10 +15,11 @@ from typing import Any, TypeGuard
 
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.processing.images import (
-    MAX_ASPECT_RATIO,
     MAX_IMAGE_PIXELS,
     ImageSettings,
     ProcessorConfig,
+    check_order,
+    check_resized,
     common_settings,
     read_processor_config,
 )
@@ -87,19 +88,9 @@ class VideoOptions:
         for name, most in _MOST.items():
             if (value := getattr(self, name) or 0) > most:
                 raise VideoError(f"{name} {value} of a video is above {most}: lower it")
-        for low, high in (("min_frames", "max_frames"), ("min_pixels", "max_pixels")):
-            least, most = getattr(self, low), getattr(self, high)
-            if least and most and least > most:
-                raise VideoError(f"{low} {least} of a video is above its {high} {most}: swap or lower it")
-        height, width = self.resized_height, self.resized_width
-        if (height is None) != (width is None):
-            given, missing = ("height", "width") if width is None else ("width", "height")
-            raise VideoError(f"resized_{given} {height or width} of a video needs resized_{missing} beside it")
-        if height and width and max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-            raise VideoError(
-                f"resized_height {height} and resized_width {width} of a video have an aspect ratio above "
-                f"{MAX_ASPECT_RATIO}: give sides that are closer"
-            )
+        check_order(self.min_frames, self.max_frames, "frames", "a video", VideoError)
+        check_order(self.min_pixels, self.max_pixels, "pixels", "a video", VideoError)
+        check_resized(self.resized_height, self.resized_width, "a video", VideoError)
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "VideoOptions":
