@@ -173,6 +173,13 @@ REQUESTS: dict[str, dict[str, Any]] = {
             {"role": "user", "content": ["This", {"type": "image_url", "image_url": {"url": picture(2)}}, "?"]},
         ]
     },
+    # as the published design writes it
+    "design": {
+        "text": "What is this?",
+        "image": picture(1),
+        "max_tokens": 12,
+        "sampling_params": {"ignore_eos": True},
+    },
     "drawn": {
         "text": "What is this?",
         "image_data": picture(2),
