@@ -18,7 +18,6 @@ import time
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from deepstack_jax.processing import download as downloading
 from deepstack_jax.processing.download import ascii_host, download
 from deepstack_jax.serving.fetch import fetch
 from deepstack_jax.serving.policy import OPTIONS, Budget, MediaError, MediaPolicy
+from tests.loopback import running
 
 TEXT = random.Random(0).randbytes(150_000) + bytes(50_000)  # part of it does not compress
 LIMIT = 1 << 18
@@ -67,16 +67,6 @@ def read_head(request: socket.socket) -> str:
             break
         head += piece
     return head.decode()
-
-
-@contextmanager
-def running(server: Server) -> Iterator[Server]:
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def reply(body: bytes, *headers: str, status: str = "HTTP/1.1 200 OK", length: int | None = -1) -> bytes:

@@ -9,11 +9,9 @@ import shutil
 import ssl
 import struct
 import subprocess
-import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -30,6 +28,7 @@ from deepstack_jax.serving.fetch import fetch, is_public
 from deepstack_jax.serving.media import _open_beneath, admit
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
 from tests.films import animation, film, picture
+from tests.loopback import running
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.jpg"
 
@@ -238,16 +237,6 @@ class Server(ThreadingHTTPServer):
         self.seen: list[tuple[str, dict[str, str]]] = []
 
     def handle_error(self, *args: object) -> None: ...  # clients that hang up are what these tests are about
-
-
-@contextmanager
-def running(server: Server) -> Iterator[Server]:
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture

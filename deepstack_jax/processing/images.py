@@ -226,7 +226,7 @@ _NULL_IS_VALUE = ("do_resize", "do_rescale", "do_normalize")
 
 
 class ProcessorConfig(dict[str, Any]):
-    """What a processor's file says, and the file for messages.
+    """What a processor's file says, the file for messages, and the keys that it has as `nulls`.
 
     Null is as if absent, except for keys to which transformers gives a meaning then; a value of 0 is a value.
     """
@@ -234,6 +234,7 @@ class ProcessorConfig(dict[str, Any]):
     def __init__(self, values: Mapping[str, Any], file: Path | str = "the processor's file"):
         super().__init__({key: value for key, value in values.items() if value is not None or key in _NULL_IS_VALUE})
         self.file = file
+        self.nulls = frozenset(key for key, value in values.items() if value is None)
 
 
 def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:

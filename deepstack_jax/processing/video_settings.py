@@ -6,7 +6,6 @@ The names, meanings and defaults are those of transformers' Qwen3VLVideoProcesso
 another default for later versions.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -152,14 +151,9 @@ def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
                 f"fps {raw['fps']} and num_frames {raw['num_frames']} of {raw.file} exclude one another: drop one"
             )
     # of these two, transformers tells null from a key that is absent
-    nulls = _nulls(raw)
-    return chosen | {key: value for key, value in {"fps": None, "do_sample_frames": False}.items() if key in nulls}
+    read_as = {"fps": None, "do_sample_frames": False}
+    return chosen | {key: value for key, value in read_as.items() if key in raw.nulls}
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _nulls(raw: ProcessorConfig) -> set[str]:
-    whole = json.loads(Path(raw.file).read_bytes())
-    return {key for key, value in whole.get("video_processor", whole).items() if value is None}

@@ -1,0 +1,17 @@
+"""Servers in threads that tests ask over loopback."""
+
+import socketserver
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def running[S: socketserver.BaseServer](server: S) -> Iterator[S]:
+    """Serves until the block ends."""
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
