@@ -1,8 +1,8 @@
 """The compiled programs: encode, prefill, decode, and logits of whole prompts.
 
-Each is a pure function of `(config, params)` and arrays in bucketed shapes, so a server compiles one encode program a
-bucket of patches, one prefill program a bucket of prompt (and of visual tokens), one decode program a bucket of cache.
-Whole and split serving run the same programs.
+Each is a pure function of `(config, params)` and arrays in bucketed shapes. A server compiles one encode program per
+bucket of patches, one prefill program per bucket of prompt (and of visual tokens) and one decode program per bucket of
+cache. Whole and split serving run the same programs.
 """
 
 from contextlib import AbstractContextManager

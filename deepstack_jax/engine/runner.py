@@ -245,7 +245,7 @@ class Runner:
                 last = WorkError(f"the model failed on this request ({self.error}): try again, or a smaller one")
             with self._changed:
                 self._running = self._busy_since = None
-            if last is not None:  # whoever hears it finds the place given back
+            if last is not None:  # only now: its receiver must find the place free
                 _emit(work, last)
 
     def _next(self) -> Work | None:

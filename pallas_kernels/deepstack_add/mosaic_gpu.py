@@ -1,4 +1,4 @@
-"""deepstack_add for Hopper: one block a token, in place.
+"""deepstack_add for Hopper: one block per token, in place.
 
 A token that isn't visual costs its block one read of its index; a visual one reads its hidden row and its level's
 columns of its feature row once and writes the hidden row. The rows lie anywhere, so nothing is staged: up to 16 blocks

@@ -104,7 +104,7 @@ class EncodeWorker:
         except Exception as error:
             self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
             if len(jobs) == 1:
-                # asyncio takes no StopIteration: whoever waits for it would wait for ever
+                # asyncio takes no StopIteration: a task that awaits the future would wait forever
                 fails = RuntimeError(self.error) if isinstance(error, StopIteration) else error
                 jobs[0].future.set_exception(fails)
             else:  # one of them is to blame: the others shall not pay for it

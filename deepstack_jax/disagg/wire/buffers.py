@@ -1,4 +1,4 @@
-"""Host memory that rows of visual tokens travel through: blocks of C tokens, five buffers, one row a block in each.
+"""Host memory that rows of visual tokens travel through: blocks of C tokens, five buffers, one row per block in each.
 
 | # | buffer | one row | dtype |
 |---|---|---|---|
