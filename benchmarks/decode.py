@@ -35,11 +35,11 @@ from flax import nnx
 from measured import bandwidth, best_rate, chip_name
 
 from deepstack_jax.checkpoint import Model, load
-from deepstack_jax.generation import encode_rows, prompt_of
+from deepstack_jax.generation import encode_prompt, encode_rows
 from deepstack_jax.models.parameters import abstract_params, merge_params
 from deepstack_jax.models.registry import parse_config
-from deepstack_jax.processing.batch import arrange
-from deepstack_jax.programs import decode, language_inputs, prefill
+from deepstack_jax.processing.batch import prepare_batch
+from deepstack_jax.programs import decode_loop, language_inputs, prefill
 from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 
@@ -190,7 +190,9 @@ def timed(run: Callable[[], Any]) -> float:
 
 def our_decode(model: Model, ids: np.ndarray) -> float:
     state = started(model, ids)
-    return timed(lambda: decode(model.config, model.text_params, state, sampling_of(ids), np.int32(NEW_TOKENS + 1)))
+    return timed(
+        lambda: decode_loop(model.config, model.text_params, state, sampling_of(ids), np.int32(NEW_TOKENS + 1))
+    )
 
 
 def our_prefill(model: Model, ids: np.ndarray) -> float:
@@ -198,9 +200,9 @@ def our_prefill(model: Model, ids: np.ndarray) -> float:
 
 
 def started(model: Model, ids: np.ndarray) -> Any:
-    batch = arrange(model.config, ids)
+    batch = prepare_batch(model.config, ids)
     capacity = ids.shape[1] + NEW_TOKENS * 2
-    state = prefill(model.config, capacity, model.text_params, prompt_of(model, batch), sampling_of(ids))
+    state = prefill(model.config, capacity, model.text_params, encode_prompt(model, batch), sampling_of(ids))
     return jax.block_until_ready(state)
 
 
@@ -211,7 +213,7 @@ def sampling_of(ids: np.ndarray) -> SamplingParams:
 def our_vision(model: Model, pixels: np.ndarray, grid: np.ndarray) -> float:
     ids = np.full((1, len(pixels) // 4 + 2), model.config.image_token_id)
     ids[0, 0] = ids[0, -1] = 0
-    batch = arrange(model.config, ids, None, pixels, grid)
+    batch = prepare_batch(model.config, ids, None, pixels, grid)
     return timed(lambda: encode_rows(model, batch))
 
 
@@ -317,7 +319,7 @@ def show_load(model: Model) -> None:
 
 def experts_load(model: Model, ids: np.ndarray) -> np.ndarray:
     """int [layers, E]: tokens that chose each expert."""
-    inputs = language_inputs(prompt_of(model, arrange(model.config, ids)))
+    inputs = language_inputs(encode_prompt(model, prepare_batch(model.config, ids)))
     language_model = merge_params(model.config, model.text_params).language_model
     _, seen = nnx.capture(language_model, nnx.Intermediate)(**inputs)
     layers = seen["model"]["layers"].values()

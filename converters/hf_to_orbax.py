@@ -9,16 +9,19 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from deepstack_jax.checkpoints.direct_file import DirectFile
+from deepstack_jax.bundled import checkpoint_path
 from deepstack_jax.checkpoints.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite, warn_of_notes
 from deepstack_jax.checkpoints.mapping import Parameter
 from deepstack_jax.checkpoints.orbax_checkpoint import (
@@ -26,19 +29,33 @@ from deepstack_jax.checkpoints.orbax_checkpoint import (
     FORMAT_VERSION,
     Leaf,
     OrbaxError,
-    Piece,
-    create_arrays,
+    call_orbax,
     file_sizes,
+    groups_of,
+    load_arrays,
+)
+from deepstack_jax.checkpoints.orbax_writer import (
+    ArrayWriter,
+    Piece,
+    layout_difference,
+    mark_committed,
+    orbax_version,
     place_arrays,
+    save_groups,
     save_tree,
 )
-from deepstack_jax.checkpoints.safetensors_file import CheckpointError, FiniteCheck, refuse_lfs_pointer
+from deepstack_jax.checkpoints.safetensors_file import (
+    CheckpointError,
+    CheckpointWarning,
+    FiniteCheck,
+    refuse_lfs_pointer,
+)
 from deepstack_jax.config import ModelConfig, read_special_tokens
 from deepstack_jax.config_values import read_json_object
-from deepstack_jax.shipped import checkpoint_path
 
 Progress = Callable[[int, int], None]
 THREADS = 6  # more than cores: most of their time is waiting for the disk
+SAMPLE_BYTES = 32 << 20  # compared at a time
 
 # What stands beside the weights: the tokenizer's, the processor's and the generation's files.
 COMPANIONS = (
@@ -95,7 +112,7 @@ def convert(
     }
     total = sum(leaf.nbytes for leaf in leaves.values())
     with new_directory(out_dir, total) as directory:
-        _write_arrays(directory, checkpoint, leaves, lambda done: progress and progress(done, total))
+        _write_params(_Conversion(directory, checkpoint, leaves, lambda done: progress and progress(done, total)))
         copy_companions(hf_dir, directory)
         if kept is not None:
             set_config_dtype(directory / "config.json", kept.name)
@@ -175,41 +192,109 @@ def _check_companions(directory: Path, config: ModelConfig) -> None:
     read_special_tokens(directory, config)
 
 
-def _write_arrays(
-    directory: Path,
-    checkpoint: HfCheckpoint,
-    leaves: dict[str, Leaf],
-    progress: Callable[[int], object],
-) -> None:
-    """Writes `directory/params`; calls `progress` with the bytes that are on disk."""
-    parameters = {parameter.path: parameter for parameter in checkpoint.parameters}
-    pieces = create_arrays(directory, leaves)
-    done, warned = 0, set()
+@dataclass(frozen=True)
+class _Conversion:
+    """What is being written: `directory/params` out of `checkpoint`, as arrays of the shapes and dtypes of `leaves`."""
+
+    directory: Path
+    checkpoint: HfCheckpoint
+    leaves: Mapping[str, Leaf]
+    progress: Callable[[int], object]  # called with the bytes that are on disk
+    warned: set[str] = field(default_factory=set)
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        return {parameter.path: parameter for parameter in self.checkpoint.parameters}
+
+    def read(self, path: str, first: int = 0, count: int | None = None) -> tuple[np.ndarray, bool]:
+        """Rows of a parameter as they are to be written, and whether all of its values are finite."""
+        check = FiniteCheck()
+        values = self.checkpoint.read(self.parameters[path], first, count, self.leaves[path].dtype, check)
+        return values, not check.failed
+
+    def report(self, path: str, finite: bool) -> None:
+        """Warns once of a parameter that is not finite."""
+        if not finite and path not in self.warned:
+            self.warned.add(path)
+            warn_non_finite(self.checkpoint, self.parameters[path])
+
+
+def _write_params(conversion: _Conversion) -> None:
+    """Writes `directory/params` and reads a sample of it back."""
+    if difference := _write_pieces(conversion):
+        message = (
+            f"{orbax_version()} has another layout than 0.12.8 ({difference}): whole arrays are written through it, which "
+            "takes longer and more memory"
+        )
+        warnings.warn(message, CheckpointWarning, stacklevel=4)
+        save_groups(conversion.directory, _groups(conversion))
+    else:
+        place_arrays(conversion.directory, conversion.leaves)
+    _check_sample(conversion)
+    mark_committed(conversion.directory)
+
+
+def _write_pieces(conversion: _Conversion) -> str:
+    """Writes the arrays beside Orbax's tree, or returns what is unexpected about the tree."""
+    writer, done = ArrayWriter(conversion.directory, conversion.leaves), 0
     with ThreadPoolExecutor(THREADS, "convert") as pool:
-        writing = [pool.submit(_write_piece, checkpoint, parameters[p.path], p, leaves[p.path].dtype) for p in pieces]
+        writing = [pool.submit(_write_piece, conversion, writer, piece) for piece in writer.pieces]
         try:
-            save_tree(directory, leaves)
-            for piece, written in zip(pieces, writing, strict=True):
+            save_tree(conversion.directory, conversion.leaves)
+            if difference := layout_difference(conversion.directory, conversion.leaves):
+                pool.shutdown(cancel_futures=True)
+                return difference
+            for piece, written in zip(writer.pieces, writing, strict=True):
                 nbytes, finite = written.result()
-                if not finite and piece.path not in warned:
-                    warned.add(piece.path)
-                    warn_non_finite(checkpoint, parameters[piece.path])
+                conversion.report(piece.path, finite)
                 done += nbytes
-                progress(done)
+                conversion.progress(done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    place_arrays(directory, leaves)
+    return ""
 
 
-def _write_piece(checkpoint: HfCheckpoint, parameter: Parameter, piece: Piece, dtype: np.dtype) -> tuple[int, bool]:
+def _write_piece(conversion: _Conversion, writer: ArrayWriter, piece: Piece) -> tuple[int, bool]:
     """Writes one piece to disk; returns its bytes and whether all values are finite."""
-    check, nbytes = FiniteCheck(), 0
-    with DirectFile(piece.file) as file:
-        for values in checkpoint.stream(parameter, piece.first, piece.count, dtype, check):
-            file.write(values)
-            nbytes += values.nbytes
-    return nbytes, not check.failed
+    values, finite = conversion.read(piece.path, piece.first, piece.count)
+    writer.write(piece, values)
+    return values.nbytes, finite
+
+
+def _groups(conversion: _Conversion) -> Iterator[dict[str, np.ndarray]]:
+    """The whole arrays by dotted path, some of them at a time."""
+    done = 0
+    for paths in groups_of({path: leaf.nbytes for path, leaf in conversion.leaves.items()}):
+        group = {}
+        for path in paths:
+            group[path], finite = conversion.read(path)
+            conversion.report(path, finite)
+        yield group
+        done += sum(values.nbytes for values in group.values())
+        conversion.progress(done)
+
+
+def _check_sample(conversion: _Conversion) -> None:
+    """Raises `OrbaxError` unless Orbax reads back what was written of the smallest array and one of experts."""
+    for path in _sample(conversion.leaves):
+        leaf = conversion.leaves[path]
+        abstract = {path: np.empty(leaf.shape, leaf.dtype)}
+        stored = call_orbax(lambda abstract=abstract: load_arrays(conversion.directory, abstract))[path]
+        rows = max(1, leaf.shape[0] * SAMPLE_BYTES // leaf.nbytes)
+        for first in range(0, leaf.shape[0], rows):
+            expected, _ = conversion.read(path, first, min(rows, leaf.shape[0] - first))
+            if stored[first : first + rows].tobytes() != expected.tobytes():
+                raise OrbaxError(
+                    f"{orbax_version()} reads {path} back otherwise than it was written: check the disk, or install "
+                    "orbax-checkpoint 0.12.8, and convert again"
+                )
+
+
+def _sample(leaves: Mapping[str, Leaf]) -> list[str]:
+    """The smallest array, and the smallest of experts where there are some."""
+    by_size = sorted(leaves, key=lambda path: leaves[path].nbytes)
+    return [by_size[0], *[path for path in by_size if ".experts." in path][:1]]
 
 
 def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, Any]:

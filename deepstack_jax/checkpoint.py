@@ -11,13 +11,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from deepstack_jax.bundled import checkpoint_path
 from deepstack_jax.checkpoints.hf_checkpoint import read_params
 from deepstack_jax.config import ModelConfig, read_special_tokens
 from deepstack_jax.models.parameters import Params, abstract_params, flat_params, merge_params, model_dtype
 from deepstack_jax.models.registry import read_config
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.sharding import param_shardings
-from deepstack_jax.shipped import checkpoint_path
 
 VISION, TEXT = "visual.", "language_model."
 

@@ -14,12 +14,11 @@ from numpy.typing import ArrayLike
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.processing.batch import Batch, Visual, arrange, bucket
+from deepstack_jax.processing.batch import Batch, VisionInput, bucket, prepare_batch
 from deepstack_jax.processing.images import ImageSource
-from deepstack_jax.processing.processor import Prompt as UserPrompt
+from deepstack_jax.processing.processor import UserPrompt
 from deepstack_jax.processing.videos import VideoSource
-from deepstack_jax.programs import Prompt, all_logits, encode, place, prefill
-from deepstack_jax.programs import decode as decode_tokens
+from deepstack_jax.programs import PromptArrays, all_logits, decode_loop, encode_vision, prefill, write_rows
 from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.sampling_options import SamplingOptions
 
@@ -91,11 +90,11 @@ def forward(
     """
     del mm_token_type_ids
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
-    batch = arrange(model.config, input_ids, attention_mask, *visuals)
-    compact = np.asarray(all_logits(model.config, model.text_params, prompt_of(model, batch)))
+    batch = prepare_batch(model.config, input_ids, attention_mask, *visuals)
+    compact = np.asarray(all_logits(model.config, model.text_params, encode_prompt(model, batch)))
     length = np.shape(input_ids)[-1]
-    logits = np.zeros((len(batch.columns), length, compact.shape[-1]), np.float32)
-    for row, where in enumerate(batch.columns):
+    logits = np.zeros((len(batch.token_columns), length, compact.shape[-1]), np.float32)
+    for row, where in enumerate(batch.token_columns):
         logits[row, where] = compact[row, : len(where)]
     return jnp.asarray(logits)
 
@@ -154,14 +153,14 @@ def generate(
         started = time.perf_counter()
 
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
-    batch = arrange(model.config, input_ids, attention_mask, *visuals)
-    plan = plan_answer(model, batch, options)
-    lap("arrange", None)
-    prompt = prompt_of(model, batch)
+    batch = prepare_batch(model.config, input_ids, attention_mask, *visuals)
+    plan = plan_generation(model, batch, options)
+    lap("prepare", None)
+    prompt = encode_prompt(model, batch)
     lap("encode", prompt.rows)
     state = prefill(model.config, plan.capacity, model.text_params, prompt, plan.sampling)
     lap("prefill", state)
-    state = decode_tokens(model.config, model.text_params, state, plan.sampling, np.int32(plan.max_new_tokens))
+    state = decode_loop(model.config, model.text_params, state, plan.sampling, np.int32(plan.max_new_tokens))
     lap("decode", state)
     return GenerateOutput(np.asarray(state.tokens)[:, : plan.max_new_tokens], np.asarray(state.lengths), timings)
 
@@ -183,11 +182,11 @@ def stream(
     """
     names = [field.name for field in fields(SamplingOptions)]
     options = _one_of(sampling, SamplingOptions(**{name: named.pop(name) for name in names if name in named}))
-    batch = arrange(model.config, **(inputs or {}), **named)
-    plan = plan_answer(model, batch, options)
+    batch = prepare_batch(model.config, **(inputs or {}), **named)
+    plan = plan_generation(model, batch, options)
 
     def tokens() -> Iterator[np.ndarray]:
-        for piece in answer(model, prompt_of(model, batch), plan):
+        for piece in generate_steps(model, encode_prompt(model, batch), plan):
             yield piece[:, 0]
 
     return tokens()
@@ -206,7 +205,7 @@ def _one_of(sampling: SamplingOptions | None, single: SamplingOptions) -> Sampli
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """How a prompt is answered, checked against the model: what the compiled programs take beside the prompt."""
 
     sampling: SamplingParams
@@ -214,7 +213,7 @@ class Plan:
     max_new_tokens: int
 
 
-def plan_answer(model: Model, prompt: Batch | Prompt, options: SamplingOptions) -> Plan:
+def plan_generation(model: Model, prompt: Batch | PromptArrays, options: SamplingOptions) -> GenerationPlan:
     """Checks the options against the model and a prompt, before any work on the device.
 
     Raises:
@@ -225,10 +224,12 @@ def plan_answer(model: Model, prompt: Batch | Prompt, options: SamplingOptions) 
     ends = model.eos_token_ids if named is None else (named,) if isinstance(named, int) else named
     rows = len(np.asarray(prompt.lengths))
     sampling = SamplingParams.of(rows, options, end_token_ids=ends, pad_token_id=model.pad_token_id)
-    return Plan(sampling, _capacity(model, prompt, options.max_new_tokens), options.max_new_tokens)
+    return GenerationPlan(sampling, _capacity(model, prompt, options.max_new_tokens), options.max_new_tokens)
 
 
-def answer(model: Model, prompt: Prompt, plan: Plan, step: Callable[[], int] = lambda: 1) -> Iterator[np.ndarray]:
+def generate_steps(
+    model: Model, prompt: PromptArrays, plan: GenerationPlan, step: Callable[[], int] = lambda: 1
+) -> Iterator[np.ndarray]:
     """The tokens of `generate` in pieces: yields int32 [B, n], -1 for rows that have ended.
 
     `step` says before each run of the decode program how many tokens it makes; the first piece is one token. The
@@ -242,12 +243,12 @@ def answer(model: Model, prompt: Prompt, plan: Plan, step: Callable[[], int] = l
         if made == plan.max_new_tokens or np.array(state.done).all():
             return
         until = min(made + max(step(), 1), plan.max_new_tokens)
-        state = decode_tokens(model.config, model.text_params, state, plan.sampling, np.int32(until))
+        state = decode_loop(model.config, model.text_params, state, plan.sampling, np.int32(until))
         columns = np.arange(made, made := int(state.step))  # fewer than asked for where all rows have ended
         tokens = np.where(columns < np.array(state.lengths)[:, None], np.array(state.tokens)[:, columns], -1)
 
 
-def encode_visuals(model: Model, visuals: Sequence[Visual]) -> list[jax.Array]:
+def encode_images(model: Model, visuals: Sequence[VisionInput]) -> list[jax.Array]:
     """Rows [bucket of m, (1+N)*D] of each image and video; those of one bucket run together, up to ENCODE_TOGETHER.
 
     The number that runs together is a power of two, so that programs stay few; no image's bits depend on it.
@@ -263,7 +264,7 @@ def encode_visuals(model: Model, visuals: Sequence[Visual]) -> list[jax.Array]:
             items = [(visuals[i].pixel_values, visuals[i].geometry) for i in group]
             # one alone needs no copy of its pixels
             stacked = jax.tree.map(lambda *arrays: np.stack(arrays) if arrays[1:] else arrays[0][None], *items)
-            rows |= zip(group, encode(model.config, model.vision_params, *stacked), strict=True)
+            rows |= zip(group, encode_vision(model.config, model.vision_params, *stacked), strict=True)
     return [rows[i] for i in range(len(visuals))]
 
 
@@ -271,10 +272,10 @@ def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
     """The visual rows of a batch, a bucket of them, or None where it has no image and no video."""
     if not batch.visuals:
         return None
-    return join_rows(model.config, encode_visuals(model, batch.visuals), batch.visuals)
+    return concat_rows(model.config, encode_images(model, batch.visuals), batch.visuals)
 
 
-def join_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[Visual]) -> VisualRows:
+def concat_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[VisionInput]) -> VisualRows:
     """The rows of one image after another, filled up with zeros to a bucket."""
     height = bucket(sum(visual.num_rows for visual in visuals))
     width, levels = config.text.hidden_size, config.num_deepstack_levels
@@ -282,18 +283,18 @@ def join_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence
     rows = VisualRows(*(jnp.zeros((height, each), parts[0].dtype) for each in widths))
     first = 0
     for part, visual in zip(parts, visuals, strict=True):
-        rows = place(config, rows, part, np.int32(first), np.int32(visual.num_rows))
+        rows = write_rows(config, rows, part, np.int32(first), np.int32(visual.num_rows))
         first += visual.num_rows
     return rows
 
 
-def prompt_of(model: Model, batch: Batch) -> Prompt:
+def encode_prompt(model: Model, batch: Batch) -> PromptArrays:
     """What the prefill program takes, the visual rows encoded."""
     rows = encode_rows(model, batch)
-    return Prompt(batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows)
+    return PromptArrays(batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows)
 
 
-def _capacity(model: Model, prompt: Batch | Prompt, max_new_tokens: int) -> int:
+def _capacity(model: Model, prompt: Batch | PromptArrays, max_new_tokens: int) -> int:
     """Slots a row: a function of the prompt's bucket and of max_new_tokens, so that prompts share programs."""
     longest, limit = int(np.max(prompt.lengths)), model.config.text.max_position_embeddings
     if longest + max_new_tokens > limit:

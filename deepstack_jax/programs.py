@@ -25,7 +25,7 @@ from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_se
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well
 @jax.tree_util.register_dataclass
 @dataclass
-class Prompt:
+class PromptArrays:
     """Tokens of B rows, padded at the end to T, and what places the visual rows among them (None for text alone)."""
 
     input_ids: Int[AnyArray, "B T"]
@@ -40,7 +40,7 @@ class Prompt:
 @jax.tree_util.register_dataclass
 @dataclass
 class DecodeState:
-    """Everything that decoding carries from token to token; donated to `decode` and returned by it."""
+    """Everything that decoding carries from token to token; donated to `decode_loop` and returned by it."""
 
     cache: KVCache
     tokens: Int[Array, "B S"]  # the answers, filled up with the pad token
@@ -54,7 +54,7 @@ class DecodeState:
 
 
 @partial(jax.jit, static_argnums=0)
-def encode(
+def encode_vision(
     config: ModelConfig, params: Params, pixel_values: Float[Array, "G P C"], geometry: PatchGeometry
 ) -> Float[Array, "G M R"]:
     """Rows [G, P / merge^2, (1+N)*D] of G images or videos of one bucket, in the model's dtype.
@@ -73,14 +73,14 @@ def encode(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def place(
+def write_rows(
     config: ModelConfig,
     rows: VisualRows,
     part: Float[Array, "m R"],
     first: Int[Array, ""],
     count: Int[Array, ""],
 ) -> VisualRows:
-    """`rows` with rows `first` to `first + count` taken from the start of `part`, as `encode` returned it."""
+    """`rows` with rows `first` to `first + count` taken from the start of `part`, as `encode_vision` returned it."""
     source = jnp.arange(len(rows.embeds)) - first
     inside = ((source >= 0) & (source < count))[:, None]
     taken = part[jnp.clip(source, 0, len(part) - 1)]
@@ -88,7 +88,7 @@ def place(
 
 
 @partial(jax.jit, static_argnums=0)
-def all_logits(config: ModelConfig, params: Params, prompt: Prompt) -> Float[Array, "B T V"]:
+def all_logits(config: ModelConfig, params: Params, prompt: PromptArrays) -> Float[Array, "B T V"]:
     """float32 logits at every token."""
     with precision_of(config):
         return merge_params(config, params).language_model(**language_inputs(prompt))[0]
@@ -96,7 +96,7 @@ def all_logits(config: ModelConfig, params: Params, prompt: Prompt) -> Float[Arr
 
 @partial(jax.jit, static_argnums=(0, 1))
 def prefill(
-    config: ModelConfig, capacity: int, params: Params, prompt: Prompt, sampling: SamplingParams
+    config: ModelConfig, capacity: int, params: Params, prompt: PromptArrays, sampling: SamplingParams
 ) -> DecodeState:
     """Runs the prompt, fills a new cache of `capacity` slots a row and draws the first token."""
     batch = prompt.input_ids.shape[0]
@@ -125,7 +125,7 @@ def prefill(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
-def decode(
+def decode_loop(
     config: ModelConfig, params: Params, state: DecodeState, sampling: SamplingParams, limit: Int[Array, ""]
 ) -> DecodeState:
     """Goes on until every answer has `limit` tokens or its end token. One loop on the device, the cache in place."""
@@ -145,7 +145,7 @@ def decode(
         return jax.lax.while_loop(unfinished, next_token, state)
 
 
-def language_inputs(prompt: Prompt) -> dict[str, Any]:
+def language_inputs(prompt: PromptArrays) -> dict[str, Any]:
     """The arguments of `Qwen3MoeForCausalLM` for a prompt, its visual rows included."""
     embeds, deepstack = prompt.rows or (None, None)
     return {

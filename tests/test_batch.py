@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import deepstack_jax as dsj
-from deepstack_jax.generation import encode_rows, encode_visuals
+from deepstack_jax.generation import encode_images, encode_rows
 from deepstack_jax.models.parameters import init_params
 from deepstack_jax.models.registry import parse_config
-from deepstack_jax.processing.batch import Batch, arrange, bucket
+from deepstack_jax.processing.batch import Batch, bucket, prepare_batch
 from deepstack_jax.testing.random_checkpoint import tiny_config
 from tests.cases import IMAGE, VIDEO, batch_of, side_by_side
 
@@ -35,7 +35,7 @@ def test_pictures_in_two_buckets_of_the_encoder_share_one_of_prefill():
     rows = []
     for grid in ((1, 20, 26), (1, 20, 30)):  # 130 and 150 visual tokens
         arrays = batch_of(tiny_config(), [[4, (IMAGE, grid), 3]])
-        batch = arrange(CONFIG, **arrays)
+        batch = prepare_batch(CONFIG, **arrays)
         rows.append((len(batch.visuals[0].pixel_values) // 4, side_by_side(encode_rows(model, batch))))
     assert [(patches, len(made)) for patches, made in rows] == [(144, 160), (160, 160)]
     assert all(np.abs(made[0]).max() > 0 for _, made in rows)
@@ -48,10 +48,10 @@ def test_an_image_has_the_same_rows_bit_for_bit_whatever_comes_with_it(dtype: st
     model = dsj.Model(CONFIG, init_params(CONFIG, dtype=dtype))
     grids = [(1, 8, 6), (1, 20, 30), (1, 10, 6), (1, 6, 8), (1, 4, 6), (1, 8, 8), (3, 4, 6)]
     arrays = batch_of(tiny_config(), [[4, *((VIDEO if grid[0] > 1 else IMAGE, grid) for grid in grids), 3]])
-    visuals = arrange(CONFIG, **arrays).visuals
-    together = encode_visuals(model, visuals)
+    visuals = prepare_batch(CONFIG, **arrays).visuals
+    together = encode_images(model, visuals)
     for visual, rows in zip(visuals, together, strict=True):
-        np.testing.assert_array_equal(rows, encode_visuals(model, [visual])[0])
+        np.testing.assert_array_equal(rows, encode_images(model, [visual])[0])
     # five images share a bucket: four run together, then one
     assert sorted(len(rows) for rows in together) == [16] * 5 + [24, 160]
 
@@ -75,7 +75,7 @@ def test_an_image_has_the_same_rows_bit_for_bit_whatever_comes_with_it(dtype: st
 )
 def test_arrays_that_do_not_fit_are_named(change: dict, message: str):
     with pytest.raises(ValueError) as error:
-        arrange(CONFIG, **(GOOD | change))
+        prepare_batch(CONFIG, **(GOOD | change))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -117,8 +117,8 @@ def test_arrays_of_every_library_give_the_batch_of_their_values(convert: Callabl
     arrays = batch_of(tiny_config(), [[4, (IMAGE, (1, 4, 6)), 3], [5, (VIDEO, (2, 4, 4))]])
     for name in ("pixel_values", "pixel_values_videos"):
         arrays[name] = np.random.default_rng(0).integers(-8, 8, arrays[name].shape).astype(np.float32)
-    batch = arrange(CONFIG, **{name: convert(name, np.asarray(array)) for name, array in arrays.items()})
-    for found, expected in zip(leaves(batch), leaves(arrange(CONFIG, **arrays)), strict=True):
+    batch = prepare_batch(CONFIG, **{name: convert(name, np.asarray(array)) for name, array in arrays.items()})
+    for found, expected in zip(leaves(batch), leaves(prepare_batch(CONFIG, **arrays)), strict=True):
         assert found.dtype == expected.dtype
         np.testing.assert_array_equal(found, expected)
 
@@ -136,7 +136,7 @@ def test_arrays_of_every_library_give_the_batch_of_their_values(convert: Callabl
 )
 def test_arrays_that_can_not_be_read_are_named(name: str, value: Any, message: str):
     with pytest.raises(ValueError) as error:
-        arrange(CONFIG, **(GOOD | {name: value}))
+        prepare_batch(CONFIG, **(GOOD | {name: value}))
     assert str(error.value).startswith(name + message)
     assert "\n" not in str(error.value)
 
@@ -145,12 +145,12 @@ def test_a_jax_array_that_was_given_away_is_named():
     array = jnp.asarray(GOOD["pixel_values"])
     array.delete()
     with pytest.raises(ValueError, match=r"pixel_values can't be read from ArrayImpl .*deleted"):
-        arrange(CONFIG, **(GOOD | {"pixel_values": array}))
+        prepare_batch(CONFIG, **(GOOD | {"pixel_values": array}))
 
 
 def test_arrays_of_no_pictures_are_as_if_absent():
     none = {"pixel_values": np.zeros((0, 1536), np.float32), "image_grid_thw": np.zeros((0, 3), np.int64)}
-    assert arrange(CONFIG, [[1, 2, 3]], **none).visuals == ()
+    assert prepare_batch(CONFIG, [[1, 2, 3]], **none).visuals == ()
 
 
 def test_a_dtype_that_the_models_do_not_compute_in_is_refused(tmp_path):
@@ -160,7 +160,7 @@ def test_a_dtype_that_the_models_do_not_compute_in_is_refused(tmp_path):
 
 def test_a_text_model_refuses_pictures():
     with pytest.raises(ValueError, match="qwen3_moe is a text model: leave images out"):
-        arrange(parse_config(tiny_config("qwen3_moe")), **GOOD)
+        prepare_batch(parse_config(tiny_config("qwen3_moe")), **GOOD)
 
 
 @pytest.mark.parametrize(

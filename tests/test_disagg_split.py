@@ -22,9 +22,9 @@ from deepstack_jax.disagg.encode.worker import MAX_TOGETHER
 from deepstack_jax.disagg.language.encoders import Arrival, EncoderLinks, TransferFailedError
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
 from deepstack_jax.disagg.wire.payload import pack
-from deepstack_jax.generation import answer, plan_answer, prompt_of
-from deepstack_jax.processing.batch import arrange
-from deepstack_jax.programs import Prompt, all_logits
+from deepstack_jax.generation import encode_prompt, generate_steps, plan_generation
+from deepstack_jax.processing.batch import prepare_batch
+from deepstack_jax.programs import PromptArrays, all_logits
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.test_disagg_payload import IMAGES, VIDEOS, opened
 
@@ -142,10 +142,10 @@ def fetched(model: dsj.Model, process: EncodeProcess, payloads: list[bytes], **o
     return asyncio.run(with_links(links, work()))
 
 
-def whole_prompt(model: dsj.Model, case: str) -> Prompt:
+def whole_prompt(model: dsj.Model, case: str) -> PromptArrays:
     images, videos = media(case)
     arrays = dsj.prepare(model, "What is this?", images=images, videos=videos)
-    return prompt_of(model, arrange(model.config, **arrays))
+    return encode_prompt(model, prepare_batch(model.config, **arrays))
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3, 64])
@@ -164,9 +164,9 @@ def test_the_split_gives_the_bits_of_the_whole(pair: tuple[dsj.Model, EncodeProc
     np.testing.assert_array_equal(
         *(np.asarray(all_logits(model.config, model.text_params, p))[:, : whole.lengths[0]] for p in (whole, split))
     )
-    plan = plan_answer(model, whole, dsj.SamplingOptions(max_new_tokens=8, eos_token_id=[]))
+    plan = plan_generation(model, whole, dsj.SamplingOptions(max_new_tokens=8, eos_token_id=[]))
     np.testing.assert_array_equal(
-        *(np.concatenate(list(answer(model, prompt, plan)), axis=1) for prompt in (whole, split))
+        *(np.concatenate(list(generate_steps(model, prompt, plan)), axis=1) for prompt in (whole, split))
     )
     blocks = -(-int(whole.lengths[0]) // BLOCK)
     assert len(arrival.rounds) == -(-blocks // max(1, num_blocks // 4))
@@ -287,7 +287,7 @@ def test_every_kind_of_file_goes_through_real_nodes(pair: tuple[dsj.Model, Encod
     for (name, request), arrival in zip(requests_of_many_kinds().items(), arrivals, strict=True):
         prompt, images, videos, options = request
         arrays = model.processor.prepare(prompt, images=images, videos=videos, **options)
-        whole = prompt_of(model, arrange(model.config, **arrays))
+        whole = encode_prompt(model, prepare_batch(model.config, **arrays))
         for field in ("input_ids", "position_ids", "rope_deltas"):
             np.testing.assert_array_equal(getattr(arrival.prompt, field), getattr(whole, field), err_msg=name)
         # the whole model has images before videos, the split has rows in the order of their tokens
@@ -295,7 +295,7 @@ def test_every_kind_of_file_goes_through_real_nodes(pair: tuple[dsj.Model, Encod
             np.testing.assert_array_equal(arrived, encoded, err_msg=name)
 
 
-def rows_by_token(prompt: Prompt) -> list[np.ndarray]:
+def rows_by_token(prompt: PromptArrays) -> list[np.ndarray]:
     index = np.asarray(prompt.visual_index)
     return [np.asarray(rows)[index[index >= 0]] for rows in prompt.rows or ()]
 

@@ -16,13 +16,13 @@ from deepstack_jax.engine.runner import (
     DeadlineError,
     Event,
     QueueFullError,
+    Request,
+    RequestFailed,
     Runner,
     StoppingError,
-    Work,
-    WorkError,
 )
-from deepstack_jax.generation import plan_answer, prompt_of
-from deepstack_jax.processing.batch import arrange
+from deepstack_jax.generation import encode_prompt, plan_generation
+from deepstack_jax.processing.batch import prepare_batch
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.cases import IMAGE, batch_of
 
@@ -50,8 +50,8 @@ def inputs_of(seed: int = 0, image: bool = False) -> dict[str, np.ndarray]:
 
 
 def work_of(model: dsj.Model, inputs: dict[str, np.ndarray], **options: Any) -> tuple[Any, Any]:
-    batch = arrange(model.config, **inputs)
-    return batch, plan_answer(
+    batch = prepare_batch(model.config, **inputs)
+    return batch, plan_generation(
         model, batch, dsj.SamplingOptions(**({"max_new_tokens": 8, "eos_token_id": []} | options))
     )
 
@@ -74,7 +74,7 @@ class Events:
     def __call__(self, event: Event) -> None:
         self.all.append(event)
         self.first.set()
-        if isinstance(event, WorkError) or event.finish:
+        if isinstance(event, RequestFailed) or event.finish_reason:
             self.ended.set()
 
 
@@ -87,10 +87,10 @@ def test_tokens_are_those_of_generate(model: dsj.Model, step_seconds: float, ima
     batch, plan = work_of(model, inputs, **options)
     runner = Runner(model, step_seconds=step_seconds)
     # pixels to encode, and rows that are there already
-    for prompt in (batch, prompt_of(model, batch)):
+    for prompt in (batch, encode_prompt(model, batch)):
         chunks = asyncio.run(answer(runner, prompt, plan))
         assert tokens_of(chunks) == out.tokens[0].tolist()
-        assert [chunk.finish for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+        assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
         assert chunks[-1].timings.keys() == {"queue", "encode", "prefill", "decode"}
         assert {chunk.prompt_tokens for chunk in chunks} == {inputs["input_ids"].shape[1]}
         if step_seconds == 0.0:
@@ -109,7 +109,7 @@ def test_an_end_token_ends_the_answer_and_is_part_of_it(model: dsj.Model, runner
         batch, plan = work_of(model, inputs, eos_token_id=[free[i], 299], max_new_tokens=max_new_tokens, **drawn)
         chunks = asyncio.run(answer(runner, batch, plan))
         assert tokens_of(chunks) == free[: i + 1]
-        assert chunks[-1].finish == "stop"
+        assert chunks[-1].finish_reason == "stop"
 
 
 def test_work_is_done_in_the_order_in_which_it_came(model: dsj.Model, runner: Runner):
@@ -148,12 +148,12 @@ def test_a_full_line_takes_no_more_until_a_place_is_given_back(model: dsj.Model)
 
 def test_who_hears_the_end_finds_the_place_given_back(model: dsj.Model, runner: Runner):
     batch, plan = work_of(model, inputs_of())
-    narrow = replace(prompt_of(model, batch), input_ids=np.zeros((1, 0), np.int32))
+    narrow = replace(encode_prompt(model, batch), input_ids=np.zeros((1, 0), np.int32))
     for prompt in (batch, narrow):
         ended, busy = threading.Event(), []
 
         def emit(event: Event) -> None:
-            if isinstance(event, WorkError) or event.finish:
+            if isinstance(event, RequestFailed) or event.finish_reason:
                 busy.append((runner.waiting, runner.busy_seconds))  # noqa: B023
                 ended.set()  # noqa: B023
 
@@ -166,8 +166,8 @@ def test_cancelled_work_stops_and_the_next_begins(model: dsj.Model):
     looks = []
 
     class Watched(Runner):
-        def _wanted(self, work: Work, where: str) -> bool:
-            wanted = super()._wanted(work, where)
+        def _check_alive(self, request: Request, where: str) -> bool:
+            wanted = super()._check_alive(request, where)
             looks.append((where, wanted))
             return wanted
 
@@ -211,7 +211,7 @@ def test_deadlines_pass_in_line_and_while_running(model: dsj.Model):
 
 def test_a_failure_ends_its_own_request_alone(model: dsj.Model, runner: Runner, caplog: pytest.LogCaptureFixture):
     batch, plan = work_of(model, inputs_of(image=True))
-    prompt = prompt_of(model, batch)
+    prompt = encode_prompt(model, batch)
     narrow = replace(prompt, rows=prompt.rows._replace(embeds=prompt.rows.embeds[:, :-5]))  # not D wide
     good, good_plan = work_of(model, inputs_of())
 
@@ -220,7 +220,7 @@ def test_a_failure_ends_its_own_request_alone(model: dsj.Model, runner: Runner, 
         return await asyncio.gather(*(answer(runner, *work) for work in works), return_exceptions=True)
 
     before, failed, after = asyncio.run(three())
-    assert isinstance(failed, WorkError)
+    assert isinstance(failed, RequestFailed)
     assert "\n" not in str(failed)
     assert tokens_of(before) == tokens_of(after)
     assert len(tokens_of(after)) == 8
@@ -239,20 +239,20 @@ def test_a_taker_that_fails_harms_nobody_else(model: dsj.Model, runner: Runner, 
 
 
 def test_health_is_what_the_model_shows(model: dsj.Model, runner: Runner, caplog: pytest.LogCaptureFixture):
-    assert runner.last_work is None
+    assert runner.last_run is None
     assert asyncio.run(runner.health(timeout=120)) is None  # the self-test ran
-    first = runner.last_work
+    first = runner.last_run
     assert first is not None
     assert asyncio.run(runner.health()) is None
-    assert runner.last_work == first  # it is recent enough
+    assert runner.last_run == first  # it is recent enough
     assert asyncio.run(runner.health(idle_after=0)) is None
-    assert runner.last_work > first
+    assert runner.last_run > first
 
     # the last request failed on the device: a self-test says whether it was the request
     batch, plan = work_of(model, inputs_of(image=True))
-    prompt = prompt_of(model, batch)
+    prompt = encode_prompt(model, batch)
     narrow = replace(prompt, rows=prompt.rows._replace(embeds=prompt.rows.embeds[:, :-5]))
-    with pytest.raises(WorkError):
+    with pytest.raises(RequestFailed):
         asyncio.run(answer(runner, narrow, plan))
     assert runner.error is not None
     assert asyncio.run(runner.health()) is None
@@ -305,4 +305,4 @@ def test_stopping_refuses_ends_and_waits(model: dsj.Model):
     assert runner.join(60)
     for one in events:
         assert isinstance(one.all[-1], Chunk)
-        assert one.all[-1].finish == "length"
+        assert one.all[-1].finish_reason == "length"

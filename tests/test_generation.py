@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import deepstack_jax as dsj
 from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.processing.batch import bucket
-from deepstack_jax.programs import Prompt, decode, prefill
+from deepstack_jax.programs import PromptArrays, decode_loop, prefill
 from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.cases import IMAGE, batch_of
@@ -65,11 +65,11 @@ def test_temporary_memory_of_decode_does_not_grow_with_the_cache_or_the_experts(
     def memory(capacity: int, experts: int):
         config = replace(model.config, vision=None, text=replace(model.config.text, num_experts=experts))
         params = abstract_params(config, dtype)
-        prompt = Prompt(*(np.zeros(shape, np.int32) for shape in ((2, 16), (3, 2, 16), (2,), (2,))))
+        prompt = PromptArrays(*(np.zeros(shape, np.int32) for shape in ((2, 16), (3, 2, 16), (2,), (2,))))
         sampling = SamplingParams.of(2)
         state = jax.eval_shape(lambda p, q: prefill(config, capacity, p, q, sampling), params, prompt)
         cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
-        return decode.lower(config, params, state, sampling, np.int32(1)).compile().memory_analysis(), cache
+        return decode_loop.lower(config, params, state, sampling, np.int32(1)).compile().memory_analysis(), cache
 
     (small, _), (long, cache), (many, _) = memory(2048, 8), memory(8192, 8), memory(2048, 64)
     assert long.temp_size_in_bytes <= small.temp_size_in_bytes + 4096

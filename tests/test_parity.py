@@ -11,7 +11,7 @@ import torch
 import deepstack_jax as dsj
 from deepstack_jax.generation import encode_rows
 from deepstack_jax.models.parameters import merge_params
-from deepstack_jax.processing.batch import arrange
+from deepstack_jax.processing.batch import prepare_batch
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import BY_NAME, CASES, Case, side_by_side
 from tests.torch_reference import load_reference, reference_logits, reference_rows, reference_tokens
@@ -98,7 +98,7 @@ def rows_of_both(
     reference, model = load_reference(directory, torch_dtype), dsj.load(directory, jax_dtype)
     parts = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
     expected = [reference_rows(reference, case.inputs[p], case.inputs[g]) for p, g in parts if p in case.inputs]
-    batch = arrange(model.config, **case.inputs)
+    batch = prepare_batch(model.config, **case.inputs)
     rows = side_by_side(encode_rows(model, batch))[: batch.num_visual_tokens].astype(np.float32)
     return np.concatenate(expected), rows
 

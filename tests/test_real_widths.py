@@ -7,7 +7,7 @@ import pytest
 
 import deepstack_jax as dsj
 from deepstack_jax.generation import encode_rows
-from deepstack_jax.processing.batch import arrange
+from deepstack_jax.processing.batch import prepare_batch
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import IMAGE, VIDEO, batch_of, mrope, side_by_side
 from tests.torch_reference import load_reference, reference_logits, reference_rows, reference_tokens
@@ -66,7 +66,7 @@ def test_parity_at_the_widths_of_the_30b_model(tmp_path):
     gc.collect()
 
     model = dsj.load(tmp_path)
-    batch = arrange(model.config, **inputs)
+    batch = prepare_batch(model.config, **inputs)
     found = side_by_side(encode_rows(model, batch))[: batch.num_visual_tokens]
     for level in range(3):
         part = slice(2048 * level, 2048 * (level + 1))

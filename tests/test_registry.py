@@ -111,7 +111,7 @@ def test_models_are_called_as_transformers_calls_them(tmp_path: Path, model_type
     model = dsj.load(tmp_path)
     images = [np.random.default_rng(1).integers(0, 256, (256, 256, 3), np.uint8)] if model.config.vision else []
     inputs = dsj.prepare(model, "Who is there?", images=images)
-    batch = dsj.generation.arrange(model.config, **inputs)
+    batch = dsj.generation.prepare_batch(model.config, **inputs)
     more: dict[str, Any] = {}
     if images:
         visual = batch.visuals[0]

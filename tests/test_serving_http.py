@@ -92,7 +92,7 @@ class Watched:
         try:
             async for chunk in answer:
                 count += len(chunk.tokens)
-                finish = chunk.finish
+                finish = chunk.finish_reason
                 yield chunk
         finally:
             await answer.aclose()

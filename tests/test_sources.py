@@ -27,6 +27,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.sources import (
     SNIFFED_BYTES,
     decode_base64,
@@ -34,7 +35,6 @@ from deepstack_jax.processing.sources import (
     host_array,
     looks_like_media,
     looks_like_video,
-    one_line,
     open_source,
     option_values,
 )

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import deepstack_jax as dsj
+from deepstack_jax.bundled import checkpoint_path
 from deepstack_jax.demo.samples import KINDS, sample
-from deepstack_jax.shipped import checkpoint_path
 from tiny_vl.evaluate import Case, Scores, answers, cases_of, evaluate, load_of, wanted
 from tiny_vl.parity import cases_of_kinds, differing, load_torch
 

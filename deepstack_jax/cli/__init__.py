@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if given["debug"]:
             raise
-        from deepstack_jax.processing.sources import one_line
+        from deepstack_jax.errors import one_line
 
         message = one_line(error)
         expected = isinstance(error, ValueError | OSError)

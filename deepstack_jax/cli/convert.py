@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from deepstack_jax.shipped import existing_checkpoint
+from deepstack_jax.bundled import existing_checkpoint
 
 
 def run(

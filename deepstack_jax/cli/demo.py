@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deepstack_jax.shipped import existing_checkpoint
+from deepstack_jax.bundled import existing_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console

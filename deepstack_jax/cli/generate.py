@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 import deepstack_jax as dsj
-from deepstack_jax.shipped import existing_checkpoint
+from deepstack_jax.bundled import existing_checkpoint
 
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model

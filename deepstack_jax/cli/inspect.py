@@ -6,8 +6,8 @@ from typing import Annotated, Literal, NamedTuple
 
 import typer
 
+from deepstack_jax.bundled import existing_checkpoint
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.shipped import existing_checkpoint
 
 
 class _Leaf(NamedTuple):

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import typer
 
-from deepstack_jax.shipped import existing_checkpoint
+from deepstack_jax.bundled import existing_checkpoint
 
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model

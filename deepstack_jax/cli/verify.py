@@ -40,8 +40,8 @@ def run(
     from rich.console import Console
 
     import deepstack_jax as dsj
+    from deepstack_jax.bundled import checkpoint_path
     from deepstack_jax.cli.progress import loading
-    from deepstack_jax.shipped import checkpoint_path
 
     checkpoint = checkpoint_path(checkpoint)
     with loading(f"loading {checkpoint}") as progress:
@@ -74,12 +74,12 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
     from flax import nnx
 
     import deepstack_jax as dsj
-    from deepstack_jax.generation import prompt_of
+    from deepstack_jax.generation import encode_prompt
     from deepstack_jax.models.parameters import merge_params
-    from deepstack_jax.processing.batch import arrange
+    from deepstack_jax.processing.batch import prepare_batch
     from deepstack_jax.programs import language_inputs, precision_of
 
-    batch = arrange(model.config, **inputs)
+    batch = prepare_batch(model.config, **inputs)
     config = model.config
 
     @jax.jit
@@ -106,7 +106,7 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
             count = visual.num_rows * (config.vision.merge_unit if name.startswith("blocks") else 1)
             parts.setdefault(name, []).append(np.asarray(value)[:count])
     found |= {name: np.concatenate(part) for name, part in parts.items()}
-    of_text = stages_of_text(model.text_params, prompt_of(model, batch))
+    of_text = stages_of_text(model.text_params, encode_prompt(model, batch))
     found |= {name: np.asarray(value)[:, : batch.lengths[0]] for name, value in of_text.items()}
     return found, dsj.generate(model, **inputs, max_new_tokens=max_new_tokens, eos_token_id=[]).tokens
 

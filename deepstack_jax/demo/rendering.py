@@ -103,7 +103,7 @@ def _background(background: Background, width: int, height: int) -> Image.Image:
         pixels = first + along[..., None].astype(np.float32) * (second - first)
     elif background.kind == "noise":
         grain = 1 + int(4 * rng.random())  # pixels
-        noise = rng.random((-(-height // grain), -(-width // grain), 1), np.float32)
+        noise = rng.random((ceil(height / grain), ceil(width / grain), 1), np.float32)
         noise = noise.repeat(grain, 0).repeat(grain, 1)[:height, :width] - 0.5
         pixels = first + 80 * background.strength * noise
     else:

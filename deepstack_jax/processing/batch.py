@@ -13,6 +13,7 @@ from deepstack_jax.config import ModelConfig, VisionConfig
 from deepstack_jax.models.vision import PatchGeometry, patch_geometry
 from deepstack_jax.processing.positions import rope_positions, visual_index
 from deepstack_jax.processing.sources import host_array
+from deepstack_jax.rounding import cdiv
 
 SMALLEST_BUCKET = 16
 FINER_FROM = 128  # from here on an octave has `parts` buckets, before two
@@ -28,11 +29,11 @@ def bucket(length: int, parts: int = 4) -> int:
     while 2 * octave < length:
         octave *= 2
     step = octave // parts if octave >= FINER_FROM else octave // 2
-    return max(octave, -(-length // step) * step)
+    return max(octave, cdiv(length, step) * step)
 
 
 @dataclass
-class Visual:
+class VisionInput:
     """One image or one video, padded to a bucket of P patches."""
 
     pixel_values: np.ndarray  # float32 [P, C*Tp*p*p]
@@ -48,9 +49,9 @@ class Batch:
     position_ids: np.ndarray  # int32 [3, B, T]
     lengths: np.ndarray  # int32 [B]: tokens of each row
     rope_deltas: np.ndarray  # int32 [B]: M-RoPE position minus slot, of the tokens after the prompt
-    columns: list[np.ndarray]  # where each row's tokens stood in the caller's input_ids
+    token_columns: list[np.ndarray]  # where each row's tokens stood in the caller's input_ids
     visual_index: np.ndarray | None = None  # int32 [B, T]: row of each visual token, -1 for text
-    visuals: tuple[Visual, ...] = ()  # the images, then the videos
+    visuals: tuple[VisionInput, ...] = ()  # the images, then the videos
 
     @property
     def num_visual_tokens(self) -> int:
@@ -58,7 +59,7 @@ class Batch:
         return sum(visual.num_rows for visual in self.visuals)
 
 
-def arrange(
+def prepare_batch(
     config: ModelConfig,
     input_ids: ArrayLike,
     attention_mask: ArrayLike | None = None,
@@ -100,7 +101,7 @@ def arrange(
         position_ids=np.pad(positions, [(0, 0), (0, 0), (0, padding)]),
         lengths=lengths,
         rope_deltas=deltas,
-        columns=columns,
+        token_columns=columns,
     )
     if config.vision:
         index = visual_index(compact, compact_mask, image_grid, video_grid, config)
@@ -115,10 +116,10 @@ def arrange(
     return batch
 
 
-def _one_visual(config: VisionConfig, patches: np.ndarray, grid: np.ndarray) -> Visual:
+def _one_visual(config: VisionConfig, patches: np.ndarray, grid: np.ndarray) -> VisionInput:
     num_rows = len(patches) // config.merge_unit
     room = config.merge_unit * bucket(num_rows, ENCODE_PARTS)
-    return Visual(
+    return VisionInput(
         np.pad(patches, [(0, room - len(patches)), (0, 0)]), patch_geometry(config, grid[None], room), num_rows
     )
 

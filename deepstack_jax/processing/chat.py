@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_jax.config_values import read_json_object
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.messages import Message, PromptError
-from deepstack_jax.processing.sources import one_line
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"

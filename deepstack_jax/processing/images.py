@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.config_values import read_json_object
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.sources import (
     HEIC_BRANDS,
     SNIFFED_BYTES,
@@ -30,10 +31,10 @@ from deepstack_jax.processing.sources import (
     host_array,
     is_array,
     looks_like_video,
-    one_line,
     open_source,
     option_values,
 )
+from deepstack_jax.rounding import cdiv
 
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 64 << 20
@@ -208,7 +209,7 @@ def patchify(frames: np.ndarray, table: np.ndarray, settings: ImageSettings) -> 
     """
     count, height, width, channels = frames.shape
     p, merge, tp = settings.patch_size, settings.merge_size, settings.temporal_patch_size
-    steps = -(-count // tp)
+    steps = cdiv(count, tp)
     rows, columns = height // (p * merge), width // (p * merge)
     patches = np.empty((steps, rows, columns, merge, merge, channels, tp, p, p), np.float32)
     for i, frame in enumerate(frames):

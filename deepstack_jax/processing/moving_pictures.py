@@ -13,9 +13,9 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.animations import ANIMATIONS, File, frames_of, has_views, picture_format, read_header
 from deepstack_jax.processing.images import MAX_IMAGE_PIXELS, ImageError, load_image
-from deepstack_jax.processing.sources import one_line
 
 DEFAULT_FPS = 24.0
 

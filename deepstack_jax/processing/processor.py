@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.chat import (
     IMAGE_TOKEN,
     TURN_START,
@@ -30,7 +31,6 @@ from deepstack_jax.processing.images import (
 )
 from deepstack_jax.processing.messages import Media, Message, PromptError, parse_messages, texts_in, user_message
 from deepstack_jax.processing.prompt_options import PromptOptions
-from deepstack_jax.processing.sources import one_line
 from deepstack_jax.processing.videos import (
     Video,
     VideoSettings,
@@ -40,7 +40,7 @@ from deepstack_jax.processing.videos import (
     read_video_settings,
 )
 
-Prompt = str | Sequence[Message]
+UserPrompt = str | Sequence[Message]
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer_config.json")
 
 
@@ -92,7 +92,7 @@ class Processor:
 
     def prepare(
         self,
-        messages_or_prompt: Prompt | Sequence[Prompt],
+        messages_or_prompt: UserPrompt | Sequence[UserPrompt],
         images: Sequence[ImageSource] = (),
         videos: Sequence[VideoSource] = (),
         **options: Any,
@@ -155,7 +155,7 @@ class Processor:
             )
         return self.config.vision
 
-    def _batch(self, prompt: Any, images: list, videos: list) -> list[Prompt]:
+    def _batch(self, prompt: Any, images: list, videos: list) -> list[UserPrompt]:
         """The prompts of a batch, each a str or a list of messages."""
         if isinstance(prompt, str):
             return [prompt]
@@ -173,7 +173,7 @@ class Processor:
             )
         return list(prompt)
 
-    def _parse(self, prompt: Prompt, images: list, videos: list, options: PromptOptions) -> tuple[str, list[Media]]:
+    def _parse(self, prompt: UserPrompt, images: list, videos: list, options: PromptOptions) -> tuple[str, list[Media]]:
         """One prompt's text with a placeholder for each image and video, and what they stand for."""
         if isinstance(prompt, str):
             if self.config.vision and TURN_START not in prompt and (token := bare_placeholder(prompt)):

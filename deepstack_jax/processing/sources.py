@@ -13,6 +13,8 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 
+from deepstack_jax.errors import one_line
+
 SNIFFED_BYTES = 192  # reaches the second packet of an MPEG transport stream
 
 MediaSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
@@ -137,11 +139,6 @@ def describe(source: object) -> str:
         name = getattr(source, "name", None)
         return f"file {name}" if isinstance(name, str) and name else f"file object {type(source).__name__}"
     return _shown(source)
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's message in one line; its type's name where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # ---- text

@@ -44,6 +44,7 @@ from deepstack_jax.processing.video_settings import (
     VideoSettings,
     read_video_settings,
 )
+from deepstack_jax.rounding import cdiv
 
 MAX_VIDEO_BYTES = 1 << 30
 # what vLLM says of the frames that its clients send in one data URI
@@ -133,7 +134,7 @@ def preprocess_videos(videos: Sequence[Video], settings: VideoSettings) -> tuple
     for video in videos:
         rows.append(patchify(video.frames, table, settings))
         count, height, width, _ = video.frames.shape
-        steps = -(-count // settings.temporal_patch_size)
+        steps = cdiv(count, settings.temporal_patch_size)
         grids.append((steps, height // settings.patch_size, width // settings.patch_size))
     return np.concatenate(rows), np.array(grids, np.int64)
 

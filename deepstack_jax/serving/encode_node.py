@@ -13,8 +13,8 @@ import msgspec
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.disagg.encode.server import EncodeServer
 from deepstack_jax.engine.runner import Chunk, DeadlineError, tiny_prompt
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.processor import DecodeStream
-from deepstack_jax.processing.sources import one_line
 from deepstack_jax.serving.requests import GenerateRequest, RequestError
 
 IDLE_SECONDS = 30.0  # after which the encoder is tested before it is called healthy
@@ -95,7 +95,7 @@ class EncodeNode:
             return "the server is stopping"
         if worker.busy_seconds > self._stuck_after:
             return f"the device has been busy with one program for {worker.busy_seconds:.0f} s"
-        old = worker.last_work is None or time.monotonic() - worker.last_work > IDLE_SECONDS
+        old = worker.last_run is None or time.monotonic() - worker.last_run > IDLE_SECONDS
         return await self._self_test(TEST_SECONDS) if old or worker.error else None
 
     def decode_stream(self) -> DecodeStream:

@@ -17,9 +17,9 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from deepstack_jax.engine.runner import Chunk, DeadlineError, QueueFullError, StoppingError, WorkError
+from deepstack_jax.engine.runner import Chunk, DeadlineError, QueueFullError, RequestFailed, StoppingError
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.processor import DecodeStream
-from deepstack_jax.processing.sources import one_line
 from deepstack_jax.processing.stop_strings import StopStrings
 from deepstack_jax.serving.policy import MediaError, MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest, RequestError, parse_request
@@ -42,7 +42,7 @@ class Node(Protocol):
         """The chunks of an answer, an async generator: closing it ends the work. `deadline` is monotonic time.
 
         Raises:
-            RequestError: with the status that the client gets. A ValueError is a 400, a WorkError a 500, and its
+            RequestError: with the status that the client gets. A ValueError is a 400, a RequestFailed a 500, and its
                 subclasses 503 and 504.
         """
         ...
@@ -130,7 +130,7 @@ class _Generate:
                     raise QueueFullError(f"{self._max_requests} requests are being served already: try again later")
                 _check_origin(request)
                 parsed = parse_request(await _read_body(request, self._max_body))
-            except (RequestError, WorkError) as error:
+            except (RequestError, RequestFailed) as error:
                 await _error_response(error)(scope, receive, send)
                 return
             await _while_connected(receive, self._respond(parsed, deadline, scope, receive, send), deadline)
@@ -160,7 +160,7 @@ class _Generate:
                 await JSONResponse(answer.body())(scope, receive, send)
                 return
         except Exception as error:
-            if not isinstance(error, RequestError | WorkError | ValueError):
+            if not isinstance(error, RequestError | RequestFailed | ValueError):
                 _log.exception("a request failed")
             if not begun:
                 await _error_response(error)(scope, receive, send)
@@ -189,9 +189,9 @@ class _Answer:
             self._text += self._stop.feed(self._pieces.feed(token))
             if self._stop.matched is not None:
                 break  # what came with it in one chunk is not of the answer
-        if chunk.finish is not None and self._stop.matched is None:
+        if chunk.finish_reason is not None and self._stop.matched is None:
             self._text += self._stop.feed(self._pieces.finish()) + self._stop.finish()
-        self.ended = chunk.finish is not None or self._stop.matched is not None
+        self.ended = chunk.finish_reason is not None or self._stop.matched is not None
         self._meta |= {
             "prompt_tokens": chunk.prompt_tokens,
             "completion_tokens": len(self._ids),
@@ -200,8 +200,8 @@ class _Answer:
         if self.ended:
             self._meta["e2e_latency"] = round(time.monotonic() - self._started, 6)
             self._meta["timings"] = {stage: round(seconds, 6) for stage, seconds in chunk.timings.items()}
-            if chunk.split is not None:
-                self._meta["split"] = chunk.split
+            if chunk.transfer_stats is not None:
+                self._meta["split"] = chunk.transfer_stats
 
     def body(self) -> dict[str, Any]:
         return {"text": self._text, "output_ids": self._ids, "meta_info": self._meta}
@@ -217,7 +217,7 @@ class _Answer:
     def _reason(self, chunk: Chunk) -> dict[str, Any]:
         if self._stop.matched is not None:
             return {"type": "stop", "matched": self._stop.matched}
-        if chunk.finish == "stop":
+        if chunk.finish_reason == "stop":
             return {"type": "stop", "matched": self._ids[-1]}
         return {"type": "length", "length": len(self._ids)}
 
@@ -312,6 +312,6 @@ def _as_request_error(error: Exception) -> RequestError:
             return RequestError(str(error), 503, code=code, kind="overloaded_error", headers={"retry-after": "1"})
         case DeadlineError():
             return RequestError(str(error), 504, code="deadline", kind="timeout_error")
-        case WorkError():
+        case RequestFailed():
             return RequestError(str(error), 500)
     return RequestError(f"the server failed ({type(error).__name__}): see its log", 500)

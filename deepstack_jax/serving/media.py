@@ -15,9 +15,10 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image, UnidentifiedImageError
 
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.images import ImageOptions, ImageSettings
 from deepstack_jax.processing.moving_pictures import VideoError, probe
-from deepstack_jax.processing.sources import decode_base64, describe, looks_like_media, one_line, open_source
+from deepstack_jax.processing.sources import decode_base64, describe, looks_like_media, open_source
 from deepstack_jax.processing.videos import VideoOptions, VideoSettings, jpeg_frames
 from deepstack_jax.serving.fetch import fetch
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from deepstack_jax.errors import one_line
 from deepstack_jax.processing.messages import parse_messages, short
 from deepstack_jax.processing.prompt_options import MEDIA_OPTIONS, PromptOptions
-from deepstack_jax.processing.sources import one_line
 from deepstack_jax.processing.stop_strings import StopStrings
 from deepstack_jax.sampling_options import SamplingOptionError, SamplingOptions
 from deepstack_jax.serving.media import admit

@@ -15,12 +15,12 @@ from deepstack_jax.checkpoint import Model
 from deepstack_jax.disagg.language.encoders import Arrival, EncoderLinks, NoEncoderError, TransferFailedError
 from deepstack_jax.disagg.wire.payload import pack
 from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
-from deepstack_jax.generation import Plan, plan_answer
-from deepstack_jax.processing.batch import Batch, arrange
+from deepstack_jax.errors import one_line
+from deepstack_jax.generation import GenerationPlan, plan_generation
+from deepstack_jax.processing.batch import Batch, prepare_batch
 from deepstack_jax.processing.messages import texts_in
 from deepstack_jax.processing.processor import DecodeStream
-from deepstack_jax.processing.sources import one_line
-from deepstack_jax.programs import Prompt
+from deepstack_jax.programs import PromptArrays
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest, Inputs, RequestError, admit_media
 
@@ -75,7 +75,7 @@ class TextNode:
 
         Raises:
             RequestError, MediaError, ValueError: what is wrong with the request.
-            WorkError: what went wrong with the work.
+            RequestFailed: what went wrong with the work.
         """
         started = time.monotonic()
         async with AsyncExitStack() as prepared:
@@ -105,7 +105,7 @@ class TextNode:
                     await prepared.aclose()  # the pixels are encoded
                     if arrival:
                         timings, split = chunk.timings | arrival.timings, _told(arrival, started)
-                        chunk = replace(chunk, timings=timings, split=split)
+                        chunk = replace(chunk, timings=timings, transfer_stats=split)
                     yield chunk
             finally:
                 await chunks.aclose()
@@ -161,15 +161,15 @@ class TextNode:
         if size > TEXT_BYTES_A_TOKEN * self._max_context:
             raise RequestError(f"the text has {size} characters, too many for {self._max_context} tokens: shorten it")
 
-    def _prepare(self, request: GenerateRequest, inputs: Inputs) -> tuple[Batch, Plan]:
+    def _prepare(self, request: GenerateRequest, inputs: Inputs) -> tuple[Batch, GenerationPlan]:
         """Decodes pictures, tokenizes, and checks that prompt and answer fit."""
         arrays = self._model.processor.prepare(
             inputs.prompt, images=inputs.images, videos=inputs.videos, **inputs.options
         )
-        batch = arrange(self._model.config, **arrays)
+        batch = prepare_batch(self._model.config, **arrays)
         return batch, self._plan(request, batch)
 
-    def _plan(self, request: GenerateRequest, prompt: Batch | Prompt) -> Plan:
+    def _plan(self, request: GenerateRequest, prompt: Batch | PromptArrays) -> GenerationPlan:
         """How the prompt is answered; checks that prompt and answer fit."""
         options = request.sampling_params.options(self._model.eos_token_ids)
         tokens, wanted = int(np.max(prompt.lengths)), request.sampling_params.max_new_tokens
@@ -180,7 +180,7 @@ class TextNode:
                 param="max_new_tokens",
                 code="context_length_exceeded",
             )
-        return plan_answer(self._model, prompt, options)
+        return plan_generation(self._model, prompt, options)
 
 
 def _texts_of(message: Any) -> Iterator[str]:

@@ -15,7 +15,7 @@ import pytest
 from deepstack_jax.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.programs import Prompt, decode, prefill
+from deepstack_jax.programs import PromptArrays, prefill
 from deepstack_jax.sampling import SamplingParams
 from pallas_kernels import aot
 from pallas_kernels.deepstack_add import arg_specs as add_specs
@@ -89,7 +89,7 @@ class TestWholeModel:
         config, params = config_and_params(model, layers_on(target, model))
         batch, capacity = 8, 4096
         state = jax.eval_shape(
-            partial(prefill, config, capacity), params, prompt_of(config, batch, 64), sampling(batch)
+            partial(prefill, config, capacity), params, prompt_specs(config, batch, 64), sampling(batch)
         )
         limit = jax.ShapeDtypeStruct((), jnp.int32)
         compiled = aot.compile_for(mesh_of(target), decode, config, params, state, sampling(batch), limit)
@@ -106,7 +106,7 @@ class TestWholeModel:
     def test_prefill(self, model: str, target: str):
         config, params = config_and_params(model, layers_on(target, model))
         length = 1024
-        prompt = prompt_of(config, 1, length, visual_tokens=640)
+        prompt = prompt_specs(config, 1, length, visual_tokens=640)
         compiled = aot.compile_for(mesh_of(target), prefill, config, 1536, params, prompt, sampling(1))
         spec = replace(MODELS[model], tokens=length)
         # a few float32 arrays of the width of the hidden states for each of a token's experts, and of the heads
@@ -153,9 +153,9 @@ def config_and_params(model: str, layers: int) -> tuple[ModelConfig, dict[str, j
     return config, {path: leaf for path, leaf in params.items() if path.startswith("language_model.")}
 
 
-def prompt_of(config: ModelConfig, batch: int, length: int, visual_tokens: int = 0) -> Prompt:
+def prompt_specs(config: ModelConfig, batch: int, length: int, visual_tokens: int = 0) -> PromptArrays:
     shapes = (batch, length), (3, batch, length), (batch,), (batch,)
-    prompt = Prompt(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
+    prompt = PromptArrays(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
     if not visual_tokens:
         return prompt
     widths = config.text.hidden_size, config.num_deepstack_levels * config.text.hidden_size

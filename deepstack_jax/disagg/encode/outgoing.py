@@ -28,7 +28,7 @@ class OutgoingPrompt:
 
     @cached_property
     def rows_before(self) -> np.ndarray:
-        """Visual tokens before each place: [T + 1]."""
+        """VisionInput tokens before each place: [T + 1]."""
         return np.concatenate([[0], np.cumsum(self.visual_index >= 0)])
 
     @cached_property

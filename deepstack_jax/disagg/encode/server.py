@@ -47,8 +47,8 @@ from deepstack_jax.disagg.wire.messages import (
 )
 from deepstack_jax.disagg.wire.payload import unpack
 from deepstack_jax.disagg.wire.transfer import Action, Forget, Key, Prepare, Send, StartWrite
-from deepstack_jax.processing.batch import Visual, arrange
-from deepstack_jax.processing.sources import one_line
+from deepstack_jax.errors import one_line
+from deepstack_jax.processing.batch import VisionInput, prepare_batch
 
 PEER_SILENCE = 10.0  # seconds without a message after which a language node counts as gone
 WATCH = 1.0  # seconds at most between two looks at timers and peers
@@ -274,11 +274,11 @@ class EncodeServer:
             return
         self._do(actions)
 
-    def _read(self, payload: bytes) -> tuple[dict[str, Any], tuple[Visual, ...], list[bytes]]:
+    def _read(self, payload: bytes) -> tuple[dict[str, Any], tuple[VisionInput, ...], list[bytes]]:
         """(an OutgoingPrompt's arrays, the images and videos, their keys)."""
         prompt, images, videos, options = unpack(payload)
         arrays = self._model.processor.prepare(prompt, images=images, videos=videos, **options)
-        batch = arrange(self._model.config, **arrays)
+        batch = prepare_batch(self._model.config, **arrays)
         count = int(batch.lengths[0])
         aux = np.zeros(AUX_LENGTH, np.int32)
         aux[AUX_TOTAL_TOKENS], aux[AUX_ROPE_DELTA] = count, batch.rope_deltas[0]

@@ -14,10 +14,10 @@ import xxhash
 from cachetools import LRUCache
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.generation import encode_visuals, join_rows
+from deepstack_jax.errors import one_line
+from deepstack_jax.generation import concat_rows, encode_images
 from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.processing.batch import Visual
-from deepstack_jax.processing.sources import one_line
+from deepstack_jax.processing.batch import VisionInput
 
 MAX_TOGETHER = 16  # requests whose images are encoded together
 
@@ -31,7 +31,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class _Job:
-    visuals: Sequence[Visual]
+    visuals: Sequence[VisionInput]
     keys: Sequence[bytes] | None
     future: "Future[Encoded]" = field(default_factory=Future)
 
@@ -42,7 +42,7 @@ class EncodeWorker:
     Attributes:
         encoded: images and videos that went through the encoder so far.
         found: those whose rows were in the cache, or were asked for twice at once.
-        last_work: time.monotonic() when the device last gave rows back, None before the first.
+        last_run: time.monotonic() when the device last gave rows back, None before the first.
         error: the line of the newest failure, None if the newest work went well.
     """
 
@@ -51,7 +51,7 @@ class EncodeWorker:
         # rows of images by content; only the thread uses it
         self.cache: LRUCache[bytes, jax.Array] = LRUCache(cache_bytes, getsizeof=lambda rows: rows.nbytes)
         self.encoded = self.found = 0
-        self.last_work: float | None = None
+        self.last_run: float | None = None
         self.error: str | None = None
         self._model = model
         self._busy_since: float | None = None
@@ -65,7 +65,7 @@ class EncodeWorker:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def submit(self, visuals: Sequence[Visual], keys: Sequence[bytes] | None = None) -> "Future[Encoded]":
+    def submit(self, visuals: Sequence[VisionInput], keys: Sequence[bytes] | None = None) -> "Future[Encoded]":
         """Rows of one request's images and videos, one or more. Cancelling the future takes them out of the line.
 
         `keys` are their `content_key`s. Without them the encoder runs in any case, and nothing is kept: that shows
@@ -100,7 +100,7 @@ class EncodeWorker:
         try:
             for job, rows in zip(jobs, self._encode(jobs), strict=True):
                 job.future.set_result(Encoded(rows, time.monotonic() - started))
-            self.last_work, self.error = time.monotonic(), None
+            self.last_run, self.error = time.monotonic(), None
         except Exception as error:
             self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
             if len(jobs) == 1:
@@ -116,8 +116,8 @@ class EncodeWorker:
     def _encode(self, jobs: list["_Job"]) -> list[VisualRows]:
         """Each job's rows: of jobs that have keys, or of a single one that has none."""
         if not jobs[0].keys:
-            parts = encode_visuals(self._model, jobs[0].visuals)
-            return jax.block_until_ready([join_rows(self._model.config, parts, jobs[0].visuals)])
+            parts = encode_images(self._model, jobs[0].visuals)
+            return jax.block_until_ready([concat_rows(self._model.config, parts, jobs[0].visuals)])
         keys = [job.keys or () for job in jobs]
         wanted = {
             key: visual
@@ -126,9 +126,9 @@ class EncodeWorker:
         }
         there = {key: rows for key in wanted if (rows := self.cache.get(key)) is not None}
         missing = {key: visual for key, visual in wanted.items() if key not in there}
-        there |= zip(missing, encode_visuals(self._model, list(missing.values())), strict=True)
+        there |= zip(missing, encode_images(self._model, list(missing.values())), strict=True)
         joined = [
-            join_rows(self._model.config, [there[key] for key in of_job], job.visuals)
+            concat_rows(self._model.config, [there[key] for key in of_job], job.visuals)
             for job, of_job in zip(jobs, keys, strict=True)
         ]
         jax.block_until_ready(joined)
@@ -140,7 +140,7 @@ class EncodeWorker:
         return joined
 
 
-def content_key(visual: Visual) -> bytes:
+def content_key(visual: VisionInput) -> bytes:
     """Equal for images and videos of equal patches and equal grids."""
     digest = xxhash.xxh3_128(visual.pixel_values.data)
     for array in (visual.geometry.coordinates, visual.geometry.segment_stop):

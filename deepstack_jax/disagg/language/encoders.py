@@ -39,7 +39,7 @@ from deepstack_jax.disagg.wire.messages import (
 )
 from deepstack_jax.disagg.wire.transfer import Action, Began, CopyOut, EncodeHere, Ended, Send, State
 from deepstack_jax.processing.batch import bucket
-from deepstack_jax.programs import Prompt
+from deepstack_jax.programs import PromptArrays
 
 REPLY = 0.1  # seconds
 
@@ -71,7 +71,7 @@ class Round:
 class Arrival:
     """What has come for a request, and how."""
 
-    prompt: Prompt
+    prompt: PromptArrays
     encoder: int  # its place among the endpoints
     prepare_seconds: float
     encode_seconds: float
@@ -271,7 +271,7 @@ class EncoderLinks:
         copy.add_done_callback(ended)
 
     def _arrival(self, pending: _Pending) -> Arrival:
-        """The prompt as the prefill program takes it: in the buckets in which `arrange` would have put it."""
+        """The prompt as the prefill program takes it: in the buckets in which `prepare_batch` would have put it."""
         incoming, said, config = pending.incoming, pending.prepared, self._config
         assert incoming is not None
         ids, index, aux = incoming.fill_ids, incoming.visual_index, incoming.aux_datas
@@ -281,7 +281,7 @@ class EncoderLinks:
         if not ((ids >= 0) & (ids < config.text.vocab_size)).all() or int((index >= 0).sum()) != rows:
             raise ValueError("token ids that the model doesn't have, or another number of visual ones than rows")
         pad = bucket(count) - count
-        prompt = Prompt(
+        prompt = PromptArrays(
             input_ids=np.pad(ids, (0, pad))[None],
             position_ids=np.pad(incoming.mrope_positions, [(0, 0), (0, pad)])[:, None],
             lengths=np.asarray([count], np.int32),

@@ -11,16 +11,16 @@ from typing import Any
 import msgspec
 from PIL import Image
 
-from deepstack_jax.processing.sources import one_line
+from deepstack_jax.errors import one_line
 
-Prompt = str | list[dict[str, Any]]
+UserPrompt = str | list[dict[str, Any]]
 Video = io.BytesIO | list[Image.Image]
 
 _IMAGE, _VIDEO, _INTEGER = 1, 2, 3  # msgpack extension types
 
 
 def pack(
-    prompt: Prompt,
+    prompt: UserPrompt,
     images: Sequence[Image.Image],
     videos: Sequence[Video],
     options: Mapping[str, Any] | None = None,
@@ -47,7 +47,7 @@ def pack(
         raise ValueError("the request is nested too deeply: send flatter messages, tools and options") from None
 
 
-def unpack(data: bytes) -> tuple[Prompt, list[Image.Image], list[Video], dict[str, Any]]:
+def unpack(data: bytes) -> tuple[UserPrompt, list[Image.Image], list[Video], dict[str, Any]]:
     """What `pack` was given.
 
     Raises:

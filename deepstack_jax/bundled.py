@@ -4,13 +4,13 @@ from pathlib import Path
 
 from deepstack_jax.config import read_config_object
 
-SHIPPED = {"tiny-vl": Path(__file__).parent / "data" / "tiny-vl"}
+BUNDLED = {"tiny-vl": Path(__file__).parent / "data" / "tiny-vl"}
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """`path`, or the shipped checkpoint of that name; an existing checkpoint of the same name goes first."""
+    """`path`, or the bundled checkpoint of that name; an existing checkpoint of the same name goes first."""
     given = Path(path)
-    return given if (given / "config.json").exists() else SHIPPED.get(str(path), given)
+    return given if (given / "config.json").exists() else BUNDLED.get(str(path), given)
 
 
 def existing_checkpoint(path: str | Path) -> Path:
