@@ -171,6 +171,10 @@ class PrefixCache:
         """How many pages are kept."""
         return len(self._entries) * self.pages_per_chunk
 
+    def __contains__(self, key: bytes) -> bool:
+        """Whether the chunk with this key is kept."""
+        return key in self._entries
+
     def find(self, keys: Sequence[bytes], prompt_tokens: int) -> tuple[bytes, ...]:
         """The longest run of a prompt's first keys that is kept. Its last token is never part of it.
 
