@@ -16,10 +16,11 @@ class Request:
     job: Job
     arrives: int  # turn of its submission
     length: int  # tokens until it ends by itself
-    speed: float  # prompt tokens that arrive per turn, about
+    speed: int  # prompt tokens that arrive at once, at most
     cancel_at: float  # turn
     slot: int = -1
     pages: tuple[int, ...] = ()
+    cached: int = 0  # prompt tokens that the cache gave
     launched: int = 0  # prompt tokens in launched parts or given by the cache
     unreported: int = 0  # launched parts and rows
     calls: deque[int] = field(default_factory=deque)  # steps of the unreported rows

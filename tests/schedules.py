@@ -5,6 +5,7 @@ deadlines, failed launches and results that are reported a turn late. A model of
 a model of the rules says what every turn has to be. Neither shares code with the scheduler.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ class Outcome:
 
     turns: int = 0
     cached_tokens: int = 0
+    matched_again: int = 0
     passed: int = 0  # the most that a first of its tenant saw admitted before it
     at_bound: bool = False  # that was as often as the bound allows
     shared_programs: int = 0
@@ -91,7 +93,7 @@ class Simulation:
     def run(self) -> Outcome:
         to_come = sorted(self.requests.values(), key=lambda request: request.arrives)
         last = to_come[-1].arrives
-        limit = last + 40 + sum(3 * r.job.prompt_tokens + 3 * r.job.max_new_tokens for r in to_come)
+        limit = last + 40 + sum(10 * r.job.prompt_tokens + 3 * r.job.max_new_tokens for r in to_come)
         while to_come or self.line or self.running:
             now = self.outcome.turns
             require(now <= limit, "requests don't end:", self.line, self.running)
@@ -124,20 +126,26 @@ class Simulation:
             job = request.job
             if request.cancel_at == now:
                 self.scheduler.cancel(job.id, "gone")
-            if job.ready < job.prompt_tokens and request.speed:
-                more = math.ceil(request.speed * self.rng.random())
+            if job.ready < job.prompt_tokens and request.speed and self.rng.random() < 0.4:
+                more = self.rng.randint(1, request.speed)
                 self.scheduler.arrived(job.id, min(job.ready + more, job.prompt_tokens))
 
     def turn(self, now: int) -> None:
         due = self.due_to_end(now)
+        found_since = self.found_since(due)
         turn = self.scheduler.next_turn(now)
         self.check_ends(turn.ended, due)
-        for admitted in turn.admitted:
+        again = [admitted for admitted in turn.admitted if self.requests[admitted.id] in self.running]
+        require([one.id for one in again] == found_since, "matched again:", again, "instead of", found_since)
+        for admitted in again:
+            self.check_match(self.requests[admitted.id], admitted)
+        for admitted in turn.admitted[len(again) :]:
             self.check_admission(admitted)
         reports = self.prefill(turn.prefill)
         reports += self.decode(turn)
         self.check_progress(turn)
         self.check_pages()
+        require(self.cache.hit_tokens == self.outcome.cached_tokens, "hits are miscounted:", self.cache.hit_tokens)
         reports = self.fail(turn, reports)
         self.backlog.append(reports)
         self.deliver(1 if self.rng.random() < self.lateness else 0)
@@ -191,9 +199,31 @@ class Simulation:
             self.outcome.at_bound |= head.passed == head.bound
         self.note_heads()
         self.check_slot_and_pages(request, admitted)
-        request.slot, request.pages, request.launched = admitted.slot, admitted.pages, admitted.cached_tokens
+        request.slot, request.pages = admitted.slot, admitted.pages
+        request.cached = request.launched = admitted.cached_tokens
         self.running.append(request)
         self.outcome.cached_tokens += admitted.cached_tokens
+
+    def found_since(self, due: dict[int, tuple[str, str]]) -> list[int]:
+        """The running requests without a launched part for which the cache has more than when they were admitted."""
+        found = []
+        for request in self.running:
+            keys = request.job.keys[: (request.job.prompt_tokens - 1) // self.shape.chunk]
+            tokens = self.shape.chunk * sum(1 for _ in itertools.takewhile(self.cache.__contains__, keys))
+            untouched = not request.over and request.launched == request.cached
+            if untouched and tokens > request.cached and request.job.id not in due:
+                found.append(request.job.id)
+        return found
+
+    def check_match(self, request: Request, admitted: Admitted) -> None:
+        require(admitted.slot == request.slot, "another slot:", admitted)
+        own = admitted.cached_tokens // self.shape.page
+        require(admitted.pages[own:] == request.pages[own:], "other pages after the cached ones:", admitted)
+        self.check_content(request, admitted.pages, admitted.cached_tokens)
+        self.outcome.matched_again += 1
+        self.outcome.cached_tokens += admitted.cached_tokens - request.cached
+        request.pages = admitted.pages
+        request.cached = request.launched = admitted.cached_tokens
 
     def check_slot_and_pages(self, request: Request, admitted: Admitted) -> None:
         job, shape = request.job, self.shape

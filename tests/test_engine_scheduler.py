@@ -302,6 +302,32 @@ class TestPrefixes:
         it.submit(job(1, prompt=16, new=1, keys=self.KEYS))
         assert [admitted.cached_tokens for admitted in it.next_turn(0).admitted] == [8]
 
+    def test_of_those_that_come_at_once_one_computes_the_common_beginning(self):
+        it = submitted([job(i, prompt=19, new=1, keys=self.KEYS) for i in range(3)], scheduler())
+        matched, computed = [], []
+        while not it.idle:
+            turn = it.next_turn(0)
+            matched += [(admitted.id, admitted.cached_tokens) for admitted in turn.admitted]
+            computed += [(part.id, part.start) for part in parts_of(turn)]
+            report(it, turn)
+        assert computed == [(0, 0), (0, 8), (0, 16), (1, 16), (2, 16)]
+        assert matched == [(0, 0), (1, 0), (2, 0), (1, 8), (2, 8), (1, 16), (2, 16)]
+        assert (it.cache.query_tokens, it.cache.hit_tokens) == (3 * 19, 2 * 16)
+
+    def test_one_that_has_begun_computes_the_rest_itself(self):
+        jobs = [job(0, prompt=19, new=1, keys=self.KEYS, ready=8), job(1, prompt=19, new=1, keys=(b"x", b"y"), ready=8)]
+        it = submitted(jobs, scheduler())
+        for _ in range(2):
+            report(it, it.next_turn(0))
+        it.submit(job(2, prompt=19, new=1, keys=self.KEYS))
+        report(it, it.next_turn(0))  # computes b, after a from the cache
+        assert b"b" in it.cache
+        pages = it.running[0].pages
+        it.arrived(0, 19)
+        turn = it.next_turn(0)
+        assert turn.admitted == ()
+        assert [(part.id, part.start, part.pages) for part in parts_of(turn)] == [(0, 8, pages)]
+
     def test_kept_pages_make_room_for_those_who_need_them(self):
         it = self.prefilled_once(num_pages=11)
         assert (it.ledger.in_use, len(it.cache)) == (8, 8)

@@ -25,6 +25,7 @@ class TestRandomSchedules:
         # they reach what they are for
         assert min(ends[end] for end in ("length", "stop", "deadline", "gone", "dropped")) > 50
         assert sum(outcome.cached_tokens > 0 for outcome in outcomes) > 500
+        assert sum(outcome.matched_again > 0 for outcome in outcomes) > 50
         assert sum(outcome.shared_programs > 0 for outcome in outcomes) > 50
         assert sum(outcome.at_bound for outcome in outcomes) > 50
         assert max(outcome.passed for outcome in outcomes) >= 3
@@ -85,12 +86,19 @@ class FreesSlotsInFlight(Scheduler):
 
 
 class KeepsWhatWasNotLaunched(Scheduler):
-    def next_turn(self, now):
+    def prefilled(self, id, ended=False):
         size = self.shape.pages_per_chunk
         for entry in self.running.values():
             for place, (parent, key) in enumerate(itertools.pairwise((None, *entry.job.keys))):
                 self.cache.insert(key, entry.pages[place * size : (place + 1) * size], parent)
-        return super().next_turn(now)
+        super().prefilled(id, ended)
+
+
+class MatchesTooLate(Scheduler):
+    def _match_again(self):
+        for entry in self.running.values():
+            entry.cached = entry.prefilled
+        return super()._match_again()
 
 
 class OutrunsArrivals(Scheduler):
@@ -123,6 +131,7 @@ class TestPlantedFaults:
             pytest.param(Parts(scheduler=FreesInFlight), "references", id="pages are freed while in flight"),
             pytest.param(Parts(scheduler=FreesSlotsInFlight), "a slot in use", id="slots are freed while in flight"),
             pytest.param(Parts(scheduler=KeepsWhatWasNotLaunched), "holds", id="a chunk is kept before its launch"),
+            pytest.param(Parts(scheduler=MatchesTooLate), "matched again", id="pages are swapped after a launch"),
             pytest.param(Parts(scheduler=OutrunsArrivals), "width|prefill", id="a chunk runs before its rows"),
             pytest.param(Parts(scheduler=MissesDeadlines), "ended", id="deadlines are missed"),
             pytest.param(Parts(scheduler=ForgetsSteps), "rows|steps", id="issued steps are not counted"),

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deepstack_jax.engine.pages import PageLedger
-from deepstack_jax.engine.shape import cdiv
+from deepstack_jax.rounding import cdiv
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -184,15 +184,21 @@ class PrefixCache:
         missing = next((i for i, key in enumerate(usable) if key not in self._entries), len(usable))
         return tuple(usable[:missing])
 
-    def match(self, keys: Sequence[bytes], prompt_tokens: int) -> tuple[int, ...]:
-        """The pages of `find(keys, prompt_tokens)`, shared and marked as used."""
+    def match(self, keys: Sequence[bytes], prompt_tokens: int, matched: int | None = None) -> tuple[int, ...]:
+        """The pages of `find(keys, prompt_tokens)`, shared and marked as used.
+
+        Args:
+            keys: `chunk_keys` of the prompt.
+            prompt_tokens: its length.
+            matched: where this prompt was matched before, the tokens that it got then, so that it is counted once.
+        """
         found = self.find(keys, prompt_tokens)
         pages = tuple(page for key in found for page in self._entries[key].pages)
         self.ledger.share(pages)
         if found:
             self._mark_used(found[-1])
-        self.query_tokens += prompt_tokens if self.enabled else 0
-        self.hit_tokens += len(found) * self.chunk
+        self.query_tokens += prompt_tokens if self.enabled and matched is None else 0
+        self.hit_tokens += len(found) * self.chunk - (matched or 0)
         return pages
 
     def insert(self, key: bytes, pages: Sequence[int], parent: bytes | None) -> bool:

@@ -39,6 +39,7 @@ class Running:
     """An admitted request.
 
     Attributes:
+        cached: prompt tokens that the prefix cache gave.
         prefilled: prompt tokens that are cached or in launched parts.
         parts: launched parts that were not reported yet.
         calls: steps of each launched decode call that was not reported yet.
@@ -49,6 +50,7 @@ class Running:
     job: Job
     slot: int
     pages: tuple[int, ...]
+    cached: int
     prefilled: int
     parts: deque[Part] = field(default_factory=deque)
     calls: deque[int] = field(default_factory=deque)
@@ -160,7 +162,7 @@ class Scheduler:
         """Decides what to launch next, and counts it as launched."""
         ended = (*self._end_waiting(now), *self._end_running(now))
         self.cancelled.clear()
-        admitted = tuple(self._admit_all())
+        admitted = (*self._match_again(), *self._admit_all())
         prefill = self._next_prefill()
         return Turn(ended, admitted, prefill, self._next_decode(prefill is not None))
 
@@ -263,6 +265,21 @@ class Scheduler:
         if not self.waiting[tenant]:
             del self.waiting[tenant]
 
+    def _match_again(self) -> Iterator[Admitted]:
+        """Gives requests that wait for their first part what others have computed since their admission.
+
+        Many requests with one beginning that come at once would all compute it otherwise.
+        """
+        for entry in self.running.values():
+            job = entry.job
+            untouched = not entry.over and entry.prefilled == entry.cached
+            if untouched and len(self.cache.find(job.keys, job.prompt_tokens)) * self.shape.chunk > entry.cached:
+                shared = self.cache.match(job.keys, job.prompt_tokens, entry.cached)
+                self.ledger.release(entry.pages[: len(shared)])
+                entry.pages = shared + entry.pages[len(shared) :]
+                entry.cached = entry.prefilled = len(shared) * self.shape.page
+                yield Admitted(job.id, entry.slot, entry.pages, entry.cached)
+
     def _admit_all(self) -> Iterator[Admitted]:
         while self.free_slots and (admitted := self._admit_one()):
             yield admitted
@@ -307,7 +324,7 @@ class Scheduler:
             self.waiting[tenant] = self.waiting.pop(tenant)
         slot, cached = min(self.free_slots), cached_pages * self.shape.page
         self.free_slots.remove(slot)
-        self.running[job.id] = Running(job, slot, pages, prefilled=cached)
+        self.running[job.id] = Running(job, slot, pages, cached, prefilled=cached)
         return Admitted(job.id, slot, pages, cached)
 
     def _next_prefill(self) -> Prefill | None:
@@ -341,9 +358,9 @@ class Scheduler:
 
     def _next_decode(self, prefills: bool) -> Decode | None:
         entries = [entry for entry in self.running.values() if entry.decodes]
-        if not entries:
-            return None
         limit = self.shape.steps_beside_prefill if prefills else self.shape.decode_steps
+        if not entries or not limit:
+            return None
         steps = min(limit, self.shape.decode_steps, max(entry.rest for entry in entries))
         for entry in entries:
             entry.calls.append(steps)

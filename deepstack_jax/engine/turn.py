@@ -69,7 +69,11 @@ class Decode:
 
 @dataclass(frozen=True)
 class Admitted:
-    """A request that got a slot and its pages; the first `cached_tokens` of its prompt are in them already."""
+    """A request that got a slot and its pages; the first `cached_tokens` of its prompt are in them already.
+
+    It comes again, with the same slot, other pages and more cached tokens, if another request computed more of its
+    prompt's beginning before anything of it was launched.
+    """
 
     id: int
     slot: int
