@@ -56,7 +56,7 @@ def draw_shape(rng: random.Random) -> EngineShape:
         page=page,
         decode_steps=rng.randint(1, 5),
         tail_rows=(*sorted(dict(tails).items()), (chunk, 1)),
-        steps_beside_prefill=rng.randint(1, 3),
+        steps_beside_prefill=rng.randint(0, 3),
     )
 
 

@@ -288,11 +288,13 @@ class Simulation:
 
     def decode(self, turn: Turn) -> list[Report]:
         """Checks that every row that can decode does, with the steps that the rules say, and runs the call."""
+        shape = self.shape
         ready = [r for r in self.running if not r.over and not r.next_count and r.rest > 0]
         if turn.decode is None:
-            require(not ready, "nothing decodes though", ready, "could")
+            waits = turn.prefill is not None and not shape.steps_beside_prefill
+            require(not ready or waits, "nothing decodes though", ready, "could")
             return []
-        decode, shape = turn.decode, self.shape
+        decode = turn.decode
         require(list(decode.rows) == sorted((r.slot, r.job.id) for r in ready), "rows", decode.rows, "of", ready)
         limit = min(shape.decode_steps, max(r.rest for r in ready))
         limit = min(limit, shape.steps_beside_prefill) if turn.prefill else limit

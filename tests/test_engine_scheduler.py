@@ -199,6 +199,12 @@ class TestDecode:
         decodes = [it.next_turn(0).decode for _ in range(5)]
         assert [decode and decode.steps for decode in decodes] == [2, 2, 2, 2, 4]
 
+    def test_without_steps_beside_a_prefill_all_prefill_first(self):
+        shape = EngineShape(slots=3, chunk=8, page=2, decode_steps=4, steps_beside_prefill=0)
+        it = submitted([job(0, prompt=1, new=40), job(1, prompt=17, new=1)], scheduler(shape))
+        decodes = [it.next_turn(0).decode for _ in range(5)]
+        assert [decode and decode.steps for decode in decodes] == [None, None, None, None, 4]
+
     def test_a_call_leaves_when_a_row_ends_only_if_somebody_waits(self):
         it = submitted([job(i, prompt=1, new=9) for i in range(5)], scheduler())
         assert [decode and decode.leave_on_end for decode in [it.next_turn(0).decode]] == [True]
@@ -365,5 +371,6 @@ def test_the_engine_s_bookkeeping_knows_no_device_no_thread_and_no_clock():
         tree = ast.parse((folder / f"{name}.py").read_text())
         modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        allowed = ("collections", "dataclasses", "hashlib", "itertools", "numpy", "deepstack_jax.engine.")
+        allowed = ("collections", "dataclasses", "hashlib", "itertools", "numpy")
+        allowed += ("deepstack_jax.engine.", "deepstack_jax.rounding")
         assert all(module.startswith(allowed) for module in modules), (name, modules)

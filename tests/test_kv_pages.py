@@ -103,7 +103,7 @@ class TestShape:
         [
             ({"slots": 0}, "slots 0 is too small: pass 1 or more"),
             ({"decode_steps": 0}, "decode_steps 0 is too small"),
-            ({"steps_beside_prefill": 0}, "steps_beside_prefill 0 is too small"),
+            ({"steps_beside_prefill": -1}, "steps_beside_prefill -1 is too small: pass 0 or more"),
             ({"chunk": 192}, "chunk 192 is not a multiple of page 128: pass 256"),
             ({"tail_rows": ((64, 1), (32, 1), (256, 1))}, "must ascend"),
             ({"tail_rows": ((0, 1), (256, 1))}, "must ascend"),

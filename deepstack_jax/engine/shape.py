@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
+from deepstack_jax.rounding import cdiv
+
+_LEAST = {"slots": 1, "chunk": 1, "page": 1, "decode_steps": 1, "steps_beside_prefill": 0}
 TAIL_DIVISORS = (8, 4, 2)  # of a chunk: the default widths of a prompt's last piece
-
-
-def cdiv(a: int, b: int) -> int:
-    """The least integer that is not below a / b."""
-    return -(-a // b)
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class EngineShape:
         tail_rows: (width in tokens, requests that share one program of that width), with ascending widths; the last is
             (chunk, 1). By default an eighth, a quarter and a half of a chunk, of one request each, and the chunk.
         steps_beside_prefill: steps of a decode call in a turn that prefills too: bounds the gap between two tokens of
-            a running stream while others prefill.
+            a running stream while others prefill. 0 prefills first, which is for batches that nobody watches.
     """
 
     slots: int
@@ -40,9 +38,9 @@ class EngineShape:
         Raises:
             ValueError: a size below one, a chunk that is not a multiple of `page`, or `tail_rows` in another form.
         """
-        for name in ("slots", "chunk", "page", "decode_steps", "steps_beside_prefill"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} is too small: pass 1 or more")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} is too small: pass {least} or more")
         if self.chunk % self.page:
             near = cdiv(self.chunk, self.page) * self.page
             raise ValueError(f"chunk {self.chunk} is not a multiple of page {self.page}: pass {near}, for example")
