@@ -25,9 +25,9 @@ demo: .venv/demo-ready
 test: .venv/test-ready
 	$(PYTEST) --dist loadfile --durations 25
 
-# The two largest searches through the states of a transfer, side by side
+# The largest searches through the states of a transfer, and 100,000 schedules of the engine, side by side
 test-exhaustive: .venv/test-ready
-	$(PYTEST) --dist load -m exhaustive --durations 0 tests/test_disagg_protocol.py
+	$(PYTEST) --dist load -m exhaustive --durations 0 tests/test_disagg_protocol.py tests/test_engine_schedules.py
 
 # Compiles for TPUs and NVIDIA's Hopper without having one; their compilers live apart from what users run
 test-aot: .venv-aot/ready
