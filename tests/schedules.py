@@ -180,7 +180,7 @@ class Simulation:
         self.running = [request for request in self.running if request.holds]
 
     def note_heads(self) -> None:
-        """Who is first of its tenant from now on may be passed T - 1 + max_overtakes times."""
+        """From now on, the first of each tenant may be passed T - 1 + max_overtakes times."""
         self.line = {tenant: line for tenant, line in self.line.items() if line}
         for tenant, line in self.line.items():
             if tenant not in self.heads or self.heads[tenant].request is not line[0]:

@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepstack_jax.engine.pages import OutOfPages, PageLedger
@@ -48,6 +48,7 @@ class TestLedger:
         with pytest.raises(ValueError, match="num_pages 1 leaves no page to give out"):
             PageLedger(1)
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.sampled_from(["take", "share", "release"]), st.integers(0, 3)), max_size=40))
     def test_any_order_of_operations_keeps_the_counts(self, operations):
         ledger, counts = PageLedger(8), Counter[int]()

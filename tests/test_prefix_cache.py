@@ -7,7 +7,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepstack_jax.engine.pages import PageLedger
@@ -143,6 +143,7 @@ class TestKeys:
     tokens = st.lists(st.sampled_from(["a", "b", "..", "...", "...."]), min_size=1, max_size=4)
     pictures = st.lists(st.sampled_from([DOG, CAT]).map(digest_of), min_size=4, max_size=4)
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(tokens, pictures), min_size=2, max_size=6))
     def test_two_chunks_have_one_key_exactly_if_they_and_all_before_are_equal(self, prompts):
         seen: dict[bytes, tuple[object, ...]] = {}

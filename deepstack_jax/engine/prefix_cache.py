@@ -4,8 +4,8 @@ A chunk's key is one SHA-256 over the key of the chunk before it, its token ids,
 they show and where in it. Two chunks with one key therefore were computed from equal prompts up to their end, at equal
 positions: M-RoPE's positions follow from the ids and the images' grids, and a grid is part of its image's digest. Only
 whole chunks at multiples of the chunk are kept, so that a hit gives the bits that the same program would compute again.
-The chain of parent, ids and (image, offset) is what vLLM's block hashes became once shorter ones had let prompts with
-different images share pages.
+vLLM's block hashes took the same form, a chain over parent, ids and (image, offset), after simpler ones had let prompts
+with different images share pages.
 """
 
 import hashlib

@@ -91,7 +91,7 @@ class Scheduler:
         max_waiting: requests in line at most.
         max_overtakes: how often later tenants overtake a request that waits for pages.
         waiting: the ring of tenants, each with its requests in order of submission.
-        overtaken: how often the request with an id was overtaken, for those in line.
+        overtaken: how often each request in line was overtaken, by id.
         running: admitted requests by id, in order of admission.
         free_slots: slots that nobody holds.
         cancelled: reasons by id, for the next turn.
@@ -125,18 +125,25 @@ class Scheduler:
             ValueError: a count below one, keys of another prompt, or an id that is in use.
         """
         self._check(job)
-        needed = self.shape.pages_of(job.tokens)
-        if needed > self.ledger.capacity:
-            held = self.ledger.capacity
-            raise NeverFits(
-                f"{job.prompt_tokens} prompt tokens and {job.max_new_tokens} new ones need {needed} KV pages of "
-                f"{self.shape.page} tokens, and the pool holds {held} ({held * self.shape.page} tokens): "
-                "shorten the prompt, ask for fewer tokens, or give the engine more memory for pages"
-            )
+        self.check_fits(job.prompt_tokens, job.max_new_tokens)
         if len(self.overtaken) >= self.max_waiting:
             raise QueueFull(f"{self.max_waiting} requests are waiting already: try again later")
         self.waiting.setdefault(job.tenant, deque()).append(job)
         self.overtaken[job.id] = 0
+
+    def check_fits(self, prompt_tokens: int, max_new_tokens: int) -> None:
+        """
+        Raises:
+            NeverFits: the whole pool is too small for such a request.
+        """
+        needed = self.shape.pages_of(prompt_tokens + max_new_tokens - 1)
+        if needed > self.ledger.capacity:
+            held = self.ledger.capacity
+            raise NeverFits(
+                f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones need {needed} KV pages of "
+                f"{self.shape.page} tokens, and the pool holds {held} ({held * self.shape.page} tokens): "
+                "shorten the prompt, ask for fewer tokens, or give the engine more memory for pages"
+            )
 
     def arrived(self, id: int, ready: int) -> None:
         """Says that the embeddings of the first `ready` prompt tokens are available. Ignored if the request ended.
