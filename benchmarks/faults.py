@@ -1,10 +1,10 @@
-"""Requests through the split while its processes are killed and stopped, its messages and its writes spoilt.
+"""Sends requests through the split while processes are killed and stopped and messages and writes are damaged.
 
     python benchmarks/faults.py [--requests 500] [--seed 0] [--checkpoint DIR] [--logs DIR]
 
-Real processes, Mooncake between them on loopback. Each request must end with the whole model's tokens, or with one
-clear error within its deadline; afterwards every block is back and memory, threads and files are as at the start.
-Prints a table; exit code 1 if anything does not hold. `tests/fault_run.py` says what is done and what is asked.
+The processes are real, with Mooncake between them on loopback. Each request must end with the whole model's tokens or,
+within its deadline, with one clear error. At the end all blocks must be free, and memory, threads and open files as at
+the start. The benchmark prints a table, and exits with 1 if an invariant is violated. See `tests/fault_run.py`.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from measured import chip_name
 
 from tests.fault_run import ENCODER_FAULTS, LANGUAGE_FAULTS, Plan, make_checkpoint, run
 
-REQUESTS_A_FAULT = 20  # of a process
+REQUESTS_PER_FAULT = 20  # of a process
 
 
 def main() -> None:
@@ -33,21 +33,21 @@ def main() -> None:
     parser.add_argument("--encoders", type=int, default=2)
     parser.add_argument("--languages", type=int, default=2)
     parser.add_argument("--checkpoint", type=Path, help="default: a tiny random one")
-    parser.add_argument("--logs", type=Path, help="folder for what the processes print; default: a temporary one")
+    parser.add_argument("--logs", type=Path, help="folder for the logs of the processes; default: a temporary one")
     options = parser.parse_args()
     print(f"{chip_name()}; jax {jax.__version__}, Mooncake {version('mooncake-transfer-engine-non-cuda')}")
-    numbers, rounds = random.Random(options.seed), max(1, options.requests // REQUESTS_A_FAULT // len(ENCODER_FAULTS))
+    rng, rounds = random.Random(options.seed), max(1, options.requests // REQUESTS_PER_FAULT // len(ENCODER_FAULTS))
 
-    def drawn(faults: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    def shuffled(faults: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
         every = list(faults) * rounds
-        numbers.shuffle(every)
+        rng.shuffle(every)
         return tuple(every)
 
     plan = Plan(
         options.requests,
         options.seed,
-        drawn(ENCODER_FAULTS),
-        drawn(LANGUAGE_FAULTS),
+        shuffled(ENCODER_FAULTS),
+        shuffled(LANGUAGE_FAULTS),
         encoders=options.encoders,
         languages=options.languages,
         clients=6,

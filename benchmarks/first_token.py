@@ -1,11 +1,11 @@
-"""Time to the first token: the whole model in one process, and the split in two, asked over HTTP.
+"""Measures the time to the first token over HTTP, of the whole model in one process and of the split in two.
 
     python benchmarks/first_token.py [--folder FOLDER] [--dtype bfloat16] [--sides 256 448 1024] [--rounds 7]
 
-A made-up checkpoint of 600M parameters is asked one token about a picture that no node has seen. Rounds alternate;
-medians. What the split adds is the difference of the two. Beside it stand the transfer, from the first grant to the
-last row, and its bound: the same bytes in plain Mooncake writes of the same run. Encoder and text model have the
-machine's cores in turn in both ways, so nothing is gained by having two processes.
+A random checkpoint of 600M parameters generates one token about an image that no node has seen. Rounds alternate, and
+figures are medians. "added" is the difference between the split and the whole model. "transfer" extends from the first
+grant to the last row, and "bound" is the time of the same bytes in plain Mooncake writes of the same run. In both cases
+the encoder and the text model use the machine's cores in turn, so a second process gains nothing.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from PIL import Image
 from transfer import ROW_BYTES, Sender
 
 from deepstack_jax.cli.demo_split import ServeProcess, serve_process
+from deepstack_jax.rounding import cdiv
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 
 QUESTION = "What is in this picture?"
@@ -42,11 +43,13 @@ HIDDEN, LEVELS = CONFIG["text_config"]["hidden_size"], len(CONFIG["vision_config
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where the checkpoint is kept; a temporary one by default")
+    parser.add_argument("--folder", type=Path, help="folder for the checkpoint; default: a temporary one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 448, 1024], help="of square pictures, in pixels")
+    parser.add_argument(
+        "--sides", type=int, nargs="+", default=[256, 448, 1024], help="sides of the square images, in pixels"
+    )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="writes the figures to this file too")
+    parser.add_argument("--json", type=Path, help="file to which the figures are also written")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -64,19 +67,19 @@ def main() -> None:
         print("pixels tokens    MB    whole    split    added  transfer    bound")
         figures = [measure(whole, language, side, options.rounds) for side in options.sides]
     if options.json:
-        said = {"machine": chip_name(), "jax": jax.__version__, "dtype": options.dtype, "figures": figures}
-        options.json.write_text(json.dumps(said, indent=1))
+        result = {"machine": chip_name(), "jax": jax.__version__, "dtype": options.dtype, "figures": figures}
+        options.json.write_text(json.dumps(result, indent=1))
 
 
 def measure(whole: ServeProcess, language: ServeProcess, side: int, rounds: int) -> dict[str, Any]:
-    """One line of the table; all times in seconds."""
+    """Measures one line of the table; all times are in seconds."""
     seconds: dict[str, list[float]] = {"whole": [], "split": []}
     transfers, last = [], {}
     for number in range(rounds + 1):
         for name, node in (("whole", whole), ("split", language)):
-            picture = picture_of(side, seed=2 * number + (name == "split"))
-            took, answer = first_token(node, picture)
-            if number:  # the first compiles
+            image = random_image(side, seed=2 * number + (name == "split"))
+            took, answer = first_token(node, image)
+            if number:  # the first round compiles
                 seconds[name].append(took)
                 if name == "split":
                     last = answer["meta_info"]
@@ -101,14 +104,14 @@ def measure(whole: ServeProcess, language: ServeProcess, side: int, rounds: int)
     return figures
 
 
-def first_token(node: ServeProcess, picture: str) -> tuple[float, dict[str, Any]]:
-    """(seconds of a request for one token, its answer)."""
-    body = {"text": QUESTION, "image_data": picture, "sampling_params": {"max_new_tokens": 1}}
+def first_token(node: ServeProcess, image: str) -> tuple[float, dict[str, Any]]:
+    """Requests one token; returns the seconds that it took and the answer."""
+    body = {"text": QUESTION, "image_data": image, "sampling_params": {"max_new_tokens": 1}}
     for _ in range(100):
         started = time.perf_counter()
         response = httpx.post(f"{node.url}/generate", json=body, timeout=600, trust_env=False)
         took = time.perf_counter() - started
-        if response.status_code != 503:  # until the two nodes have met there is no encoder
+        if response.status_code != 503:  # there is no encoder until the two nodes have connected
             break
         time.sleep(0.1)
     response.raise_for_status()
@@ -116,9 +119,9 @@ def first_token(node: ServeProcess, picture: str) -> tuple[float, dict[str, Any]
 
 
 def plain_write_seconds(num_bytes: int, rounds: int) -> float:
-    """Of Mooncake's own writes of so many bytes to another process, the median."""
+    """Returns the median time of plain Mooncake writes of `num_bytes` to another process."""
     rows = np.ones(num_bytes, np.uint8)
-    program, tokens = Path(__file__).with_name("transfer.py"), -(-num_bytes // ROW_BYTES)
+    program, tokens = Path(__file__).with_name("transfer.py"), cdiv(num_bytes, ROW_BYTES)
     command = [sys.executable, str(program), "--tokens", str(tokens), "--receive"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         sender = Sender(child)
@@ -132,8 +135,8 @@ def plain_write_seconds(num_bytes: int, rounds: int) -> float:
     return statistics.median(times)
 
 
-def picture_of(side: int, seed: int) -> str:
-    """A picture that compresses little, as a data URI."""
+def random_image(side: int, seed: int) -> str:
+    """Returns an image that compresses badly, as a data URI."""
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side // 8, side // 8, 3), np.uint8)
     Image.fromarray(pixels).resize((side, side)).save(file, "PNG")

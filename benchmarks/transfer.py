@@ -1,13 +1,16 @@
-"""Rows from one process's device to another's through the bridge, beside plain Mooncake writes of the same bytes.
+"""Measures rows from one process's device to another's through the bridge, beside plain Mooncake writes.
 
     python benchmarks/transfer.py [--tokens 256 1024 4096 16384] [--rounds 7] [--pool-blocks N] [--json FILE]
 
-The bridge's time runs from rows on the sender's device (CPU backend) to rows on the receiver's, checksums, grants and
-all. Plain writes are large pieces from the rows' own memory to one buffer, waited for both with the engine's blocking
-call and as the bridge waits. Runs alternate; medians. Hidden by overlap is the share of the stages' times that the
-wall time leaves out. Work is what the machine's cores did together, in milliseconds of one core, the kernel's part with
-it (Linux counts it in steps of 10 ms, so it says little of the short ones): divided by the number of cores it is a
-bound. What else runs shows in the figures.
+The bridge's time extends from rows on the sender's device (CPU backend) to rows on the receiver's, including checksums
+and grants. Plain writes send the same bytes in large segments from the rows' own memory to one buffer. The benchmark
+waits for them both with the engine's blocking call and by polling, as the bridge does. Runs alternate, and figures are
+medians.
+
+"hidden" is the share of the stages' times that overlap hides from the wall time. "work" is the time for which all cores
+together were busy, in milliseconds of one core, including the kernel. Linux counts it in steps of 10 ms, so it is not
+precise for short runs. Divided by the number of cores it is a lower bound of the wall time. Other processes affect all
+figures.
 """
 
 import argparse
@@ -35,29 +38,32 @@ from measured import chip_name
 
 from deepstack_jax.disagg import MultimodalDataBuffers
 from deepstack_jax.disagg.encode.bridge import BlockWrite, SendBridge
-from deepstack_jax.disagg.encode.outgoing import OutgoingPrompt
+from deepstack_jax.disagg.encode.outgoing import OutgoingRequest
 from deepstack_jax.disagg.language.bridge import ReceiveBridge
-from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
-from deepstack_jax.disagg.transports import Piece
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
+from deepstack_jax.disagg.transports import WriteSegment
 from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
 from deepstack_jax.disagg.wire.layout import BufferLayout, checksum
 from deepstack_jax.models.vision import VisualRows, separate_deepstack_embeds
+from deepstack_jax.rounding import cdiv
 
 HIDDEN, LEVELS, BLOCK = 2048, 3, int(os.environ.get("BLOCK", "128"))
 ROW_BYTES = (1 + LEVELS) * HIDDEN * 2
 IMAGE_TOKEN, TEXT_TOKENS = 151655, 16
-PIECE_BYTES = 4 << 20  # of a plain write
+SEGMENT_BYTES = 4 << 20  # per segment of a plain write
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384], help="visual tokens")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pool-blocks", type=int, help="default: the whole prompt; fewer make windows")
-    parser.add_argument("--json", type=Path, help="writes the figures to this file too")
+    parser.add_argument(
+        "--pool-blocks", type=int, help="blocks of the receive pool; default: as many as the whole prompt takes"
+    )
+    parser.add_argument("--json", type=Path, help="file to which the figures are also written")
     parser.add_argument("--receive", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    blocks = options.pool_blocks or -(-(max(options.tokens) + 2 * TEXT_TOKENS) // BLOCK)
+    blocks = options.pool_blocks or cdiv(max(options.tokens) + 2 * TEXT_TOKENS, BLOCK)
     if options.receive:
         receive(blocks, max(options.tokens) * ROW_BYTES)
         return
@@ -81,18 +87,18 @@ def main() -> None:
 
 
 class Sender:
-    """This process's half of the measurement; the other is `receive`, at the ends of two pipes."""
+    """The sending half of the measurement. It talks to `receive`, in a child process, through two pipes."""
 
     def __init__(self, child: subprocess.Popen[str]):
         self.child = child
         self._write_lock = threading.Lock()
-        hello = self.answer()
-        self.session, self.raw = hello["session"], hello["raw"]
+        ready = self.answer()
+        self.session, self.raw = ready["session"], ready["raw"]
         self.transport = MooncakeTransport("127.0.0.1")
-        self.layout = BufferLayout(BLOCK, *map(tuple, hello["infos"]))
+        self.layout = BufferLayout(BLOCK, *map(tuple, ready["infos"]))
         self.bridge = SendBridge(self.transport, self.session, self.layout)
 
-    def say(self, message: dict[str, Any]) -> None:
+    def tell(self, message: dict[str, Any]) -> None:
         with self._write_lock:
             assert self.child.stdin
             self.child.stdin.write(json.dumps(message) + "\n")
@@ -102,19 +108,19 @@ class Sender:
         assert self.child.stdout
         return json.loads(self.child.stdout.readline())
 
-    def send(self, prompt: OutgoingPrompt) -> float:
-        """Sends a prompt as pool blocks become free; the receiver's seconds of copying, once its rows are there."""
+    def send(self, request: OutgoingRequest) -> float:
+        """Sends a request as pool blocks become free; returns the receiver's copying time once the rows are there."""
 
         def written(blocks: list[BlockWrite]) -> None:
-            self.say({"written": [(b.token_block, b.pool_block, b.checksum.hex(), b.num_bytes) for b in blocks]})
+            self.tell({"written": [(b.token_block, b.pool_block, b.checksum.hex(), b.num_bytes) for b in blocks]})
 
-        assert prompt.rows is not None
-        tokens = len(prompt.fill_ids)
-        self.say({"begin": [tokens, len(prompt.rows.embeds)]})
-        blocks = range(-(-tokens // BLOCK))
+        assert request.rows is not None
+        tokens = len(request.fill_ids)
+        self.tell({"expect": [tokens, len(request.rows.embeds)]})
+        blocks = range(cdiv(tokens, BLOCK))
         seconds = 0.0
-        for start in range(0, len(blocks), self.layout.num_blocks):  # rounds; one if the pool holds the prompt
-            self.bridge.write(prompt, list(zip(blocks[start:], range(self.layout.num_blocks), strict=False)), written)
+        for start in range(0, len(blocks), self.layout.num_blocks):  # one round if the pool holds the whole prompt
+            self.bridge.write(request, list(zip(blocks[start:], range(self.layout.num_blocks), strict=False)), written)
             answer = self.answer()
             if "error" in answer:
                 raise RuntimeError(answer["error"])
@@ -122,25 +128,27 @@ class Sender:
         return seconds
 
     def write_blocking(self, rows: list[np.ndarray]) -> None:
-        pieces = self.pieces(rows)
-        columns = map(list, zip(*pieces, strict=True))
-        assert self.transport._engine.batch_transfer_sync_write(self.session, *columns) == 0
+        segments = self.segments(rows)
+        columns = map(list, zip(*segments, strict=True))
+        assert self.transport.engine.batch_transfer_sync_write(self.session, *columns) == 0
 
     def write_polled(self, rows: list[np.ndarray]) -> None:
-        self.transport.submit(self.session, self.pieces(rows)).result()
+        self.transport.submit(self.session, self.segments(rows)).result()
 
-    def pieces(self, rows: list[np.ndarray]) -> list[Piece]:
-        pieces, there = [], self.raw
+    def segments(self, rows: list[np.ndarray]) -> list[WriteSegment]:
+        segments, destination = [], self.raw
         for array in rows:
-            here = array.ctypes.data
-            for start in range(0, array.nbytes, PIECE_BYTES):
-                pieces.append(Piece(here + start, there + start, min(PIECE_BYTES, array.nbytes - start)))
-            there += array.nbytes
-        return pieces
+            source = array.ctypes.data
+            for start in range(0, array.nbytes, SEGMENT_BYTES):
+                segments.append(
+                    WriteSegment(source + start, destination + start, min(SEGMENT_BYTES, array.nbytes - start))
+                )
+            destination += array.nbytes
+        return segments
 
     def close(self) -> None:
         self.bridge.close()
-        self.say({"stop": True})
+        self.tell({"stop": True})
         self.child.wait()
         self.transport.close()
 
@@ -153,7 +161,7 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
     total = tokens + 2 * TEXT_TOKENS
     index = np.full(total, -1, np.int32)
     index[TEXT_TOKENS:][:tokens] = np.arange(tokens)
-    prompt = OutgoingPrompt(
+    request = OutgoingRequest(
         fill_ids=np.where(index < 0, 7, IMAGE_TOKEN).astype(np.int32),
         mrope_positions=np.tile(np.arange(total, dtype=np.int32), (3, 1)),
         aux_datas=np.zeros(16, np.int32),
@@ -161,12 +169,12 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
         rows=rows,
     )
     ways: dict[str, Callable[[], Any]] = {
-        "bridge": lambda: sender.send(prompt),
+        "bridge": lambda: sender.send(request),
         "blocking": lambda: sender.write_blocking(host),
         "polled": lambda: sender.write_polled(host),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    work_done = dict.fromkeys(ways, 0.0)
+    busy_s = dict.fromkeys(ways, 0.0)
     stages: list[list[float]] = []
     for round in range(rounds + 1):
         for name, run in ways.items():
@@ -176,84 +184,84 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
             received = run()
             took, busy = time.perf_counter() - started, core_seconds() - busy
             if received is not None:
-                sender.say({"digest": True})
+                sender.tell({"digest": True})
                 assert sender.answer()["digest"] == digest(host), "the rows arrived changed"
-            if round:  # the first warms up
+            if round:  # the first round is a warm-up
                 seconds[name].append(took)
-                work_done[name] += busy / rounds
+                busy_s[name] += busy / rounds
                 if received is not None:
-                    own = (times.device, times.host, times.wire)
-                    stages.append([*(now - then for now, then in zip(own, before, strict=True)), received, took])
+                    after = (times.device, times.host, times.wire)
+                    stages.append([*(end - start for end, start in zip(after, before, strict=True)), received, took])
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    device, sums, wire, copied, wall = (statistics.median(column) for column in zip(*stages, strict=True))
+    device, sums, wire, copying, wall = (statistics.median(column) for column in zip(*stages, strict=True))
     figures = {
         "tokens": tokens,
         "bytes": num_bytes,
         **{f"{name}_gb_s": num_bytes / value / 1e9 for name, value in median.items()},
         "ratio": min(median["blocking"], median["polled"]) / median["bridge"],
         "ratio_to_blocking": median["blocking"] / median["bridge"],
-        "stage_seconds": {"device": device, "checksums": sums, "wire": wire, "copying_out": copied, "wall": wall},
-        "hidden": max(0.0, 1 - wall / (device + sums + wire + copied)),
-        "core_seconds": work_done,
+        "stage_seconds": {"device": device, "checksums": sums, "wire": wire, "copying_out": copying, "wall": wall},
+        "hidden": max(0.0, 1 - wall / (device + sums + wire + copying)),
+        "core_seconds": busy_s,
     }
     print(
         f"{tokens:6} {num_bytes / 2**20:6.0f} {figures['bridge_gb_s']:8.2f} {figures['blocking_gb_s']:10.2f}"
         f" {figures['polled_gb_s']:8.2f} {figures['ratio_to_blocking']:12.0%} {figures['ratio']:9.0%}"
-        f" {device * 1e3:9.1f} {sums * 1e3:8.1f} {wire * 1e3:8.1f} {copied * 1e3:8.1f} {wall * 1e3:8.1f}"
-        f" {figures['hidden']:8.0%} {work_done['bridge'] * 1e3:8.0f} {work_done['polled'] * 1e3:7.0f}",
+        f" {device * 1e3:9.1f} {sums * 1e3:8.1f} {wire * 1e3:8.1f} {copying * 1e3:8.1f} {wall * 1e3:8.1f}"
+        f" {figures['hidden']:8.0%} {busy_s['bridge'] * 1e3:8.0f} {busy_s['polled'] * 1e3:7.0f}",
         flush=True,
     )
     return figures
 
 
 def core_seconds() -> float:
-    """Of all cores at work since the machine's start."""
+    """The seconds that all cores together have been busy since the machine started."""
     user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:8])
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def receive(num_blocks: int, raw_bytes: int) -> None:
-    """The receiving process: pool and bridge, told on stdin what was written, answering on stdout."""
+    """The receiving half: a pool and a bridge, which read messages from stdin and answer on stdout."""
     transport = MooncakeTransport("127.0.0.1")
     pool = MultimodalDataBuffers(num_blocks, BLOCK, HIDDEN, LEVELS, ml_dtypes.bfloat16)
     bridge = ReceiveBridge(transport, pool)
     raw = np.zeros(raw_bytes, np.uint8)
     raw.fill(1)
     transport.register(raw)
-    prompt: IncomingPrompt | None = None
+    request: IncomingRequest | None = None
     rows: VisualRows | None = None
     before = 0.0
 
-    def say(message: dict[str, Any]) -> None:
+    def answer(message: dict[str, Any]) -> None:
         print(json.dumps(message), flush=True)
 
     def copied(token_block: int, expected: BlockCopy, copy: "Future[BlockCopy]") -> None:
-        """In the bridge's thread: a round ends with the prompt or with the pool."""
+        """Runs in the bridge's thread. A round ends with the prompt or with the pool."""
         nonlocal rows
-        assert prompt
+        assert request
         if copy.result() != expected:
-            say({"error": f"token block {token_block} arrived damaged"})
-        if prompt.complete:
-            rows = jax.block_until_ready(prompt.rows())
-        if prompt.complete or (token_block + 1) % num_blocks == 0:
-            say({"seconds": bridge.times.host - before})
+            answer({"error": f"token block {token_block} arrived damaged"})
+        if request.complete:
+            rows = jax.block_until_ready(request.rows())
+        if request.complete or (token_block + 1) % num_blocks == 0:
+            answer({"seconds": bridge.times.host - before})
 
-    say({"session": transport.session, "raw": raw.ctypes.data, "infos": pool.get_buf_infos()})
+    answer({"session": transport.session, "raw": raw.ctypes.data, "infos": pool.get_buf_infos()})
     for line in sys.stdin:
         message = json.loads(line)
-        if "begin" in message:
-            prompt = rows = None  # their memory is used again
+        if "expect" in message:
+            request = rows = None  # so that their memory is reused
             before = bridge.times.host
-            prompt = bridge.expect(*message["begin"], visual_ids=[IMAGE_TOKEN])
+            request = bridge.expect(*message["expect"], visual_ids=[IMAGE_TOKEN])
         elif "written" in message:
-            assert prompt
+            assert request
             for token_block, pool_block, checksum, num_bytes in message["written"]:
                 expected = BlockCopy(bytes.fromhex(checksum), num_bytes)
-                copy = bridge.copy_out(prompt, token_block, pool_block, expected)
+                copy = bridge.copy_out(request, token_block, pool_block, expected)
                 copy.add_done_callback(partial(copied, token_block, expected))
         elif "digest" in message:
             assert rows is not None
-            say({"digest": digest([np.asarray(array) for array in rows])})
+            answer({"digest": digest([np.asarray(array) for array in rows])})
         else:
             break
     bridge.close()

@@ -1,8 +1,7 @@
-"""A receiving process for tests of the bridge: a pool, told on stdin what to do, answering on stdout, line by line."""
+"""A process with a receive pool, for tests of the bridge. It reads commands from standard input, one per line."""
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,48 +10,37 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by name)
+import ml_dtypes  # noqa: F401 (makes numpy know bfloat16 by name)
 import numpy as np
 
 from deepstack_jax.disagg import MultimodalDataBuffers
 from deepstack_jax.disagg.language.bridge import ReceiveBridge
-from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
 from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
 from deepstack_jax.disagg.wire.layout import BufferLayout
 from tests.cases import side_by_side
+from tests.nodes import NodeProcess
 
-ROOT = Path(__file__).parent.parent
 
+class Peer(NodeProcess):
+    """The process, as its parent sees it."""
 
-class Peer:
-    """The process as its parent sees it."""
-
-    def __init__(self, process: subprocess.Popen[str]):
-        self.process = process
-        hello = self.ask()
-        self.session = hello["session"]
-        self.layout = BufferLayout(hello["block_size"], *map(tuple, hello["infos"]))
-
-    def ask(self, **message: Any) -> Any:
-        assert self.process.stdin
-        assert self.process.stdout
-        if message:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        assert line, "the peer is gone"
-        return json.loads(line)
+    def __init__(self, *arguments: str, **environment: str):
+        super().__init__("tests.bridge_peer", *arguments, **environment)
+        ready = self.read()
+        self.session = ready["session"]
+        self.layout = BufferLayout(ready["block_size"], *map(tuple, ready["infos"]))
 
     def pool(self, folder: Path) -> list[np.ndarray]:
-        """A copy of the pool's buffers: bytes [blocks, bytes of a row]."""
-        self.ask(save_pool=str(folder / "pool.npz"))
+        """A copy of the pool's buffers: bytes [blocks, bytes per row]."""
+        self.command(save_pool=str(folder / "pool.npz"))
         with np.load(folder / "pool.npz") as saved:
             return [saved[f"arr_{number}"] for number in range(len(saved))]
 
-    def prompt(self, folder: Path) -> dict[str, np.ndarray]:
-        """What has arrived; rows as bytes."""
-        self.ask(save_prompt=str(folder / "prompt.npz"))
-        with np.load(folder / "prompt.npz") as saved:
+    def request(self, folder: Path) -> dict[str, np.ndarray]:
+        """The arrays that have arrived; rows as bytes."""
+        self.command(save_request=str(folder / "request.npz"))
+        with np.load(folder / "request.npz") as saved:
             return dict(saved)
 
 
@@ -60,23 +48,12 @@ class Peer:
 def peer(
     num_blocks: int, block_size: int, hidden: int, levels: int, dtype: str, host: str = "127.0.0.1", **environment: str
 ) -> Iterator[Peer]:
-    """A peer with a pool filled with 0xEE."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.bridge_peer",
-        host,
-        *map(str, (num_blocks, block_size, hidden, levels)),
-        dtype,
-    ]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment}
-    )
+    """A peer whose pool is filled with 0xEE."""
+    process = Peer(host, *map(str, (num_blocks, block_size, hidden, levels)), dtype, **environment)
     try:
-        yield Peer(process)
+        yield process
     finally:
         process.kill()
-        process.communicate()
 
 
 def main() -> None:
@@ -88,30 +65,30 @@ def main() -> None:
     for buffer in buffers:
         buffer.fill(0xEE)
     bridge = ReceiveBridge(transport, pool)
-    prompt: IncomingPrompt | None = None
+    request: IncomingRequest | None = None
     answer({"session": transport.session, "block_size": block_size, "infos": pool.get_buf_infos()})
     for line in sys.stdin:
         match json.loads(line):
             case {"expect": [tokens, rows, visual_ids, num_rows]}:
-                prompt = bridge.expect(tokens, rows, visual_ids, num_rows)
+                request = bridge.expect(tokens, rows, visual_ids, num_rows)
                 answer({})
-            case {"copy_out": blocks} if prompt is not None:
+            case {"copy_out": blocks} if request is not None:
                 copies = [
-                    bridge.copy_out(prompt, token_block, pool_block, BlockCopy(bytes.fromhex(checksum), num_bytes))
+                    bridge.copy_out(request, token_block, pool_block, BlockCopy(bytes.fromhex(checksum), num_bytes))
                     for token_block, pool_block, checksum, num_bytes in blocks
                 ]
                 answer([(copy.result().checksum.hex(), copy.result().num_bytes) for copy in copies])
             case {"save_pool": path}:
                 np.savez(path, *buffers)
                 answer({})
-            case {"save_prompt": path} if prompt is not None:
+            case {"save_request": path} if request is not None:
                 np.savez(
                     path,
-                    rows=side_by_side(prompt.rows()).view(np.uint8),
-                    fill_ids=prompt.fill_ids,
-                    mrope_positions=prompt.mrope_positions,
-                    aux_datas=prompt.aux_datas,
-                    visual_index=prompt.visual_index,
+                    rows=side_by_side(request.rows()).view(np.uint8),
+                    fill_ids=request.fill_ids,
+                    mrope_positions=request.mrope_positions,
+                    aux_datas=request.aux_datas,
+                    visual_index=request.visual_index,
                 )
                 answer({})
 

@@ -1,8 +1,8 @@
-"""A world of one Receiver, some Senders, a bad network and a pool, whose every state can be visited.
+"""A model of one Receiver, some Senders, an unreliable network and a receive pool, whose states can all be visited.
 
-The network delivers any message that is under way, in any order. A world's budget of faults pays for losing or doubling
-a message, a write that fails, lands late or is damaged, an encoder that dies or seems to, a client that goes away, and
-for time that passes while something else could happen. Everything else happens free of charge.
+The network delivers any message in flight, in any order. A world has a budget of faults: a lost or duplicated message,
+a write that fails, lands late or is damaged, an encoder that dies or seems to, a client that disconnects, and time that
+passes while another step is possible. All other steps are free.
 """
 
 from collections import Counter
@@ -17,34 +17,34 @@ from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
 from deepstack_jax.disagg.wire.messages import Abort, Message, WrittenBlock
 from deepstack_jax.disagg.wire.transfer import (
     Action,
-    Began,
+    AttemptKey,
     CopyOut,
-    EncodeHere,
+    EncodeLocally,
     Ended,
     Forget,
-    Key,
     Prepare,
+    PromptKnown,
     Send,
     StartWrite,
     State,
 )
 
-NODE = "node"  # the language node's name
+NODE = "node"  # the name of the language node
 BLOCK_SIZE = 2
-TORN = b"torn    "  # what a damaged write leaves
-OF_NETWORK = ("drop", "double")
-FAULTS = (*OF_NETWORK, "wait", "fail", "damage", "crash", "suspect", "flap", "cut", "abort")
+TORN = b"torn    "  # the content of a block after a damaged write
+NETWORK_FAULTS = ("drop", "double")
+FAULTS = (*NETWORK_FAULTS, "wait", "fail", "damage", "crash", "suspect", "flap", "cut", "abort")
 
 
 class Violation(AssertionError):
-    """The protocol has broken a promise."""
+    """The protocol has violated an invariant."""
 
 
 @dataclass(frozen=True)
 class Write:
     """One block of a StartWrite."""
 
-    key: Key
+    key: AttemptKey
     round: int
     token_block: int
     pool_block: int
@@ -52,65 +52,65 @@ class Write:
 
 @dataclass(frozen=True)
 class Case:
-    """What a world starts with. Times are whole seconds."""
+    """The initial state and the limits of a world. Times are whole seconds."""
 
-    blocks: tuple[int, ...]  # token blocks of each request
+    blocks: tuple[int, ...]  # number of token blocks of each request
     pool: int
     share: int
     encoders: int = 1
     faults: int = 0
     kinds: tuple[str, ...] = FAULTS
     deadline: int = 12
-    retry: int = 2
+    retry_interval: int = 2
     timeout: int = 5
-    slow_copies: bool = False  # copying out takes time, in which other things happen
+    slow_copies: bool = False  # other steps may happen before a copy is done
     slow_preparation: bool = False
-    slow_starts: bool = False  # writes stand in a queue before they start
-    own_prompts: bool = False  # every encoder prepares another prompt
-    encodes_here: bool = False
+    slow_starts: bool = False  # writes wait in a queue before they start
+    own_prompts: bool = False  # every encoder prepares a different prompt
+    encodes_locally: bool = False
     receiver: type[Receiver] = Receiver
     sender: type[Sender] = Sender
 
 
 class World:
-    """One state. `steps` lists what may happen next; `take` does one of them."""
+    """One state. `steps` lists the possible next steps, and `take` performs one of them."""
 
     def __init__(self, case: Case):
         self.case = case
         self.now = 0
-        self.used = 0  # faults
-        self.harmless = True  # none but of the network
+        self.used = 0  # number of faults so far
+        self.harmless = True  # all faults so far were of the network
         settings = ReceiverSettings(
             num_blocks=case.pool,
             block_size=BLOCK_SIZE,
             share=case.share,
             max_tokens=99,
-            retry=case.retry,
+            retry_interval=case.retry_interval,
             transfer_timeout=case.timeout,
             max_attempts=2,
             max_damaged=1,
-            encodes_here=case.encodes_here,
+            encodes_locally=case.encodes_locally,
         )
         self.machines: dict[str, Any] = {NODE: case.receiver(settings)}
         self.machines |= {f"e{index}": case.sender(SenderSettings(BLOCK_SIZE)) for index in range(case.encoders)}
-        self.hashes: dict[str, int] = {}  # of machines; those without one belong to this world alone
-        self.mail: Counter[tuple[str, str, Message]] = Counter()  # (from, to, what)
+        self.hashes: dict[str, int] = {}  # of machines; only this world shares a machine without a hash
+        self.mail: Counter[tuple[str, str, Message]] = Counter()  # (from, to, message)
         self.preparing: dict[Prepare, str] = {}
-        self.queued: dict[Write, str] = {}  # writes that have been asked for and have not started
+        self.queued: dict[Write, str] = {}  # writes that have been requested but have not started
         self.writing: dict[Write, str] = {}
-        self.lost_writes: set[Write] = set()  # that nobody waits for, and that may still land
+        self.lost_writes: set[Write] = set()  # failed writes that may still land
         self.copying: set[CopyOut] = set()
-        self.dead: set[str] = set()  # encoders whose death the receiver has yet to learn of
-        self.pool: dict[int, bytes] = {}  # what is in each block
-        self.arrived: dict[tuple[str, int], bytes] = {}  # what has been copied out and counted
+        self.dead: set[str] = set()  # dead encoders that the receiver still considers connected
+        self.pool: dict[int, bytes] = {}  # the content of each block
+        self.arrived: dict[tuple[str, int], bytes] = {}  # the content that has been copied out and counted
         self.ended: dict[str, str] = {}
-        self.expired: set[tuple[str, int]] = set()  # attempts whose quarantine ended by time
+        self.expired: set[tuple[str, int]] = set()  # attempts whose quarantine has timed out
         self.started: Counter[tuple[str, int]] = Counter()
         for name in [*self.machines][1:]:
-            self.tell(NODE, "peer_up", name)
-            self.tell(name, "peer_up", NODE, case.pool)
+            self.notify(NODE, "peer_up", name)
+            self.notify(name, "peer_up", NODE, case.pool)
         for index in range(len(case.blocks)):
-            self.tell(NODE, "submit", f"r{index}", b"payload", case.deadline)
+            self.notify(NODE, "submit", f"r{index}", b"payload", case.deadline)
         self.check()
 
     @property
@@ -118,14 +118,14 @@ class World:
         return self.machines[NODE]
 
     def copy(self) -> "World":
-        """Another world in this state. Machines, and their hashes, are shared until something happens to them."""
+        """Another world in this state. Both share machines and their hashes until one of them changes a machine."""
         world = object.__new__(World)
         for name, value in self.__dict__.items():
             world.__dict__[name] = value.copy() if type(value) in (dict, set, Counter) else value
         return world
 
     def key(self) -> int:
-        """Equal for equal states: those from which the same can happen."""
+        """A hash that is equal for states from which the same steps are possible."""
         for name, machine in self.machines.items():
             if name not in self.hashes:
                 self.hashes[name] = hash(frozen(machine))
@@ -134,7 +134,7 @@ class World:
         sets = (self.lost_writes, self.copying, self.dead, self.expired)
         return hash((self.now, self.used, self.harmless, *(frozenset(m.items()) for m in maps), *map(frozenset, sets)))
 
-    # what may happen
+    # possible steps
 
     def steps(self) -> Iterator[tuple[str, Any]]:
         yield from (("deliver", letter) for letter in self.mail)
@@ -177,9 +177,9 @@ class World:
         kind, what = step
         if kind in FAULTS:
             self.used += 1
-            self.harmless &= kind in OF_NETWORK
+            self.harmless &= kind in NETWORK_FAULTS
         getattr(self, f"do_{kind}")(what)
-        self.sweep()
+        self.discard_useless()
         self.check()
 
     def do_deliver(self, letter: tuple[str, str, Message]) -> None:
@@ -193,26 +193,26 @@ class World:
 
     def do_double(self, letter: tuple[str, str, Message]) -> None:
         source, target, message = letter
-        self.tell(target, "receive", source, message)
+        self.notify(target, "receive", source, message)
 
     def do_prepare(self, prepare: Prepare) -> None:
         name = self.preparing.pop(prepare)
-        tokens = self.case.blocks[int(prepare.key.request_id[1:])] * BLOCK_SIZE - 1  # the last block is not full
+        tokens = self.case.blocks[int(prepare.key.request_id[1:])] * BLOCK_SIZE - 1  # the last block is partial
         prompt = self.prompt(prepare.key.request_id, name).ljust(8)
-        self.tell(name, "prepared", prepare.key, tokens, tokens, 0, prompt)
+        self.notify(name, "prepared", prepare.key, tokens, tokens, 0, prompt)
 
     def do_write(self, write: Write, content: bytes | None = None) -> None:
         name = self.writing.pop(write)
         right = self.content(write, name)
         self.land(write, right if content is None else content)
-        self.tell(name, "written", write.key, write.round, [WrittenBlock(write.token_block, right, len(right))])
+        self.notify(name, "written", write.key, write.round, [WrittenBlock(write.token_block, right, len(right))])
 
     def do_start(self, write: Write) -> None:
         name = self.queued.pop(write)
         if self.machines[name].may_write(write.key, self.now):
             self.writing[write] = name
         else:
-            self.tell(name, "write_skipped", write.key, write.round, [write.token_block])
+            self.notify(name, "write_skipped", write.key, write.round, [write.token_block])
 
     def do_damage(self, write: Write) -> None:
         self.do_write(write, TORN)
@@ -220,7 +220,7 @@ class World:
     def do_fail(self, write: Write) -> None:
         self.lost_writes.add(write)
         name = self.writing.pop(write)
-        self.tell(name, "write_failed", write.key, write.round, [write.token_block], "failed")
+        self.notify(name, "write_failed", write.key, write.round, [write.token_block], "failed")
 
     def do_land(self, write: Write) -> None:
         self.lost_writes.remove(write)
@@ -232,7 +232,7 @@ class World:
         index = (copy.request_id, copy.token_block)
 
         def count(receiver: Receiver, before: Receiver) -> None:
-            """Keeps what the receiver takes for good, and says if it shouldn't have."""
+            """Records a block that the receiver counts, and checks that it is right to."""
             was = before.requests.get(copy.request_id)
             request = receiver.requests.get(copy.request_id)
             if was is None or copy.token_block in was.received:
@@ -240,15 +240,15 @@ class World:
             if request and copy.token_block not in request.received:
                 return
             name = was.peer
-            right = self.content(Write(Key(NODE, *index), copy.round, copy.token_block, copy.pool_block), name)
+            right = self.content(Write(AttemptKey(NODE, *index), copy.round, copy.token_block, copy.pool_block), name)
             if request is None and content != right:
-                return  # the request has failed, as `ended` says
+                return  # the request has failed, as `ended` shows
             if content != right or index in self.arrived:
                 raise Violation(f"{copy} counted {content!r}: expected {right!r}, once")
             self.arrived[index] = content
 
         args = (copy.request_id, copy.attempt, copy.round, copy.token_block, content, len(content))
-        self.tell(NODE, "copied", *args, then=count)
+        self.notify(NODE, "copied", *args, then=count)
 
     def do_crash(self, name: str) -> None:
         del self.machines[name]
@@ -264,34 +264,34 @@ class World:
         self.do_suspect(name)
 
     def do_suspect(self, name: str) -> None:
-        self.tell(NODE, "peer_down", name, "heartbeats stopped")
+        self.notify(NODE, "peer_down", name, "heartbeats stopped")
 
     def do_flap(self, name: str) -> None:
-        """The receiver takes the encoder for dead and finds it again; the encoder has noticed nothing."""
+        """The receiver considers the encoder dead and reconnects; the encoder has noticed nothing."""
         self.do_suspect(name)
-        self.tell(NODE, "peer_up", name)
+        self.notify(NODE, "peer_up", name)
 
     def do_cut(self, name: str) -> None:
-        """The encoder takes the receiver for dead and finds it again; the receiver has noticed nothing."""
-        self.tell(name, "peer_down", NODE)
-        self.tell(name, "peer_up", NODE, self.case.pool)
+        """The encoder considers the receiver dead and reconnects; the receiver has noticed nothing."""
+        self.notify(name, "peer_down", NODE)
+        self.notify(name, "peer_up", NODE, self.case.pool)
 
     def do_abort(self, request_id: str) -> None:
-        self.tell(NODE, "abort", request_id, "the client has gone")
+        self.notify(NODE, "abort", request_id, "the client has disconnected")
 
     def do_time(self, _: None) -> None:
         self.now = min(self.timers())
-        closing = {key: closing.until for key, closing in self.receiver.closing.items()}
-        self.expired |= {key for key, until in closing.items() if until <= self.now}
+        release_at = {key: attempt.release_at for key, attempt in self.receiver.abandoned.items()}
+        self.expired |= {key for key, until in release_at.items() if until <= self.now}
         for name in self.machines:
-            self.tell(name, "tick")
+            self.notify(name, "tick")
 
     do_wait = do_time
 
-    # what it takes
+    # events and actions
 
-    def tell(self, name: str, event: str, *args: Any, then: Callable[[Any, Any], None] | None = None) -> None:
-        """An event for one machine, and what comes of it."""
+    def notify(self, name: str, event: str, *args: Any, then: Callable[[Any, Any], None] | None = None) -> None:
+        """Delivers an event to one machine, and performs the actions that it returns."""
         before = self.machines[name]
         machine = self.machines[name] = cloned(before)
         self.hashes.pop(name, None)
@@ -303,26 +303,27 @@ class World:
             if new[key].state < old[key].state:
                 raise Violation(f"{key} went back to {new[key].state.name}")
         for action in actions:
-            self.carry_out(name, action)
+            self.perform(name, action)
 
-    def carry_out(self, name: str, action: Action) -> None:
+    def perform(self, name: str, action: Action) -> None:
         match action:
             case Send(peer, message):
-                msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message))  # it is within bounds
+                # raises if a field is out of bounds
+                msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message))
                 self.mail[name, peer, message] += 1
-            case Began(request_id):
+            case PromptKnown(request_id):
                 self.arrived = {index: content for index, content in self.arrived.items() if index[0] != request_id}
             case CopyOut():
                 self.copying.add(action)
                 if not self.case.slow_copies:
                     self.do_copy(action)
-            case EncodeHere(request_id):
-                self.end(request_id, "encode here")
+            case EncodeLocally(request_id):
+                self.end(request_id, "encode locally")
             case Ended(request_id, state, status):
                 if state == State.SUCCESS:
                     arrived = {index[1]: what for index, what in self.arrived.items() if index[0] == request_id}
                     if sorted(arrived) != list(range(self.case.blocks[int(request_id[1:])])):
-                        raise Violation(f"{request_id} ended with blocks {sorted(arrived)} alone")
+                        raise Violation(f"{request_id} ended with only blocks {sorted(arrived)}")
                     if len({content[:5] for content in arrived.values()}) != 1:
                         raise Violation(f"{request_id} has blocks of two prompts")
                 self.end(request_id, f"{state.name} {status}")
@@ -342,15 +343,15 @@ class World:
         index = (write.key.request_id, write.token_block)
         self.started[index] += 1
         if write in self.queued or write in self.writing or (self.harmless and self.started[index] > 1):
-            raise Violation(f"{write}: written twice though nothing that was written was lost")
+            raise Violation(f"{write}: written twice although no write was lost")
         self.queued[write] = name
         if not self.case.slow_starts:
             self.do_start(write)
 
-    def sweep(self) -> None:
-        """Delivers at once what can have no effect, now or later: of attempts that are over, or to the dead.
+    def discard_useless(self) -> None:
+        """Delivers messages that have no effect, now or later: those of finished attempts and those to dead encoders.
 
-        This leaves fewer states. That it has no effect is checked, not believed.
+        This reduces the number of states. The method checks that they really have no effect.
         """
         for letter in list(self.mail):
             source, target, message = letter
@@ -359,14 +360,14 @@ class World:
             if target == NODE:
                 request = self.receiver.requests.get(message.request_id)
                 current = request and (request.attempt, request.peer) == (message.attempt, source)
-                useless = not current and key not in self.receiver.closing
+                useless = not current and key not in self.receiver.abandoned
             else:
-                over = machine and machine.over.get(Key(NODE, *key))
-                useless = not machine or (over and not over.error and not isinstance(message, Abort))
+                finished = machine and machine.finished.get(AttemptKey(NODE, *key))
+                useless = not machine or (finished and not finished.error and not isinstance(message, Abort))
             if useless:
                 del self.mail[letter]
                 if machine and machine.receive(source, message, self.now):
-                    raise Violation(f"{message} of an attempt that is over had an effect")
+                    raise Violation(f"{message} of a finished attempt had an effect")
         if not self.harmless:
             self.started.clear()
 
@@ -377,14 +378,14 @@ class World:
         return self.prompt(write.key.request_id, name).ljust(5) + f"b{write.token_block:<2}".encode()
 
     def land(self, write: Write, content: bytes) -> None:
-        """A write reaches the pool: its own block, or, after the quarantine's time alone, one that is another's."""
+        """A write reaches the pool: in its own block or, only after its quarantine has timed out, in another's."""
         request_id, attempt = write.key.request_id, write.key.attempt
         request = self.receiver.requests.get(request_id)
         own = request and request.attempt == attempt and request.granted.get(write.token_block) == write.pool_block
-        closing = self.receiver.closing.get((request_id, attempt))
-        aside = closing and write.pool_block in closing.blocks
-        if not (own or aside or (request_id, attempt) in self.expired):
-            raise Violation(f"{write} landed in a block that was free or another's")
+        abandoned = self.receiver.abandoned.get((request_id, attempt))
+        quarantined = abandoned and write.pool_block in abandoned.blocks
+        if not (own or quarantined or (request_id, attempt) in self.expired):
+            raise Violation(f"{write} landed in a block that was free or not its own")
         self.pool[write.pool_block] = content
 
     def end(self, request_id: str, how: str) -> None:
@@ -393,50 +394,51 @@ class World:
         self.ended[request_id] = how
 
     def check(self) -> None:
-        """What holds in every state."""
+        """Checks the invariants of every state."""
         receiver, pool = self.receiver, self.receiver.pool
         held = [block for request in receiver.requests.values() for block in request.granted.values()]
-        aside = [block for closing in receiver.closing.values() for block in closing.blocks]
-        if sorted(held + aside + pool._free) != list(range(self.case.pool)):
-            raise Violation(f"blocks: granted {held}, in quarantine {aside}, free {pool._free}")
-        if (pool.num_used, pool.num_quarantined) != (len(held), len(aside)):
-            raise Violation("the allocator counts otherwise than the receiver")
+        quarantined = [block for attempt in receiver.abandoned.values() for block in attempt.blocks]
+        if sorted(held + quarantined + pool.free_blocks) != list(range(self.case.pool)):
+            raise Violation(f"blocks: granted {held}, in quarantine {quarantined}, free {pool.free_blocks}")
+        if (pool.num_used, pool.num_quarantined) != (len(held), len(quarantined)):
+            raise Violation("the allocator and the receiver disagree about the number of blocks")
         for request_id, request in receiver.requests.items():
             if len(request.granted) > self.case.share or request.deadline < self.now:
-                raise Violation(f"{request_id} holds more than its share, or is there after its deadline")
+                raise Violation(f"{request_id} holds more than its share, or exists after its deadline")
 
     def check_end(self) -> None:
-        """What holds when nothing more happens."""
+        """Checks the invariants of a final state."""
         if len(self.ended) != len(self.case.blocks):
-            raise Violation(f"deadlock: {self.ended} ended, and nothing can happen")
-        if self.receiver.pool.num_free != self.case.pool or self.receiver.requests or self.receiver.closing:
+            raise Violation(f"deadlock: {self.ended} ended, and no step is possible")
+        if self.receiver.pool.num_free != self.case.pool or self.receiver.requests or self.receiver.abandoned:
             raise Violation("blocks or requests are left over")
         if any(name != NODE and machine.outgoing for name, machine in self.machines.items()):
             raise Violation("an encoder has not forgotten an attempt")
         if self.harmless and set(self.ended.values()) != {"SUCCESS 200"}:
-            raise Violation(f"without faults other than of the network: {self.ended}")
+            raise Violation(f"requests failed despite a lossy network only: {self.ended}")
 
 
 @dataclass
 class Explored:
-    """What a search has seen."""
+    """The result of a search."""
 
     states: int
     steps: int
     ends: Counter[str]
 
 
-def explore(case: Case, most: int = 10**9) -> Explored:
+def explore(case: Case, max_states: int = 10**9) -> Explored:
     """Visits every state that the case can reach, each once.
 
-    No state leads back to itself and in every last one all requests have ended: so every run ends, and none is stuck.
+    No state leads back to itself, and in every final state all requests have ended. Every run therefore ends, and none
+    is stuck.
 
     Raises:
-        Violation: with the steps that lead to it.
-        RuntimeError: there are more than `most` states.
+        Violation: an invariant does not hold; the message lists the steps that lead there.
+        RuntimeError: there are more than `max_states` states.
     """
     start = World(case)
-    done = {start.key(): False}  # whether everything after a state has been visited
+    done = {start.key(): False}  # whether all states after a state have been visited
     path = [(start.key(), start, start.steps(), ("start", case))]
     ends: Counter[str] = Counter()
     steps = 0
@@ -453,29 +455,29 @@ def explore(case: Case, most: int = 10**9) -> Explored:
             after.take(step)
             reached = after.key()
             if not done.get(reached, True):
-                raise Violation("a circle: the run needs not end")
+                raise Violation("a cycle: the run may never end")
             if reached not in done and not after.busy() and not after.timers():
                 after.check_end()
                 ends[", ".join(after.ended[request_id] for request_id in sorted(after.ended))] += 1
         except Violation as violation:
-            story = [*(entry[-1] for entry in path), step]
-            raise Violation("\n".join([str(violation), *(f"  {kind} {what}" for kind, what in story)])) from None
+            trace = [*(entry[-1] for entry in path), step]
+            raise Violation("\n".join([str(violation), *(f"  {kind} {what}" for kind, what in trace)])) from None
         if reached not in done:
             done[reached] = False
             path.append((reached, after, after.steps(), step))
-            if len(done) > most:
-                raise RuntimeError(f"more than {most} states")
+            if len(done) > max_states:
+                raise RuntimeError(f"more than {max_states} states")
     return Explored(len(done), steps, ends)
 
 
 _LEAVES = (int, str, bytes, float, bool, tuple, type(None), State)
 _CONSTANT = ("settings",)
-_IGNORED = ("settings", "dropped")  # make no difference to what follows
-_ORDERED = ("requests", "peers")  # whose order the machines heed
+_IGNORED = ("settings", "ignored")  # attributes that don't affect later steps
+_ORDERED = ("requests", "peers")  # attributes whose order affects later steps
 
 
 def cloned(value: Any) -> Any:
-    """A copy of a machine that shares what can't change."""
+    """A copy of a machine that shares its immutable parts."""
     kind = type(value)
     if kind in _LEAVES:
         return value
@@ -492,7 +494,7 @@ def cloned(value: Any) -> Any:
 
 
 def frozen(value: Any) -> Any:
-    """A machine's state as something hashable."""
+    """A machine's state as a hashable value."""
     kind = type(value)
     if kind in _LEAVES:
         return value
@@ -512,6 +514,6 @@ def frozen(value: Any) -> Any:
 
 
 def _unchanging(value: Any) -> bool:
-    """Messages and frozen dataclasses."""
+    """Whether a value is a message or a frozen dataclass."""
     parameters = getattr(value, "__dataclass_params__", None)
     return isinstance(value, msgspec.Struct) or (parameters is not None and parameters.frozen)

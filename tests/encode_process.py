@@ -1,6 +1,6 @@
-"""An encode node as a process of its own: `python -m tests.encode_process CHECKPOINT DTYPE BLOCK_SIZE`.
+"""An encode node in its own process: `python -m tests.encode_process CHECKPOINT DTYPE BLOCK_SIZE`.
 
-Prints its endpoint, then serves until its standard input ends. A line on standard input asks for its counters.
+It prints its endpoint, then serves until its standard input ends. It answers each line with its counters.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ async def main(checkpoint: str, dtype: str, block_size: str) -> None:
     model = dsj.load(checkpoint, dtype, parts=("visual.",))
     server = open_encode_server(model, block_size=int(block_size), cache_bytes=1 << 20)
     await server.start()
-    print(server.listener.endpoint, flush=True)
+    print(json.dumps({"endpoint": server.listener.endpoint}), flush=True)
     while await asyncio.to_thread(sys.stdin.readline):
         worker = server.worker
         counters = {
-            "encoded": worker.encoded,
-            "found": worker.found,
+            "encoded": worker.num_encoded,
+            "found": worker.num_cached,
             "cached_bytes": worker.cache.currsize,
             "parameters": sorted(model.params),
             "jobs": len(server.sender.outgoing),

@@ -1,8 +1,8 @@
-"""A node of the split as a process that fails on command: `python -m tests.fault_node JSON`, for `tests.fault_run`.
+"""A node of the split that fails on command: `python -m tests.fault_node JSON`, for `tests.fault_run`.
 
-It spoils its own control messages and writes at given rates, and kills or stops itself at the moment that it is told,
-which no other process could hit. Prints one line when it is ready; each line on standard input is a command, answered
-by one line; it ends with its input.
+It damages its own control messages and writes at given rates, and kills or stops itself at a requested moment, which is
+more precise than another process could be. It prints one line when it is ready, answers each line of its standard input
+with one line, and ends with its input.
 """
 
 import asyncio
@@ -27,17 +27,17 @@ import psutil
 
 import deepstack_jax as dsj
 from deepstack_jax.disagg.encode.server import EncodeServer
-from deepstack_jax.disagg.language.encoders import EncoderLinks
-from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
-from deepstack_jax.disagg.transports import Piece, mooncake
+from deepstack_jax.disagg.language.encoder_pool import EncoderPool
+from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
+from deepstack_jax.disagg.transports import WriteSegment, mooncake
 from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
-from deepstack_jax.disagg.wire.messages import Accepted, Grant, Written, decode
+from deepstack_jax.disagg.wire.messages import Accepted, Grant, Written, unpack_message
 from deepstack_jax.serving.http import create_app
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.text_node import TextNode
-from tests.faults import Fault, FaultyTransport, random_faults, tamper_with_messages
+from tests.faults import Fault, FaultyTransport, inject_message_faults, random_faults
 
-BLOCK, POOL_BLOCKS, SHARE = 16, 9, 3  # tokens; a pool that fits three requests' shares
+BLOCK, POOL_BLOCKS, SHARE = 16, 9, 3  # tokens, blocks, blocks: the pool has room for the shares of three requests
 MESSAGE_RATES = {"drop": 0.04, "double": 0.04, "reorder": 0.06, "malformed": 0.04}
 WRITE_RATES = {"delay": 0.1, "drop": 0.02, "fail": 0.02, "stall": 0.02, "late": 0.03, "corrupt": 0.03}
 PR_SET_PDEATHSIG = 1
@@ -45,39 +45,39 @@ SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 class Options(msgspec.Struct):
-    """What the command line says, as JSON."""
+    """The command line's argument, as JSON."""
 
     role: str
     checkpoint: str
     seed: int
-    timeout: float  # seconds, of a request
-    transfer_timeout: float  # seconds; late writes come within it
-    endpoint: str = ""  # of an encode node
-    encoders: tuple[str, ...] = ()  # of a language node
+    timeout: float  # seconds per request
+    transfer_timeout: float  # seconds; late writes land within it
+    endpoint: str = ""  # control endpoint of an encode node
+    encoders: tuple[str, ...] = ()  # encode nodes of a language node
 
 
-class Mischief:
-    """What goes wrong in this process, while `wild`; and the moment at which it is to end or to stop, if any."""
+class FaultInjector:
+    """Draws the faults of this process while `active`, and kills or stops it at the moment for which it is armed."""
 
     def __init__(self, options: Options):
-        self.wild = False
-        self.armed: tuple[str, str] | None = None  # (kill or stop, before or during or after a transfer)
+        self.active = False
+        self.armed: tuple[str, str] | None = None  # (kill or stop, the moment)
         self.messages: Counter[str] = Counter()
         self._random = random.Random(options.seed)
-        self._seconds = options.transfer_timeout / 2
+        self._max_delay_s = options.transfer_timeout / 2
 
-    def tamper(self, data: bytes) -> list[tuple[float, bytes]]:
-        """What goes out in place of a message, and when (see `tamper_with_messages`)."""
-        message = decode(data)[0]
+    def replace(self, data: bytes) -> list[tuple[float, bytes]]:
+        """Returns what to send instead of a message, and when (see `inject_message_faults`)."""
+        message = unpack_message(data)[0]
         if isinstance(message, Accepted):
             self.reached("before")
         elif isinstance(message, Written):
             asyncio.get_running_loop().call_later(0.01, self.reached, "after")
         elif isinstance(message, Grant):
             asyncio.get_running_loop().call_later(self._random.random() * 0.02, self.reached, "granted")
-        kind = self._drawn()
+        kind = self._draw()
         self.messages[kind] += 1
-        delay = self._random.random() * self._seconds
+        delay = self._random.random() * self._max_delay_s
         match kind:
             case "drop":
                 return []
@@ -90,23 +90,23 @@ class Mischief:
         return [(0.0, data)]
 
     def faults(self, seed: int) -> Iterator[Fault | None]:
-        """The fate of each write: every kind of fault once soon, then as the rates say."""
+        """Yields the fault of each write: first every kind once, then random ones at WRITE_RATES."""
         kinds = list(WRITE_RATES)
         self._random.shuffle(kinds)
-        first = [fault for kind in kinds for fault in (None, None, Fault(kind, self._seconds))]
-        for fault in itertools.chain(first, random_faults(seed, WRITE_RATES, self._seconds)):
-            while not self.wild:
+        first = [fault for kind in kinds for fault in (None, None, Fault(kind, self._max_delay_s))]
+        for fault in itertools.chain(first, random_faults(seed, WRITE_RATES, self._max_delay_s)):
+            while not self.active:
                 yield None
             yield fault
 
     def reached(self, moment: str) -> None:
-        """Ends or stops the process, if it is to do so now."""
+        """Kills or stops the process if it is armed for this moment."""
         if self.armed and self.armed[1] == moment:
             how, self.armed = self.armed[0], None
             os.kill(os.getpid(), SIGNALS[how])
 
-    def _drawn(self) -> str:
-        place = self._random.random() if self.wild else 1.0
+    def _draw(self) -> str:
+        place = self._random.random() if self.active else 1.0
         for kind, rate in MESSAGE_RATES.items():
             if place < rate:
                 return kind
@@ -114,7 +114,7 @@ class Mischief:
         return "none"
 
     def _malformed(self, data: bytes) -> bytes:
-        """Something in its place that is no message: what can be read is taken at its word, and CURVE's business."""
+        """Returns bytes that are not a message. Forged but readable messages are out of scope: CURVE prevents them."""
         instead = self._random.choice(
             (
                 data[: self._random.randrange(len(data))],
@@ -124,25 +124,25 @@ class Mischief:
                 data[:1] + msgspec.msgpack.encode({"type": "Grant", "request_id": ["x"] * 99, "attempt": -1}),
             )
         )
-        assert decode(instead)[0] is None, instead
+        assert unpack_message(instead)[0] is None, instead
         return instead
 
 
-class Transport(FaultyTransport):
-    """Faulty, and tells when a write has begun."""
+class FaultyMooncake(FaultyTransport):
+    """Mooncake with injected faults; reports the start of each write to the injector."""
 
-    def __init__(self, mischief: Mischief, seed: int):
-        super().__init__(MooncakeTransport("127.0.0.1"), mischief.faults(seed), seed)
-        self._mischief = mischief
+    def __init__(self, injector: FaultInjector, seed: int):
+        super().__init__(MooncakeTransport("127.0.0.1"), injector.faults(seed), seed)
+        self._mischief = injector
 
-    def submit(self, session: str, pieces: Sequence[Piece]) -> "Future[None]":
-        write = super().submit(session, pieces)
+    def submit(self, session: str, segments: Sequence[WriteSegment]) -> "Future[None]":
+        write = super().submit(session, segments)
         self._mischief.reached("during")
         return write
 
 
-class Errors(logging.Handler):
-    """Keeps what is logged as an error: nothing that happens here should be one."""
+class ErrorLog(logging.Handler):
+    """Collects log records of level ERROR; no fault may cause one."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)
@@ -153,8 +153,8 @@ class Errors(logging.Handler):
         self.lines.append(f"{record.name}: {record.getMessage()}" + (f" ({error!r})" if error else ""))
 
 
-def used(errors: Errors, mischief: Mischief) -> dict[str, Any]:
-    """What every process says of itself."""
+def process_state(errors: ErrorLog, injector: FaultInjector) -> dict[str, Any]:
+    """The resources, errors and message faults of this process."""
     gc.collect()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
@@ -165,66 +165,66 @@ def used(errors: Errors, mischief: Mischief) -> dict[str, Any]:
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "fds": process.num_fds(),
         "errors": errors.lines,
-        "messages": mischief.messages,
+        "messages": injector.messages,
     }
 
 
-def encode_state(server: EncodeServer, transport: Transport) -> dict[str, Any]:
-    """What an encode node holds."""
+def encode_state(server: EncodeServer, transport: FaultyMooncake) -> dict[str, Any]:
+    """The requests, peers and write faults of an encode node."""
     return {
         "outgoing": len(server.sender.outgoing),
-        "jobs": len(server._jobs),
+        "attempts": server.num_attempts,
         "peers": len(server.peers),
-        "closing": len(server._closing),
-        "malformed": server.listener.dropped,
+        "closing_bridges": server.num_closing_bridges,
+        "malformed": server.listener.num_unreadable,
         "writes": transport.counts,
     }
 
 
-def language_state(links: EncoderLinks) -> dict[str, Any]:
-    """What a language node holds."""
-    pool = links.receiver.pool
+def language_state(encoders: EncoderPool) -> dict[str, Any]:
+    """The requests, blocks and encoders of a language node."""
+    pool = encoders.receiver.pool
     return {
-        "requests": len(links.receiver.requests),
-        "pending": len(links._pending),
-        "closing": len(links.receiver.closing),
-        "free": sorted(pool._free),
+        "requests": len(encoders.receiver.requests),
+        "fetches": encoders.num_fetches,
+        "abandoned": len(encoders.receiver.abandoned),
+        "free": pool.free_blocks,
         "used": pool.num_used,
         "quarantined": pool.num_quarantined,
-        "encoders": links.num_encoders,
-        "malformed": sum(link.connection.dropped for link in links._links),
-        "memory": sum(len(free) for free in links._bridge._memory._free),
+        "encoders": encoders.num_encoders,
+        "malformed": encoders.num_unreadable,
+        "memory": encoders.spare_bytes,
     }
 
 
-async def commands(mischief: Mischief, state: Any) -> None:
-    """Answers lines until there are no more."""
+async def commands(injector: FaultInjector, state: Any) -> None:
+    """Executes commands until standard input ends, and answers each with the state."""
     while line := await asyncio.to_thread(sys.stdin.readline):
         command = json.loads(line)
-        mischief.wild = command.get("wild", mischief.wild)
+        injector.active = command.get("inject", injector.active)
         if "arm" in command:
-            mischief.armed = tuple(command["arm"]) if command["arm"] else None
+            injector.armed = tuple(command["arm"]) if command["arm"] else None
         print(json.dumps(state()), flush=True)
 
 
-async def encode_node(options: Options, errors: Errors) -> None:
-    mischief = Mischief(options)
-    transport = Transport(mischief, options.seed)
+async def encode_node(options: Options, errors: ErrorLog) -> None:
+    injector = FaultInjector(options)
+    transport = FaultyMooncake(injector, options.seed)
     model = dsj.load(options.checkpoint, parts=("visual.",))
-    tamper_with_messages(mischief.tamper).start()
+    inject_message_faults(injector.replace).start()
     server = open_encode_server(model, endpoint=options.endpoint, block_size=BLOCK, transport=transport)
     await server.start()
     print(json.dumps({"url": server.listener.endpoint}), flush=True)
-    await commands(mischief, lambda: used(errors, mischief) | encode_state(server, transport))
+    await commands(injector, lambda: process_state(errors, injector) | encode_state(server, transport))
     await server.close()
 
 
-async def language_node(options: Options, errors: Errors) -> None:
+async def language_node(options: Options, errors: ErrorLog) -> None:
     import uvicorn
 
-    mischief = Mischief(options)
+    injector = FaultInjector(options)
     model = dsj.load(options.checkpoint, parts=("language_model.",))
-    links = open_encoder_links(
+    encoders = open_encoder_pool(
         model,
         options.encoders,
         block_size=BLOCK,
@@ -232,9 +232,9 @@ async def language_node(options: Options, errors: Errors) -> None:
         share=SHARE,
         transfer_timeout=options.transfer_timeout,
     )
-    tamper_with_messages(mischief.tamper).start()
+    inject_message_faults(injector.replace).start()
     policy = MediaPolicy()
-    node = TextNode(model, policy, encoders=links)
+    node = TextNode(model, policy, encoders=encoders)
     await node.start()
     app = create_app(node, policy, timeout=options.timeout)
     config = uvicorn.Config(app, port=0, http="h11", ws="none", lifespan="off", log_config=None, access_log=False)
@@ -244,7 +244,7 @@ async def language_node(options: Options, errors: Errors) -> None:
         await asyncio.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     print(json.dumps({"url": f"http://127.0.0.1:{port}"}), flush=True)
-    await commands(mischief, lambda: used(errors, mischief) | language_state(links))
+    await commands(injector, lambda: process_state(errors, injector) | language_state(encoders))
     server.should_exit = True
     await serving
     node.stop(0.0)
@@ -252,13 +252,13 @@ async def language_node(options: Options, errors: Errors) -> None:
 
 
 def main() -> None:
-    with contextlib.suppress(AttributeError):  # Linux: a stopped process would outlive its parent
+    with contextlib.suppress(AttributeError):  # only on Linux; a stopped process would outlive its parent
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     options = msgspec.json.decode(sys.argv[1], type=Options)
-    errors = Errors()
+    errors = ErrorLog()
     logging.getLogger().addHandler(errors)
     logging.getLogger().addHandler(logging.StreamHandler())
-    mooncake.IDLE_SECONDS = 2.0  # so that a thread which is left over can be told from one that still waits
+    mooncake.IDLE_TIMEOUT_S = 2.0  # so that idle threads end soon, and any that remain are leaks
     asyncio.run({"encode": encode_node, "language": language_node}[options.role](options, errors))
 
 

@@ -1,4 +1,4 @@
-"""A transport that goes wrong on purpose, to show that what is built on it doesn't."""
+"""A transport and a message filter that inject faults, to test the code that uses them."""
 
 import asyncio
 import ctypes
@@ -13,7 +13,7 @@ from unittest import mock
 
 import numpy as np
 
-from deepstack_jax.disagg.transports import Piece, TransferError, Transport
+from deepstack_jax.disagg.transports import TransferError, Transport, WriteSegment
 from deepstack_jax.disagg.wire import control
 
 FaultKind = Literal["delay", "drop", "fail", "stall", "late", "corrupt"]
@@ -21,11 +21,14 @@ FaultKind = Literal["delay", "drop", "fail", "stall", "late", "corrupt"]
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to one write.
+    """The fault of one write.
 
-    delay: it starts after `seconds`.  drop: reported as done, and nothing is written.  fail: reported as failed, and
-    nothing is written.  stall: nothing is written; it is reported as failed after `seconds`, and never if that is 0.
-    late: reported as failed, and after `seconds` written all the same.  corrupt: one byte arrives changed.
+    delay: the write starts after `seconds`.
+    drop: it is reported as done, but nothing is written.
+    fail: it is reported as failed, and nothing is written.
+    stall: nothing is written, and the write is reported as failed after `seconds`, or never if that is 0.
+    late: it is reported as failed, but written after `seconds`.
+    corrupt: one byte of it arrives changed.
     """
 
     kind: FaultKind
@@ -33,23 +36,23 @@ class Fault:
 
 
 def random_faults(seed: int, rates: Mapping[FaultKind, float], seconds: float = 0.2) -> Iterator[Fault | None]:
-    """Endless; each write meets fault `kind` with probability `rates[kind]`, waiting up to `seconds`.
+    """Yields faults endlessly, each of `kind` with probability `rates[kind]` and a wait of up to `seconds`.
 
     Raises:
-        ValueError: an unknown kind, or rates that don't fit into 1.
+        ValueError: a kind is unknown, or the rates sum to more than 1.
     """
     if unknown := set(rates) - set(get_args(FaultKind)):
         raise ValueError(f"unknown fault {sorted(unknown)[0]!r}: choose from {', '.join(get_args(FaultKind))}")
     if min(rates.values(), default=0) < 0 or sum(rates.values()) > 1:
         raise ValueError(f"rates {dict(rates)} must be probabilities that sum to at most 1")
-    return _drawn(random.Random(seed), rates, seconds)
+    return _draw(random.Random(seed), rates, seconds)
 
 
 class FaultyTransport:
-    """`inner` with `faults`: the fate of write after write, none once they run out.
+    """Applies `faults` to the writes of `inner`, one per write; further writes have no fault.
 
-    `counts` has how many writes met each kind, "none" included, and "late landed" for late ones that were written.
-    The bytes of late and corrupt writes come from memory that isn't registered: over tcp alone.
+    `counts` has the number of writes per kind, including "none", and "late landed" for late ones that were written.
+    Late and corrupt writes send from memory that is not registered, which works only over tcp.
     """
 
     def __init__(self, inner: Transport, faults: Iterable[Fault | None], seed: int = 0):
@@ -74,30 +77,30 @@ class FaultyTransport:
     def unregister(self, memory: np.ndarray) -> None:
         self._inner.unregister(memory)
 
-    def submit(self, session: str, pieces: Sequence[Piece]) -> "Future[None]":
+    def submit(self, session: str, segments: Sequence[WriteSegment]) -> "Future[None]":
         with self._lock:
             fault = next(self._faults, None)
             self.counts[fault.kind if fault else "none"] += 1
-            place = self._random.random()
+            position = self._random.random()
         if fault is None:
-            return self._inner.submit(session, pieces)
+            return self._inner.submit(session, segments)
         outcome: Future[None] = Future()
         outcome.set_running_or_notify_cancel()
         match fault.kind:
             case "delay":
-                self._after(fault.seconds, lambda: _forward(self._inner.submit(session, pieces), outcome))
+                self._after(fault.seconds, lambda: _forward(self._inner.submit(session, segments), outcome))
             case "drop":
                 outcome.set_result(None)
             case "fail" | "late":
                 if fault.kind == "late":
-                    memory, copies = _copied(pieces)  # the caller may reuse its memory from now on
+                    memory, copies = _copied(segments)  # the caller may reuse its memory immediately
                     self._after(fault.seconds, lambda: self._write_late(session, copies, memory))
                 outcome.set_exception(TransferError(f"write to {session} failed: injected fault {fault.kind!r}"))
             case "corrupt":
-                memory, copies = _copied(pieces)
-                spoilt = int(place * len(memory))
-                memory[spoilt] ^= 1 << int(place * 1e6) % 8
-                outcome.add_done_callback(lambda _: memory)  # lives as long as the write
+                memory, copies = _copied(segments)
+                index = int(position * len(memory))
+                memory[index] ^= 1 << int(position * 1e6) % 8
+                outcome.add_done_callback(lambda _: memory)  # keeps the memory alive until the write ends
                 _forward(self._inner.submit(session, copies), outcome)
             case "stall":
                 if fault.seconds:
@@ -106,19 +109,19 @@ class FaultyTransport:
         return outcome
 
     def close(self) -> None:
-        """Waits for delayed and late writes too."""
+        """Closes the transport after all delayed and late writes."""
         with self._lock:
             timers = tuple(self._timers)
         for timer in timers:
             timer.join()
         self._inner.close()
 
-    def _write_late(self, session: str, pieces: Sequence[Piece], memory: bytearray) -> None:
+    def _write_late(self, session: str, segments: Sequence[WriteSegment], memory: bytearray) -> None:
         def landed(write: "Future[None]", memory: bytearray = memory) -> None:
             with self._lock:
                 self.counts["late landed"] += write.exception() is None
 
-        self._inner.submit(session, pieces).add_done_callback(landed)
+        self._inner.submit(session, segments).add_done_callback(landed)
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
         def run() -> None:
@@ -133,7 +136,7 @@ class FaultyTransport:
         timer.start()
 
 
-def _drawn(numbers: random.Random, rates: Mapping[FaultKind, float], seconds: float) -> Iterator[Fault | None]:
+def _draw(numbers: random.Random, rates: Mapping[FaultKind, float], seconds: float) -> Iterator[Fault | None]:
     while True:
         drawn, wait = numbers.random(), numbers.random() * seconds
         fault = None
@@ -144,14 +147,14 @@ def _drawn(numbers: random.Random, rates: Mapping[FaultKind, float], seconds: fl
         yield fault
 
 
-def _copied(pieces: Sequence[Piece]) -> tuple[bytearray, list[Piece]]:
-    memory = bytearray(sum(piece.num_bytes for piece in pieces))
+def _copied(segments: Sequence[WriteSegment]) -> tuple[bytearray, list[WriteSegment]]:
+    memory = bytearray(sum(segment.num_bytes for segment in segments))
     start = ctypes.addressof((ctypes.c_char * len(memory)).from_buffer(memory))
     copies, offset = [], 0
-    for piece in pieces:
-        ctypes.memmove(start + offset, piece.source, piece.num_bytes)
-        copies.append(piece._replace(source=start + offset))
-        offset += piece.num_bytes
+    for segment in segments:
+        ctypes.memmove(start + offset, segment.source, segment.num_bytes)
+        copies.append(segment._replace(source=start + offset))
+        offset += segment.num_bytes
     return memory, copies
 
 
@@ -165,12 +168,12 @@ def _forward(write: "Future[None]", outcome: "Future[None]") -> None:
     write.add_done_callback(ended)
 
 
-def tamper_with_messages(tamper: Callable[[bytes], Iterable[tuple[float, bytes]]]) -> Any:
-    """A patch of the control sockets of this process: `tamper` says what goes out for a message, and after how long."""
+def inject_message_faults(fault: Callable[[bytes], Iterable[tuple[float, bytes]]]) -> Any:
+    """Patches this process's control sockets: `fault` maps a message to pairs (delay in s, bytes) to send instead."""
     plain = control._send
 
     def send(socket: Any, prefix: list[bytes], data: bytes) -> None:
-        for delay, instead in tamper(data):
+        for delay, instead in fault(data):
             asyncio.get_running_loop().call_later(delay, plain, socket, prefix, instead)
 
     return mock.patch.object(control, "_send", send)

@@ -1,4 +1,4 @@
-"""Servers in threads that tests ask over loopback."""
+"""Servers that run in threads and that tests reach over loopback."""
 
 import socketserver
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def running[S: socketserver.BaseServer](server: S) -> Iterator[S]:
-    """Serves until the block ends."""
+    """Runs the server in a thread until the block ends."""
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield server

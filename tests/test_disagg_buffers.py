@@ -1,4 +1,4 @@
-"""The host buffers against plain arrays, what crosses the wire, and who holds which block."""
+"""The host buffers against plain arrays, the wire layout, and the block allocator against a dictionary."""
 
 import ctypes
 import mmap
@@ -29,7 +29,7 @@ VISUAL = 7  # the placeholder's token id
 
 
 def prompt(tokens: int, hidden: int, levels: int, dtype: type, seed: int = 0) -> dict[str, np.ndarray]:
-    """Arguments of set_buf; about half of the tokens are visual."""
+    """Arguments of `set_buf`; about half of the tokens are visual."""
     rng = np.random.default_rng(seed)
     return {
         "input_embeddings": rng.standard_normal((tokens, hidden)).astype(dtype),
@@ -41,7 +41,7 @@ def prompt(tokens: int, hidden: int, levels: int, dtype: type, seed: int = 0) ->
 
 
 def assert_same(found: BufferData, given: dict, tokens: int) -> None:
-    """Bit for bit, aux_datas filled up with zeros."""
+    """Asserts that the arrays are equal bit for bit, with aux_datas padded with zeros."""
     for name in ("input_embeddings", "fill_ids", "mrope_positions", "deepstack_embeddings"):
         expected, array = given[name], getattr(found, name)
         if expected is None:
@@ -56,7 +56,7 @@ def assert_same(found: BufferData, given: dict, tokens: int) -> None:
 class TestBuffers:
     @settings(max_examples=60, deadline=None)
     @given(data=st.data())
-    def test_what_is_set_is_got(self, data):
+    def test_get_buf_returns_what_set_buf_wrote(self, data):
         num_blocks, size = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
         hidden, levels = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 3))
         dtype = data.draw(st.sampled_from(DTYPES))
@@ -68,7 +68,7 @@ class TestBuffers:
         assert_same(buffers.get_buf(blocks, tokens), given, tokens)
         assert_same(buffers.get_buf(blocks, tokens // 2), given, tokens // 2)
 
-    def test_arguments_that_are_left_out_change_nothing(self):
+    def test_omitted_arguments_change_nothing(self):
         buffers = MultimodalDataBuffers(3, 4, 5, 2, np.float32)
         given = prompt(10, 5, 2, np.float32)
         buffers.set_buf([2, 0, 1], **given)
@@ -78,7 +78,7 @@ class TestBuffers:
             given[name] = value
             assert_same(buffers.get_buf([2, 0, 1], 10), given, 10)
 
-    def test_other_blocks_stay_as_they_are(self):
+    def test_other_blocks_stay_unchanged(self):
         buffers = MultimodalDataBuffers(4, 4, 5, 2, np.float32)
         first, second = prompt(7, 5, 2, np.float32), prompt(8, 5, 2, np.float32, seed=1)
         buffers.set_buf([3, 1], **first)
@@ -86,7 +86,7 @@ class TestBuffers:
         assert_same(buffers.get_buf([3, 1], 7), first, 7)
         assert_same(buffers.get_buf([0, 2], 8), second, 8)
 
-    def test_copies_are_private_both_ways(self):
+    def test_copies_share_no_memory_with_the_buffers(self):
         buffers = MultimodalDataBuffers(1, 4, 5, 2, np.float32)
         given = prompt(4, 5, 2, np.float32)
         buffers.set_buf([0], **given)
@@ -107,13 +107,13 @@ class TestBuffers:
         assert all(end <= start for end, start in zip(ends, ptrs[1:], strict=False))
         # block 3, tokens 2 and 3
         ids = np.array([VISUAL, 11], np.int32)
-        address, length = buffers.layout.piece(3, Span(FILL_IDS, 2, 4))
+        address, length = buffers.layout.locate(3, Span(FILL_IDS, 2, 4))
         assert (address, length) == (ptrs[FILL_IDS] + 3 * 64 + 2 * 4, 8)
         ctypes.memmove(address, ids.ctypes.data, length)
         np.testing.assert_array_equal(buffers.get_buf([3], 4).fill_ids[2:], ids)
 
     def test_every_page_is_in_memory_from_the_start(self):
-        """In a program of its own, as memory that was used before would hide it."""
+        """It runs in a separate process, because memory that was used before would hide a fault."""
         code = """if True:
             import resource
             from deepstack_jax.disagg import MultimodalDataBuffers
@@ -129,59 +129,63 @@ class TestBuffers:
         assert child.returncode == 0, child.stderr
 
     @pytest.mark.parametrize(
-        ("blocks", "changed", "says"),
+        ("blocks", "changed", "reason"),
         [
             ([0, 3], {}, "block 3 is outside the pool of 3 blocks"),
             ([-1, 0], {}, "block -1 is outside"),
             ([1, 1], {}, r"\[1, 1\] name a block twice"),
-            ([1], {}, "6 tokens do not fit 1 blocks of 4 tokens"),
+            ([1], {}, "6 tokens do not fit in 1 blocks of 4 tokens"),
             ([1, 2], {"fill_ids": np.zeros(5, int)}, "different numbers of tokens"),
             ([1, 2], {"fill_ids": np.zeros((6, 1), int)}, r"fill_ids \[6, 1\] must be \[T\]"),
             ([1, 2], {"fill_ids": np.zeros(6)}, "fill_ids are float64: expected integers"),
-            ([1, 2], {"fill_ids": np.full(6, 2**31)}, "do not fit 32 bits"),
+            ([1, 2], {"fill_ids": np.full(6, 2**31)}, "do not fit in 32 bits"),
             ([1, 2], {"mrope_positions": np.zeros((6, 3), int)}, r"mrope_positions \[6, 3\] must be \[3, T\]"),
             ([1, 2], {"input_embeddings": np.zeros((6, 4), np.float32)}, r"input_embeddings \[6, 4\] must be \[T, 5\]"),
-            ([1, 2], {"input_embeddings": np.zeros((6, 5))}, "input_embeddings are float64, the buffers float32"),
+            (
+                [1, 2],
+                {"input_embeddings": np.zeros((6, 5))},
+                "input_embeddings are float64, but the buffers are float32",
+            ),
             ([1, 2], {"deepstack_embeddings": np.zeros((6, 5), np.float32)}, r"must be \[T, 10\]"),
             ([1, 2], {"aux_datas": np.zeros(17, int)}, r"aux_datas \[17\] must be up to 16 integers"),
             ([1, 2], {"aux_datas": np.zeros((2, 2), int)}, "must be up to 16 integers"),
             ([], dict.fromkeys(("input_embeddings", "fill_ids", "mrope_positions", "deepstack_embeddings")), "aux"),
         ],
     )
-    def test_what_does_not_fit_is_refused_and_nothing_is_written(self, blocks, changed, says):
+    def test_invalid_arguments_are_refused_and_nothing_is_written(self, blocks, changed, reason):
         buffers = MultimodalDataBuffers(3, 4, 5, 2, np.float32)
-        with pytest.raises(ValueError, match=says) as raised:
+        with pytest.raises(ValueError, match=reason) as raised:
             buffers.set_buf(blocks, **(prompt(6, 5, 2, np.float32) | changed))
         assert "\n" not in str(raised.value)
         assert not any(array.any() for array in buffers.arrays)
 
-    def test_what_can_not_be_got_is_refused(self):
+    def test_invalid_reads_are_refused(self):
         buffers = MultimodalDataBuffers(3, 4, 5, 0, np.float32)
-        for blocks, tokens, says in (
+        for blocks, tokens, reason in (
             ([0], 5, "5 tokens"),
             ([0], -1, "-1 tokens"),
             ([3], 1, "block 3"),
             ([], 0, "empty"),
         ):
-            with pytest.raises(ValueError, match=says):
+            with pytest.raises(ValueError, match=reason):
                 buffers.get_buf(blocks, tokens)
-        with pytest.raises(ValueError, match="these buffers have none"):
+        with pytest.raises(ValueError, match="these buffers have no deepstack_embeddings"):
             buffers.set_buf([0], deepstack_embeddings=np.zeros((1, 5), np.float32))
-        for block, span, says in (
+        for block, span, reason in (
             (3, Span(FILL_IDS, 0, 1), "block 3 is outside"),
             (0, Span(DEEPSTACK_EMBEDDINGS, 0, 1), "buffer 4 does not exist"),
             (0, Span(FILL_IDS, 3, 5), "fill_ids 3 to 5 is outside a row of 4"),
         ):
-            with pytest.raises(ValueError, match=says):
-                buffers.layout.piece(block, span)
+            with pytest.raises(ValueError, match=reason):
+                buffers.layout.locate(block, span)
 
     @pytest.mark.parametrize(
-        ("arguments", "says"),
+        ("arguments", "reason"),
         [((0, 1, 1), "num_blocks 0"), ((1, 0, 1), "block_size 0"), ((1, 1, 1, -1), "num_deepstack_embeddings -1"),
          ((1, 1, 1, 1, np.int8), "dtype int8 is not supported")],
     )  # fmt: skip
-    def test_sizes_that_make_no_sense_are_refused(self, arguments, says):
-        with pytest.raises(ValueError, match=says):
+    def test_invalid_sizes_are_refused(self, arguments, reason):
+        with pytest.raises(ValueError, match=reason):
             MultimodalDataBuffers(*arguments)
 
 
@@ -196,7 +200,7 @@ class TestWire:
         ):
             assert visual_runs(np.array([letter == "1" for letter in text], bool)) == runs
 
-    def test_checksums_are_xxh3_of_all_bytes_however_they_are_cut(self):
+    def test_checksums_are_xxh3_of_all_bytes_however_they_are_split(self):
         ids, rows = (
             np.arange(5, dtype=np.int32),
             np.arange(24, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(4, 6),
@@ -213,7 +217,7 @@ class TestWire:
             data[place] ^= 1
         assert len(seen) == 101
 
-    def test_fingerprints_tell_prompts_models_and_pictures_apart(self):
+    def test_fingerprints_distinguish_prompts_models_and_images(self):
         ids, positions = np.arange(6), np.arange(18).reshape(3, 6)
         prints = [
             fingerprint("m", ids, positions),
@@ -238,7 +242,7 @@ class TestAllocator:
         assert allocator.free("a") == [0, 1, 2, 3]
         assert allocator.blocks_of("a") == []
 
-    def test_blocks_stand_side_by_side_where_they_can(self):
+    def test_blocks_are_adjacent_if_possible(self):
         allocator = BlockAllocator(12, 1)
         for name, count in (("a", 2), ("b", 1), ("c", 3), ("d", 1), ("e", 5)):
             allocator.alloc(count, name)
@@ -250,7 +254,7 @@ class TestAllocator:
         assert allocator.take("z", 6) == []
 
     @pytest.mark.parametrize(
-        ("call", "says"),
+        ("call", "reason"),
         [
             (lambda a: a.free("unknown"), "'unknown' holds no blocks"),
             (lambda a: [a.free("a"), a.free("a")], "'a' holds no blocks"),
@@ -265,16 +269,16 @@ class TestAllocator:
             (lambda a: BlockAllocator(0, 1), "num_blocks 0"),
         ],
     )
-    def test_misuse_is_an_error_that_names_it(self, call, says):
+    def test_misuse_raises_an_error_that_names_the_block(self, call, reason):
         allocator = BlockAllocator(4, 2)
         allocator.alloc(4, "a")
         allocator.alloc(2, "b")
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=reason):
             call(allocator)
 
 
 class Allocations(RuleBasedStateMachine):
-    """Against a dictionary: what each block is."""
+    """Compares the allocator with a dictionary of the state of each block."""
 
     NAMES = st.sampled_from("abc")
 
@@ -286,25 +290,25 @@ class Allocations(RuleBasedStateMachine):
     def held(self, name: str) -> list[int]:
         return [block for block, state in self.blocks.items() if state == name]
 
-    def got(self, name: str, blocks: list[int]) -> None:
+    def mark_allocated(self, name: str, blocks: list[int]) -> None:
         for block in blocks:
             assert self.blocks[block] == "free"
             self.blocks[block] = name
 
     @rule(name=NAMES, tokens=st.integers(1, 25))
     def alloc(self, name, tokens):
-        free, wanted = len(self.held("free")), -(-tokens // 3)
+        free, needed = len(self.held("free")), -(-tokens // 3)
         blocks = self.allocator.alloc(tokens, name)
-        assert (blocks is None) == (wanted > free)
-        assert blocks is None or len(blocks) == wanted
-        self.got(name, blocks or [])
+        assert (blocks is None) == (needed > free)
+        assert blocks is None or len(blocks) == needed
+        self.mark_allocated(name, blocks or [])
 
     @rule(name=NAMES, at_most=st.integers(0, 8))
     def take(self, name, at_most):
         free = len(self.held("free"))
         blocks = self.allocator.take(name, at_most)
         assert len(blocks) == min(at_most, free)
-        self.got(name, blocks)
+        self.mark_allocated(name, blocks)
 
     @rule(name=NAMES)
     def free(self, name):
@@ -317,14 +321,14 @@ class Allocations(RuleBasedStateMachine):
         self.blocks |= dict.fromkeys(held, "free")
 
     @rule(name=NAMES, block=st.integers(-1, 7), quarantine=st.booleans())
-    def part_with(self, name, block, quarantine):
-        part = self.allocator.quarantine if quarantine else self.allocator.free_block
+    def return_block(self, name, block, quarantine):
+        release = self.allocator.quarantine if quarantine else self.allocator.free_block
         if self.blocks.get(block) == name:
-            part(name, block)
+            release(name, block)
             self.blocks[block] = "quarantine" if quarantine else "free"
         else:
             with pytest.raises(ValueError, match="does not hold"):
-                part(name, block)
+                release(name, block)
 
     @precondition(lambda self: self.held("quarantine"))
     @rule(data=st.data())

@@ -1,11 +1,11 @@
-"""The short form of `benchmarks/faults.py`: each kind of fault once."""
+"""A short run of `benchmarks/faults.py`, with each kind of fault once."""
 
 from pathlib import Path
 
 from tests.fault_run import ENCODER_FAULTS, LANGUAGE_FAULTS, Plan, make_checkpoint, run
 
 
-def test_requests_end_rightly_whatever_happens_to_processes_messages_and_writes(tmp_path: Path):
+def test_every_request_ends_correctly_under_faults_of_processes_messages_and_writes(tmp_path: Path):
     report = run(Plan(requests=30, seed=1), make_checkpoint(tmp_path), tmp_path)
     print(report.table())
     assert not report.failures

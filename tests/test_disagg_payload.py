@@ -1,19 +1,15 @@
-"""Requests on their way to an encode node: every file that the whole model reads means the same there, bit for bit.
+"""Payloads of requests: an encode node prepares every file with the same bits as the whole model.
 
-The reference is `processor.prepare` on the request as it came; `tests.test_disagg_split` sends some of them through
-real nodes.
+The reference is `processor.prepare` on the original request; `tests.test_disagg_split` sends some of the requests
+through real nodes.
 """
 
-import base64
 import io
 import re
-import warnings
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import msgspec
 import numpy as np
 import pytest
@@ -23,12 +19,9 @@ from deepstack_jax.disagg.wire.payload import pack, unpack
 from deepstack_jax.models.registry import read_config
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
+from tests.media import IMAGES, VIDEOS, opened, picture, saved
 
-SIZE = (96, 64)
-TURNED = 0x0112, 6  # EXIF: a quarter turn
-
-
-# of what stands beside the messages, the template shows everything
+# the template renders everything that is passed beside the messages
 TEMPLATE = (
     "{{ tools | tojson if tools else '' }}{{ a }}{{ b }}{{ enable_thinking }}{% for message in messages %}"
     "{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -45,121 +38,16 @@ def processor(tmp_path_factory: pytest.TempPathFactory) -> Processor:
     return Processor.from_directory(path, read_config(path))
 
 
-def noise(seed: int = 0, channels: int = 3) -> np.ndarray:
-    shape = (SIZE[1], SIZE[0], channels)[: 3 if channels > 1 else 2]
-    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
-
-
-WIDE = {"I;16": np.uint16, "I": np.int32, "F": np.float32}
-
-
-def picture(mode: str, seed: int = 0) -> Image.Image:
-    if mode in WIDE:
-        return Image.fromarray(noise(seed, 1).astype(WIDE[mode]))
-    colours = Image.fromarray(noise(seed, 4), "RGBA")
-    return colours if mode == "RGBA" else colours.convert(mode)
-
-
-def saved(mode: str, form: str, **options: Any) -> bytes:
-    file = io.BytesIO()
-    picture(mode).save(file, form, **options)
-    return file.getvalue()
-
-
-def opened(data: bytes) -> Image.Image:
-    """As the server admits it: its header is read, and no pixel."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return Image.open(io.BytesIO(data))
-
-
-def turned() -> Image.Exif:
-    exif = Image.Exif()
-    exif[TURNED[0]] = TURNED[1]
-    return exif
-
-
-def several(form: str, count: int = 4, **options: Any) -> bytes:
-    return saved(
-        "RGB", form, save_all=True, append_images=[picture("RGB", seed) for seed in range(1, count)], **options
-    )
-
-
-IMAGES: dict[str, Callable[[], bytes]] = {
-    **{f"JPEG {mode}": lambda mode=mode: saved(mode, "JPEG") for mode in ("1", "L", "RGB", "CMYK", "YCbCr")},
-    "JPEG turned": lambda: saved("RGB", "JPEG", exif=turned()),
-    "JPEG progressive": lambda: saved("RGB", "JPEG", progressive=True),
-    "MPO": lambda: several("MPO", 2),
-    "MPO of three": lambda: several("MPO", 3),
-    "MPO turned": lambda: several("MPO", 2, exif=turned()),
-    **{f"PNG {mode}": lambda mode=mode: saved(mode, "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")},
-    "PNG P, transparent": lambda: saved("P", "PNG", transparency=0),
-    "PNG turned": lambda: saved("RGB", "PNG", exif=turned()),
-    **{f"WebP {mode}": lambda mode=mode: saved(mode, "WEBP") for mode in ("RGB", "RGBA")},
-    "WebP lossless": lambda: saved("RGB", "WEBP", lossless=True),
-    "WebP lossless RGBA": lambda: saved("RGBA", "WEBP", lossless=True),
-    **{f"GIF {mode}": lambda mode=mode: saved(mode, "GIF") for mode in ("1", "L", "P", "RGB", "RGBA")},
-    **{f"BMP {mode}": lambda mode=mode: saved(mode, "BMP") for mode in ("1", "L", "P", "RGB", "RGBA")},
-    **{
-        f"TIFF {mode}": lambda mode=mode: saved(mode, "TIFF")
-        for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I", "F")
-    },
-    "TIFF LZW": lambda: saved("RGB", "TIFF", compression="tiff_lzw"),
-    "TIFF JPEG": lambda: saved("RGB", "TIFF", compression="jpeg"),
-    "TIFF big": lambda: saved("RGB", "TIFF", big_tiff=True),
-    **{f"AVIF {mode}": lambda mode=mode: saved(mode, "AVIF", speed=10) for mode in ("RGB", "RGBA", "L")},
-    # Pillow reads these too; what a server admits is its policy's
-    "JPEG 2000": lambda: saved("RGB", "JPEG2000"),
-    "ICO": lambda: saved("RGBA", "ICO"),
-    "PPM": lambda: saved("RGB", "PPM"),
-    "TGA": lambda: saved("RGB", "TGA"),
-    "PCX": lambda: saved("RGB", "PCX"),
-    "QOI": lambda: saved("RGB", "QOI"),
-}
-
-
-def film(container: str, codec: str, pixels: str = "yuv420p", frames: int = 6) -> bytes:
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=4)
-        stream.width, stream.height, stream.pix_fmt = *SIZE, pixels
-        stream.time_base = Fraction(1, 4)
-        for seed in range(frames):
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(noise(seed), format="rgb24").reformat(format=pixels)))
-        out.mux(stream.encode())
-    return file.getvalue()
-
-
-def jpeg_frames() -> bytes:
-    frames = (base64.b64encode(saved("RGB", "JPEG")).decode() for _ in range(4))
-    return b"data:video/jpeg;base64," + ",".join(frames).encode()
-
-
-VIDEOS: dict[str, Callable[[], bytes]] = {
-    "mp4": lambda: film("mp4", "mpeg4"),
-    "mkv": lambda: film("matroska", "libx264"),
-    "webm": lambda: film("webm", "libvpx"),
-    "avi": lambda: film("avi", "mpeg4"),
-    "mov": lambda: film("mov", "mpeg4"),
-    "ts": lambda: film("mpegts", "mpeg2video"),
-    "gif": lambda: several("GIF"),
-    "webp": lambda: several("WEBP", duration=250),
-    "png": lambda: several("PNG", duration=250),
-    "avif": lambda: several("AVIF", duration=250, speed=10),
-    "frames in a data URI": jpeg_frames,
-}
-
-
 def outcome(processor: Processor, prompt: Any, images: list[Any], videos: list[Any], options: Any) -> Any:
     try:
         return processor.prepare(prompt, images=images, videos=videos, **options)
     except ValueError as error:
-        # names of files that have none hold their addresses
+        # the repr of an unnamed file contains its address
         return re.sub("0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")
 
 
 def assert_the_same(processor: Processor, make: Callable[[], tuple[Any, list[Any], list[Any], Any]]) -> Any:
-    """Prepared as it came and after the journey: each from files of its own, as nodes have them."""
+    """Prepares a request directly and after packing, each from its own files, and compares; returns the arrays."""
     whole, split = outcome(processor, *make()), outcome(processor, *unpack(pack(*make())))
     if isinstance(whole, str):
         assert split == whole
@@ -171,10 +59,10 @@ def assert_the_same(processor: Processor, make: Callable[[], tuple[Any, list[Any
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_an_image_of_any_format_and_mode_arrives_as_it_was(processor: Processor, name: str):
+def test_an_image_of_any_format_and_mode_arrives_unchanged(processor: Processor, name: str):
     data = IMAGES[name]()
     given = assert_the_same(processor, lambda: ("What is this?", [opened(data)], [], {}))
-    if not isinstance(given, str):  # otherwise both refuse it, in the same words
+    if not isinstance(given, str):  # otherwise both refuse it with the same message
         part = {"type": "image", "image": None, "max_pixels": 4096}
         messages = [{"role": "user", "content": [part, "?"]}]
 
@@ -185,8 +73,8 @@ def test_an_image_of_any_format_and_mode_arrives_as_it_was(processor: Processor,
         assert len(assert_the_same(processor, message)["pixel_values"]) <= len(given["pixel_values"])
 
 
-def test_the_table_of_images_is_read_with_few_exceptions(processor: Processor):
-    """Otherwise equal refusals would say nothing."""
+def test_nearly_all_images_of_the_table_are_read(processor: Processor):
+    """Otherwise equal refusals would prove nothing."""
     refused = {
         name for name, make in IMAGES.items() if isinstance(outcome(processor, "?", [opened(make())], [], {}), str)
     }
@@ -194,7 +82,7 @@ def test_the_table_of_images_is_read_with_few_exceptions(processor: Processor):
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_a_video_of_any_container_arrives_as_it_was(processor: Processor, name: str):
+def test_a_video_of_any_container_arrives_unchanged(processor: Processor, name: str):
     data = VIDEOS[name]()
     given = assert_the_same(processor, lambda: ("What happens?", [], [io.BytesIO(data)], {}))
     assert given["video_grid_thw"][0][0] >= 2, given
@@ -205,7 +93,7 @@ def test_a_video_of_any_container_arrives_as_it_was(processor: Processor, name: 
 
 @pytest.mark.parametrize("name", ["JPEG RGB", "MPO", "PNG RGBA", "WebP RGB", "GIF P", "TIFF CMYK", "AVIF RGB"])
 @pytest.mark.parametrize("where", ["videos", "message"])
-def test_a_video_of_pictures_arrives_as_it_was(processor: Processor, name: str, where: str):
+def test_a_video_of_images_arrives_unchanged(processor: Processor, name: str, where: str):
     data = IMAGES[name]()
 
     def make() -> tuple[Any, list[Any], list[Any], Any]:
@@ -236,7 +124,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"maximum": 
         *REFUSED,
     ],
 )
-def test_options_arrive_as_they_were(processor: Processor, options: dict[str, Any]):
+def test_options_arrive_unchanged(processor: Processor, options: dict[str, Any]):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "video"}, "?"]}]
     image, video = IMAGES["MPO"](), VIDEOS["mp4"]()
     assert unpack(pack(messages, [], [], options))[3] == options
@@ -252,7 +140,7 @@ def test_options_arrive_as_they_were(processor: Processor, options: dict[str, An
         *([], {}, [[{"a": [10**20]}]], {"": {"\n": 2**70}}),
     ],
 )
-def test_values_arrive_as_they_were(value: Any):
+def test_values_arrive_unchanged(value: Any):
     sent = [{"role": "user", "content": "a", "tool_calls": value}]
     for prompt, options in ((sent, {}), ("text", {"chat_template_kwargs": value})):
         prompt_again, _, _, options_again = unpack(pack(prompt, [], [], options))
@@ -267,12 +155,12 @@ def nested(depth: int) -> Any:
 
 
 @pytest.mark.parametrize("depth", [100_000, 2_000])
-def test_what_is_nested_too_deeply_is_refused_in_one_line(depth: int):
+def test_deeply_nested_values_are_refused_in_one_line(depth: int):
     with pytest.raises(ValueError, match=r"^the request is nested too deeply: "):
         pack("text", [], [], {"tools": nested(depth)})
 
 
-def test_an_image_that_was_decoded_or_made_is_not_sent():
+def test_images_that_are_decoded_or_generated_are_not_sent():
     decoded = opened(IMAGES["PNG RGB"]())
     decoded.load()
     for image in (decoded, picture("RGB")):
@@ -293,27 +181,30 @@ def ext(code: int, data: bytes) -> msgspec.msgpack.Ext:
     [
         (b"", "truncated"),
         (b"\xc1", ""),
-        (bytes_of("text", [], []), "at least length 4|length"),  # of an older release
+        (bytes_of("text", [], []), "at least length 4|length"),  # from an older release
         (bytes_of("text", [], [], []), "object"),
         (bytes_of(1, [], [], {}), "int"),
         (bytes_of("text", [ext(9, b"x")], [], {}), "extension type 9"),
         (bytes_of("text", [ext(1, b"PNG     " + b"not a picture")], [], {}), "format PNG can't be opened"),
         (bytes_of("text", [ext(1, b"PNG     " + saved("RGB", "BMP"))], [], {}), "format PNG can't be opened"),
         (bytes_of("text", [ext(1, b"MPO     " + saved("RGB", "PNG"))], [], {}), "format MPO can't be opened"),
-        (bytes_of("text", [ext(1, b"HEIF    " + b"x" * 40)], [], {}), "format HEIF are not supported there"),
-        (bytes_of("text", [ext(1, b"\xff\0")], [], {}), "not supported there"),
-        (bytes_of("text", [ext(1, b"")], [], {}), "not supported there"),
+        (
+            bytes_of("text", [ext(1, b"HEIF    " + b"x" * 40)], [], {}),
+            "format HEIF are not supported by the encode node",
+        ),
+        (bytes_of("text", [ext(1, b"\xff\0")], [], {}), "not supported by the encode node"),
+        (bytes_of("text", [ext(1, b"")], [], {}), "not supported by the encode node"),
         (b"\x94\xa1a" + b"\x91" * 100_000, "recursion"),
     ],
 )
-def test_what_is_no_request_is_a_value_error_of_one_line(data: bytes, reason: str):
+def test_an_invalid_payload_is_a_value_error_of_one_line(data: bytes, reason: str):
     with pytest.raises(ValueError, match=rf"^the encode node can't read the request: .*({reason})") as caught:
         unpack(data)
     assert "\n" not in str(caught.value)
     assert "0x" not in str(caught.value)
 
 
-def test_an_image_is_opened_as_what_it_was_admitted():
+def test_an_image_is_opened_with_the_format_it_was_admitted_as():
     for name in ("JPEG RGB", "MPO", "PNG RGB", "WebP RGB", "GIF P", "BMP RGB", "TIFF RGB", "AVIF RGB"):
         image = opened(IMAGES[name]())
         _, (arrived,), _, _ = unpack(pack("text", [image], []))
@@ -321,7 +212,7 @@ def test_an_image_is_opened_as_what_it_was_admitted():
 
 
 def test_mpo_is_the_only_format_without_an_opener():
-    """It is opened as JPEG; another one must be seen here."""
+    """It is opened as JPEG. This test fails if another such format is added."""
     Image.init()
     names = {image.format for image in (opened(make()) for make in IMAGES.values())}
     assert names - set(Image.OPEN) == {"MPO"}

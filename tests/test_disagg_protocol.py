@@ -1,8 +1,8 @@
-"""The transfer's state machines: every state of small worlds, what planted bugs look like, and each rule by itself."""
+"""The state machines of transfers: every state of small worlds, planted bugs, and a test for each rule."""
 
 import pytest
 
-from deepstack_jax.disagg.encode.sender import Over, Sender, SenderSettings
+from deepstack_jax.disagg.encode.sender import FinishedAttempt, Sender, SenderSettings
 from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
 from deepstack_jax.disagg.wire.messages import (
     Abort,
@@ -17,31 +17,31 @@ from deepstack_jax.disagg.wire.messages import (
     WrittenBlock,
 )
 from deepstack_jax.disagg.wire.transfer import (
-    Began,
+    AttemptKey,
     CopyOut,
-    EncodeHere,
+    EncodeLocally,
     Ended,
     Forget,
-    Key,
     Prepare,
+    PromptKnown,
     Send,
     StartWrite,
     State,
 )
-from tests.disagg_model import OF_NETWORK, Case, Violation, explore
+from tests.disagg_model import NETWORK_FAULTS, Case, Violation, explore
 
-SUM = b"checksum"
-PRINT = b"prompt A"
+CHECKSUM = b"checksum"
+FINGERPRINT = b"prompt A"
 
 
 class TestEveryState:
-    """Each case visits every state that it can reach; `explore` says what holds in all of them."""
+    """Each case visits every state that it can reach; `explore` checks the invariants in all of them."""
 
     @pytest.mark.parametrize(
         ("case", "least_states"),
         [
             pytest.param(Case((2, 2), pool=1, share=1), 200, id="one block for two requests"),
-            pytest.param(Case((2, 2), pool=1, share=1, faults=2, kinds=OF_NETWORK), 10_000, id="a lossy network"),
+            pytest.param(Case((2, 2), pool=1, share=1, faults=2, kinds=NETWORK_FAULTS), 10_000, id="a lossy network"),
             pytest.param(Case((2, 2), pool=1, share=1, faults=1), 30_000, id="one block, any fault"),
             pytest.param(Case((2, 2), pool=2, share=2, faults=1), 46_000, id="two blocks, any fault"),
             pytest.param(Case((3,), pool=2, share=2, faults=2), 54_000, id="rounds, any two faults"),
@@ -51,7 +51,7 @@ class TestEveryState:
                 id="another encoder, another prompt",
             ),
             pytest.param(
-                Case((2,), pool=2, share=2, faults=2, slow_copies=True, encodes_here=True), 52_000, id="slow copies"
+                Case((2,), pool=2, share=2, faults=2, slow_copies=True, encodes_locally=True), 52_000, id="slow copies"
             ),
             pytest.param(
                 Case((2,), 1, 1, faults=2, slow_copies=True, slow_preparation=True, slow_starts=True),
@@ -74,24 +74,24 @@ class TestEveryState:
     )
     def test_every_run_ends_and_no_block_is_lost_or_used_twice(self, case, least_states):
         explored = explore(case)
-        assert explored.states >= least_states  # it has not stopped early
+        assert explored.states >= least_states  # the search has not stopped early
         assert any("SUCCESS" in end for end in explored.ends)
-        if case.faults and case.kinds != OF_NETWORK:
+        if case.faults and case.kinds != NETWORK_FAULTS:
             assert any("FAILED" in end for end in explored.ends)
 
 
 class FreesAtAbort(Receiver):
     def _abandon(self, request_id, request, reason, now):
         actions = super()._abandon(request_id, request, reason, now)
-        self._release((request_id, request.attempt)) if (request_id, request.attempt) in self.closing else None
+        self._release((request_id, request.attempt)) if (request_id, request.attempt) in self.abandoned else None
         return actions
 
 
 class TrustsTheSender(Receiver):
     def copied(self, request_id, attempt, round, token_block, checksum, num_bytes, now):
         request = self.requests.get(request_id)
-        said = request and request.written.get(token_block)
-        checksum, num_bytes = (said.checksum, said.num_bytes) if said else (checksum, num_bytes)
+        reports = request and request.written.get(token_block)
+        checksum, num_bytes = (reports.checksum, reports.num_bytes) if reports else (checksum, num_bytes)
         return super().copied(request_id, attempt, round, token_block, checksum, num_bytes, now)
 
 
@@ -107,7 +107,7 @@ class MixesPrompts(Receiver):
         received = set(request.received)
         actions = super()._prepared(request, message, now)
         request.received |= received
-        return [action for action in actions or [] if not (received and isinstance(action, Began))]
+        return [action for action in actions or [] if not (received and isinstance(action, PromptKnown))]
 
 
 class ConfirmsTooSoon(Sender):
@@ -117,13 +117,13 @@ class ConfirmsTooSoon(Sender):
 
 
 class ConfirmsAfterFailure(Sender):
-    def _confirm(self, key, over):
-        return super()._confirm(key, Over(over.error, clean=True))
+    def _confirm_abort(self, key, finished):
+        return super()._confirm_abort(key, FinishedAttempt(finished.error, clean=True))
 
 
 class ForgetsAttempts(Sender):
-    def _remember(self, key, over):
-        return over
+    def _remember(self, key, finished):
+        return finished
 
 
 class WritesAgain(Sender):
@@ -135,27 +135,37 @@ class WritesAgain(Sender):
 
 
 @pytest.mark.parametrize(
-    ("case", "says"),
+    ("case", "reason"),
     [
-        (Case((1, 1), pool=1, share=1, faults=1, receiver=FreesAtAbort), "free or another's"),
-        (Case((1, 1), pool=1, share=1, faults=1, receiver=TrustsTheSender), "expected b'r|blocks .. alone"),
-        (Case((1,), pool=1, share=1, faults=1, kinds=OF_NETWORK, receiver=AsksOnce), "other than of the network"),
+        (Case((1, 1), pool=1, share=1, faults=1, receiver=FreesAtAbort), "free or not its own"),
+        (Case((1, 1), pool=1, share=1, faults=1, receiver=TrustsTheSender), "expected b'r|ended with only blocks"),
+        (
+            Case((1,), pool=1, share=1, faults=1, kinds=NETWORK_FAULTS, receiver=AsksOnce),
+            "despite a lossy network only",
+        ),
         (Case((2,), pool=1, share=1, faults=1, encoders=2, own_prompts=True, receiver=MixesPrompts), "two prompts"),
-        (Case((1, 1), pool=1, share=1, faults=1, sender=ConfirmsTooSoon), "free or another's"),
-        (Case((2,), pool=2, share=2, faults=1, sender=ConfirmsAfterFailure), "free or another's"),
-        (Case((1,), pool=1, share=1, faults=2, sender=ForgetsAttempts), "free or another's"),
-        (Case((1,), pool=1, share=1, faults=1, kinds=OF_NETWORK, sender=WritesAgain), "written twice"),
+        (Case((1, 1), pool=1, share=1, faults=1, sender=ConfirmsTooSoon), "free or not its own"),
+        (Case((2,), pool=2, share=2, faults=1, sender=ConfirmsAfterFailure), "free or not its own"),
+        (Case((1,), pool=1, share=1, faults=2, sender=ForgetsAttempts), "free or not its own"),
+        (Case((1,), pool=1, share=1, faults=1, kinds=NETWORK_FAULTS, sender=WritesAgain), "written twice"),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{value.receiver.__name__} {value.sender.__name__}",
 )
-def test_the_search_finds_a_planted_bug(case, says):
-    with pytest.raises(Violation, match=says):
+def test_the_search_finds_a_planted_bug(case, reason):
+    with pytest.raises(Violation, match=reason):
         explore(case)
 
 
 def receiver(**changed) -> Receiver:
-    """Two encoders, four blocks of two tokens, two to a request."""
-    defaults = {"num_blocks": 4, "block_size": 2, "share": 2, "max_tokens": 20, "retry": 1, "transfer_timeout": 10}
+    """A receiver with two encoders, four blocks of two tokens, and a share of two blocks per request."""
+    defaults = {
+        "num_blocks": 4,
+        "block_size": 2,
+        "share": 2,
+        "max_tokens": 20,
+        "retry_interval": 1,
+        "transfer_timeout": 10,
+    }
     made = Receiver(ReceiverSettings(**(defaults | changed)))
     made.peer_up("a", 0)
     made.peer_up("b", 0)
@@ -167,16 +177,16 @@ def sent(actions) -> list:
 
 
 def ready(made: Receiver, request_id: str, tokens: int, peer: str = "a", now: float = 0.0) -> list:
-    """The request has been prepared; what the receiver does then."""
+    """Delivers Prepared for the request; returns the receiver's actions."""
     request = made.requests[request_id]
-    return made.receive(peer, Prepared(request_id, request.attempt, tokens, tokens, -1, PRINT), now)
+    return made.receive(peer, Prepared(request_id, request.attempt, tokens, tokens, -1, FINGERPRINT), now)
 
 
-def arrive(made: Receiver, request_id: str, now: float = 0.0, checksum: bytes = SUM) -> list:
-    """Every granted block of the request arrives and is copied out."""
+def arrive(made: Receiver, request_id: str, now: float = 0.0, checksum: bytes = CHECKSUM) -> list:
+    """Delivers every granted block of the request and copies it out; returns the receiver's actions."""
     request = made.requests[request_id]
-    said = tuple(WrittenBlock(block, SUM, 8) for block in request.granted)
-    copies = made.receive(request.peer, Written(request_id, request.attempt, request.round, said), now)
+    reports = tuple(WrittenBlock(block, CHECKSUM, 8) for block in request.granted)
+    copies = made.receive(request.peer, Written(request_id, request.attempt, request.round, reports), now)
     actions = []
     for copy in copies:
         assert isinstance(copy, CopyOut)
@@ -192,23 +202,24 @@ class TestReceiver:
         made.receive("a", Accepted("r", 1), 2)
         assert made.requests["r"].state == State.BOOTSTRAPPING
         began, grant = ready(made, "r", tokens=7)
-        assert began == Began("r", 7, 7, -1)
+        assert began == PromptKnown("r", 7, 7, -1)
         assert grant == Send("a", Grant("r", 1, 1, ((0, 0), (1, 1))))
         assert made.requests["r"].state == State.TRANSFERRING
         assert arrive(made, "r") == [Send("a", Grant("r", 1, 2, ((2, 0), (3, 1))))]
-        copies = made.receive("a", Written("r", 1, 2, (WrittenBlock(3, SUM, 8), WrittenBlock(2, SUM, 8))), 3)
-        assert copies == [CopyOut("r", 1, 2, 3, 1, SUM, 8), CopyOut("r", 1, 2, 2, 0, SUM, 8)]
-        assert made.copied("r", 1, 2, 3, SUM, 8, 3) == []
-        assert made.copied("r", 1, 2, 2, SUM, 8, 3) == [Send("a", Release("r", 1)), Ended("r", State.SUCCESS, 200, "")]
+        copies = made.receive("a", Written("r", 1, 2, (WrittenBlock(3, CHECKSUM, 8), WrittenBlock(2, CHECKSUM, 8))), 3)
+        assert copies == [CopyOut("r", 1, 2, 3, 1, CHECKSUM, 8), CopyOut("r", 1, 2, 2, 0, CHECKSUM, 8)]
+        assert made.copied("r", 1, 2, 3, CHECKSUM, 8, 3) == []
+        ended = [Send("a", Release("r", 1)), Ended("r", State.SUCCESS, 200, "")]
+        assert made.copied("r", 1, 2, 2, CHECKSUM, 8, 3) == ended
         assert made.pool.num_free == 4
         assert made.next_timer() is None
 
-    def test_of_64_requests_in_a_pool_for_three_each_ends_in_its_turn(self):
+    def test_64_requests_in_a_pool_for_three_end_in_order(self):
         made = receiver(num_blocks=6, share=2)
         for index in range(64):
             made.submit(f"r{index}", b"", 1000, 0)
         actions = []
-        for index in reversed(range(64)):  # the youngest are prepared first
+        for index in reversed(range(64)):  # the newest are prepared first
             tokens = 2 * (1 + index % 5)  # one to five blocks, one to three rounds
             actions += ready(made, f"r{index}", tokens, made.requests[f"r{index}"].peer)
         actions = [action for action in actions if isinstance(action, Send)]
@@ -219,26 +230,26 @@ class TestReceiver:
             assert not waiting or made.pool.num_free < 2
             if not made.requests:
                 break
-            # what was granted first arrives first
+            # blocks arrive in the order of their grants
             first = next(name for name in grants if name in made.requests and made.requests[name].granted)
             grants.remove(first)
             actions = arrive(made, first)
             ended += [int(action.request_id[1:]) for action in actions if isinstance(action, Ended)]
             actions = [action for action in actions if isinstance(action, Send)]
         assert sorted(ended) == list(range(64))
-        # the youngest had blocks before the others came; of the rest nobody ends after more than two younger ones
+        # the newest got blocks before the others were prepared; each of the rest ends after at most two newer ones
         rest = [index for index in ended if index < 60]
         assert max(sum(other > index for other in rest[:place]) for place, index in enumerate(rest)) <= 2
 
-    def test_whoever_waits_holds_nothing_and_waits_for_a_whole_share(self):
+    def test_a_waiting_request_holds_no_blocks_and_waits_for_a_whole_share(self):
         made = receiver(num_blocks=3, share=2)
-        for name in ("old", "young"):
+        for name in ("old", "new"):
             made.submit(name, b"", 60, 0)
             ready(made, name, 8, made.requests[name].peer)
-        assert (list(made.requests["old"].granted), list(made.requests["young"].granted)) == ([0, 1], [])
+        assert (list(made.requests["old"].granted), list(made.requests["new"].granted)) == ([0, 1], [])
         assert made.pool.num_free == 1
 
-    def test_quarantine_makes_rounds_smaller_instead_of_stopping_them(self):
+    def test_quarantine_reduces_rounds_instead_of_stopping_them(self):
         made = receiver(num_blocks=2, share=2)
         made.submit("gone", b"", 60, 0)
         ready(made, "gone", 2)  # one block
@@ -247,7 +258,7 @@ class TestReceiver:
         ready(made, "next", 4, made.requests["next"].peer)
         assert list(made.requests["next"].granted) == [0]
 
-    def test_unanswered_messages_are_sent_again_the_payload_until_it_is_accepted(self):
+    def test_unanswered_messages_are_repeated_with_the_payload_until_it_is_accepted(self):
         made = receiver()
         made.submit("r", b"payload", 60, 0)
         assert made.next_timer() == 1
@@ -256,32 +267,32 @@ class TestReceiver:
         assert sent(made.tick(2)) == [Submit("r", 1, 58000, None)]
         ready(made, "r", 4)
         assert sent(made.tick(3)) == [Grant("r", 1, 1, ((0, 0), (1, 1)))]
-        made.receive("a", Written("r", 1, 1, (WrittenBlock(0, SUM, 8),)), 3)
+        made.receive("a", Written("r", 1, 1, (WrittenBlock(0, CHECKSUM, 8),)), 3)
         assert sent(made.tick(4)) == [Grant("r", 1, 1, ((1, 1),))]
 
-    def test_another_encoder_continues_from_what_has_arrived(self):
+    def test_another_encoder_sends_only_the_missing_blocks(self):
         made = receiver()
         made.submit("r", b"payload", 60, 0)
         ready(made, "r", 9)
         arrive(made, "r")
         abort, submit = sent(made.peer_down("a", "a is dead", 5))
         assert abort == Abort("r", 1, "a is dead")
-        assert submit == Submit("r", 2, 55000, b"payload", have=((0, 2),), fingerprint=PRINT)
+        assert submit == Submit("r", 2, 55000, b"payload", have=((0, 2),), fingerprint=FINGERPRINT)
         [grant] = ready(made, "r", 9, "b")
         assert grant == Send("b", Grant("r", 2, 3, ((2, 2), (3, 3))))  # blocks 0 and 1 are in quarantine
 
-    def test_another_prompt_starts_over(self):
+    def test_a_different_prompt_starts_over(self):
         made = receiver()
         made.submit("r", b"payload", 60, 0)
         ready(made, "r", 9)
         arrive(made, "r")
         made.peer_down("a", "a is dead", 5)
         began, grant = made.receive("b", Prepared("r", 2, 9, 9, 0, b"prompt B"), 5)
-        assert isinstance(began, Began)
+        assert isinstance(began, PromptKnown)
         assert [block for block, _ in grant.message.blocks] == [0, 1]
 
     @pytest.mark.parametrize("confirmed", [True, False])
-    def test_blocks_of_an_aborted_attempt_come_back_when_confirmed_or_after_the_timeout(self, confirmed):
+    def test_blocks_of_an_aborted_attempt_are_freed_when_confirmed_or_after_the_timeout(self, confirmed):
         made = receiver()
         made.submit("r", b"", 60, 0)
         ready(made, "r", 4)
@@ -295,24 +306,24 @@ class TestReceiver:
         made.receive("a", Aborted("r", 1), 11.9) if confirmed else made.tick(12)
         assert made.pool.num_free == 4
 
-    def test_a_bad_request_ends_at_once_and_a_bad_encoder_is_left(self):
+    def test_a_bad_request_ends_immediately_and_a_failing_encoder_is_replaced(self):
         made = receiver()
         made.submit("r", b"", 60, 0)
         assert sent(made.receive("a", Error("r", 1, 500, "out of memory"), 1))[1].attempt == 2
         _, ended = made.receive("b", Error("r", 2, 400, "no image"), 1)
         assert ended == Ended("r", State.FAILED, 400, "no image")
 
-    def test_with_no_encoder_left_it_encodes_here_or_says_503(self):
-        for here, expected in (
-            (True, EncodeHere("r", "b is dead")),
+    def test_without_an_encoder_the_request_is_encoded_locally_or_fails_with_503(self):
+        for locally, expected in (
+            (True, EncodeLocally("r", "b is dead")),
             (False, Ended("r", State.FAILED, 503, "no encoder is left: b is dead")),
         ):
-            made = receiver(encodes_here=here)
+            made = receiver(encodes_locally=locally)
             made.submit("r", b"", 60, 0)
             made.peer_down("a", "a is dead", 1)
             assert made.peer_down("b", "b is dead", 1)[-1] == expected
 
-    def test_the_same_encoder_is_asked_again_after_a_while_and_not_for_ever(self):
+    def test_the_same_encoder_is_retried_after_an_interval_and_a_limited_number_of_times(self):
         made = receiver(max_attempts=3)
         made.peer_down("b", "", 0)
         made.submit("r", b"payload", 60, 0)
@@ -322,7 +333,7 @@ class TestReceiver:
         made.tick(2)
         assert made.receive("a", Error("r", 3, 503, "busy"), 2)[-1].status == 503
 
-    def test_when_every_encoder_has_failed_the_request_its_own_reason_is_told(self):
+    def test_a_request_that_fails_on_every_encoder_reports_their_reason(self):
         made = receiver()
         made.submit("r", b"", 60, 0)
         made.receive("a", Error("r", 1, 500, "encoding failed (KeyError)"), 1)
@@ -334,9 +345,9 @@ class TestReceiver:
             [request] = made.requests.values()
             actions = made.receive(request.peer, Error("r", request.attempt, 500, f"failed at {request.peer}"), now)
         assert actions[-1] == Ended("r", State.FAILED, 500, "b: failed at b")
-        assert sorted(made.peers) == ["a", "b"]  # neither of them counts as gone
+        assert sorted(made.peers) == ["a", "b"]  # neither counts as gone
 
-    def test_an_encoder_that_goes_away_is_not_blamed_for_what_another_said_of_the_request(self):
+    def test_an_encoder_that_disconnects_does_not_hide_the_failure_on_another(self):
         made = receiver()
         made.submit("r", b"", 60, 0)
         made.receive("a", Error("r", 1, 500, "out of memory"), 1)
@@ -344,20 +355,20 @@ class TestReceiver:
         assert made.peer_down("b", "b is dead", 2)[-1] == Ended("r", State.FAILED, 500, "a: out of memory")
 
     @pytest.mark.parametrize(("status", "reason"), [(503, "the encode node has 256 requests"), (504, "too late")])
-    def test_an_encoder_that_refuses_for_its_own_state_is_quoted(self, status, reason):
+    def test_an_encoder_that_refuses_because_of_its_state_is_quoted(self, status, reason):
         made = receiver(max_attempts=2)
         made.submit("r", b"", 60, 0)
         made.receive("a", Error("r", 1, 503, "busy"), 1)
         ended = made.receive("b", Error("r", 2, status, reason), 1)[-1]
         assert ended == Ended("r", State.FAILED, status, f"b: {reason}")
 
-    def test_this_node_encodes_what_every_encoder_has_failed(self):
-        made = receiver(encodes_here=True, max_attempts=2)
+    def test_this_node_encodes_a_request_that_failed_on_every_encoder(self):
+        made = receiver(encodes_locally=True, max_attempts=2)
         made.submit("r", b"", 60, 0)
         made.receive("a", Error("r", 1, 500, "out of memory"), 1)
-        assert made.receive("b", Error("r", 2, 500, "the same"), 1)[-1] == EncodeHere("r", "b: the same")
+        assert made.receive("b", Error("r", 2, 500, "the same"), 1)[-1] == EncodeLocally("r", "b: the same")
 
-    def test_damaged_blocks_are_asked_for_again_a_few_times(self):
+    def test_damaged_blocks_are_requested_again_a_few_times(self):
         made = receiver(max_damaged=2)
         made.submit("r", b"", 60, 0)
         ready(made, "r", 2)
@@ -367,10 +378,10 @@ class TestReceiver:
         assert (ended.status, made.pool.num_free) == (502, 4)
 
     @pytest.mark.parametrize(
-        ("stage", "says"),
+        ("stage", "reason"),
         [(0, "prepared and encoded"), (1, "waited for receive blocks"), (2, "during the transfer")],
     )
-    def test_deadlines_say_what_was_waited_for(self, stage, says):
+    def test_deadline_errors_name_what_the_request_was_waiting_for(self, stage, reason):
         made = receiver(num_blocks=2, transfer_timeout=100)
         if stage == 1:
             made.submit("before", b"", 200, 0)
@@ -380,38 +391,38 @@ class TestReceiver:
             ready(made, "r", 4, made.requests["r"].peer)
         ended = made.tick(60)[-1]
         assert (ended.request_id, ended.status) == ("r", 504)
-        assert says in ended.reason
+        assert reason in ended.reason
 
-    def test_an_encoder_that_stops_writing_is_left(self):
+    def test_an_encoder_that_stops_writing_is_replaced(self):
         made = receiver()
         made.submit("r", b"", 600, 0)
         ready(made, "r", 4, now=5)
-        made.receive("a", Written("r", 1, 1, (WrittenBlock(0, SUM, 8),)), 12)
+        made.receive("a", Written("r", 1, 1, (WrittenBlock(0, CHECKSUM, 8),)), 12)
         assert [type(message) for message in sent(made.tick(21.9))] == [Grant]
         assert [type(message) for message in sent(made.tick(22))] == [Abort, Submit]
 
-    def test_what_comes_too_late_or_from_the_wrong_side_is_counted_and_dropped(self):
+    def test_late_and_misdirected_messages_are_counted_and_ignored(self):
         made = receiver()
         made.submit("r", b"", 60, 0)
         ready(made, "r", 4)
         for peer, message in (
             ("b", Error("r", 1, 400, "not its encoder")),
-            ("a", Written("r", 1, 7, (WrittenBlock(0, SUM, 8),))),
-            ("a", Written("r", 1, 1, (WrittenBlock(9, SUM, 8),))),
-            ("a", Written("r", 9, 1, (WrittenBlock(0, SUM, 8),))),
-            ("a", Prepared("r", 1, 4, 4, 0, PRINT)),
+            ("a", Written("r", 1, 7, (WrittenBlock(0, CHECKSUM, 8),))),
+            ("a", Written("r", 1, 1, (WrittenBlock(9, CHECKSUM, 8),))),
+            ("a", Written("r", 9, 1, (WrittenBlock(0, CHECKSUM, 8),))),
+            ("a", Prepared("r", 1, 4, 4, 0, FINGERPRINT)),
             ("a", Aborted("r", 1)),
             ("a", Submit("r", 1, 5)),
         ):
             assert made.receive(peer, message, 0) == []
-        assert sum(made.dropped.values()) == 7
-        assert made.copied("r", 1, 1, 0, SUM, 8, 0) == []  # nothing is being copied
+        assert sum(made.ignored.values()) == 7
+        assert made.copied("r", 1, 1, 0, CHECKSUM, 8, 0) == []  # no copy is in progress
         assert made.abort("unknown", "", 0) == []
 
-    def test_what_can_not_be_sent_is_refused_before_any_work(self):
+    def test_invalid_requests_are_refused_before_they_start(self):
         made = receiver()
         made.submit("r", b"", 60, 0)
-        with pytest.raises(ValueError, match="'r' is under way already"):
+        with pytest.raises(ValueError, match="'r' is already in progress"):
             made.submit("r", b"", 60, 0)
         for bad in ("", "a b", "x" * 65, "a\n"):
             with pytest.raises(ValueError, match="1 to 64 printable"):
@@ -423,7 +434,7 @@ class TestReceiver:
 
 
 class TestSender:
-    KEY = Key("lang", "r", 1)
+    KEY = AttemptKey("lang", "r", 1)
 
     def made(self, **changed) -> Sender:
         made = Sender(SenderSettings(block_size=2, **changed))
@@ -434,22 +445,22 @@ class TestSender:
         """Blocks 0 and 1 are being written."""
         made = self.made()
         made.receive("lang", Submit("r", 1, 60000, b"payload"), 0)
-        made.prepared(self.KEY, 7, 5, 0, PRINT, 0)
+        made.prepared(self.KEY, 7, 5, 0, FINGERPRINT, 0)
         made.receive("lang", Grant("r", 1, 1, ((0, 2), (1, 3))), 0)
         return made
 
     def test_a_request_from_its_start_to_its_end(self):
         made = self.made()
-        accepted, prepare = made.receive("lang", Submit("r", 1, 60000, b"payload", ((0, 1),), PRINT), 1)
+        accepted, prepare = made.receive("lang", Submit("r", 1, 60000, b"payload", ((0, 1),), FINGERPRINT), 1)
         assert accepted == Send("lang", Accepted("r", 1))
-        assert prepare == Prepare(self.KEY, b"payload", 61.0, ((0, 1),), PRINT)
-        prepared = made.prepared(self.KEY, 7, 5, -2, PRINT, 2)
-        assert prepared == [Send("lang", Prepared("r", 1, 7, 5, -2, PRINT))]
+        assert prepare == Prepare(self.KEY, b"payload", 61.0, ((0, 1),), FINGERPRINT)
+        prepared = made.prepared(self.KEY, 7, 5, -2, FINGERPRINT, 2)
+        assert prepared == [Send("lang", Prepared("r", 1, 7, 5, -2, FINGERPRINT))]
         writes = made.receive("lang", Grant("r", 1, 1, ((1, 2), (3, 0))), 3)
         assert writes == [StartWrite(self.KEY, 1, ((1, 2), (3, 0)))]
-        written = made.written(self.KEY, 1, [WrittenBlock(3, SUM, 8)], 3)
-        assert written == [Send("lang", Written("r", 1, 1, (WrittenBlock(3, SUM, 8),)))]
-        made.written(self.KEY, 1, [WrittenBlock(1, SUM, 8)], 3)
+        written = made.written(self.KEY, 1, [WrittenBlock(3, CHECKSUM, 8)], 3)
+        assert written == [Send("lang", Written("r", 1, 1, (WrittenBlock(3, CHECKSUM, 8),)))]
+        made.written(self.KEY, 1, [WrittenBlock(1, CHECKSUM, 8)], 3)
         assert made.receive("lang", Release("r", 1), 4) == [Forget(self.KEY)]
         assert (made.outgoing, made.next_timer()) == ({}, None)
 
@@ -458,11 +469,11 @@ class TestSender:
         submit, grant = Submit("r", 1, 60000, b"payload"), Grant("r", 1, 1, ((0, 2),))
         made.receive("lang", submit, 0)
         assert made.receive("lang", submit, 0) == [Send("lang", Accepted("r", 1))]
-        prepared = made.prepared(self.KEY, 7, 5, 0, PRINT, 0)
+        prepared = made.prepared(self.KEY, 7, 5, 0, FINGERPRINT, 0)
         assert made.receive("lang", submit, 0) == prepared
         made.receive("lang", grant, 0)
-        assert made.receive("lang", grant, 0) == []  # under way
-        written = made.written(self.KEY, 1, [WrittenBlock(0, SUM, 8)], 0)
+        assert made.receive("lang", grant, 0) == []  # in progress
+        written = made.written(self.KEY, 1, [WrittenBlock(0, CHECKSUM, 8)], 0)
         assert made.receive("lang", grant, 0) == written
         assert made.receive("lang", Grant("r", 1, 1, ((0, 3),)), 0) == []  # another block in the same round
         assert made.receive("lang", Grant("r", 1, 2, ((0, 3),)), 0) == [StartWrite(self.KEY, 2, ((0, 3),))]
@@ -472,19 +483,19 @@ class TestSender:
         assert made.receive("lang", Abort("r", 1), 1) == []
         assert not made.may_write(self.KEY, 1)
         assert made.write_skipped(self.KEY, 1, [0], 1) == []
-        assert made.written(self.KEY, 1, [WrittenBlock(1, SUM, 8)], 1) == [
+        assert made.written(self.KEY, 1, [WrittenBlock(1, CHECKSUM, 8)], 1) == [
             Forget(self.KEY),
             Send("lang", Aborted("r", 1)),
         ]
         assert made.receive("lang", Abort("r", 1), 2) == [Send("lang", Aborted("r", 1))]  # the first was lost
-        assert made.receive("lang", Submit("r", 1, 60000, b"payload"), 2) == []  # it was late
+        assert made.receive("lang", Submit("r", 1, 60000, b"payload"), 2) == []  # it arrived late
 
     def test_abort_is_never_confirmed_after_a_write_that_may_still_land(self):
         made = self.transferring()
         error = Send("lang", Error("r", 1, 503, "timed out"))
         assert made.write_failed(self.KEY, 1, [0], "timed out", 1) == [error]
         assert made.receive("lang", Grant("r", 1, 1, ((0, 2),)), 1) == [error]
-        assert made.written(self.KEY, 1, [WrittenBlock(1, SUM, 8)], 1) == [Forget(self.KEY)]
+        assert made.written(self.KEY, 1, [WrittenBlock(1, CHECKSUM, 8)], 1) == [Forget(self.KEY)]
         assert made.receive("lang", Abort("r", 1), 1) == []
         assert made.receive("lang", Grant("r", 1, 1, ((0, 2),)), 1) == [error]
 
@@ -501,8 +512,8 @@ class TestSender:
         assert made.receive("lang", Grant("r", 1, 2, ((2, 0),)), 60) == []
         [error] = sent(made.tick(60))
         assert (error.status, made.next_timer()) == (504, None)
-        made.written(self.KEY, 1, [WrittenBlock(0, SUM, 8)], 61)
-        assert made.written(self.KEY, 1, [WrittenBlock(1, SUM, 8)], 61) == [Forget(self.KEY)]
+        made.written(self.KEY, 1, [WrittenBlock(0, CHECKSUM, 8)], 61)
+        assert made.written(self.KEY, 1, [WrittenBlock(1, CHECKSUM, 8)], 61) == [Forget(self.KEY)]
 
     def test_grants_outside_the_prompt_or_the_pool_write_nothing(self):
         made = self.transferring()
@@ -519,19 +530,19 @@ class TestSender:
         [unknown] = sent(made.receive("lang", Grant("s", 9, 1, ((0, 0),)), 0))
         assert unknown.status == 503
         made.receive("lang", Submit("t", 3, 60000, b""), 0)
-        assert sent(made.prepared(Key("lang", "t", 3), 0, 0, 0, PRINT, 0))[0].status == 400
+        assert sent(made.prepared(AttemptKey("lang", "t", 3), 0, 0, 0, FINGERPRINT, 0))[0].status == 400
 
-    def test_a_language_node_that_is_gone_leaves_nothing_behind(self):
+    def test_a_lost_language_node_leaves_nothing_behind(self):
         made = self.transferring()
         made.peer_down("lang", 1)
         assert not made.may_write(self.KEY, 1)
         made.write_skipped(self.KEY, 1, [0], 1)
         assert made.write_failed(self.KEY, 1, [1], "refused", 1) == [Forget(self.KEY)]
         assert made.outgoing == {}
-        assert made.receive("lang", Submit("s", 2, 60000, b""), 1) == []  # it has to say Hello first
+        assert made.receive("lang", Submit("s", 2, 60000, b""), 1) == []  # it must send Hello first
 
-    def test_memory_of_attempts_that_are_over_is_bounded(self):
+    def test_memory_of_finished_attempts_is_bounded(self):
         made = self.made()
         for attempt in range(5000):
             made.receive("lang", Abort("r", attempt), 0)
-        assert len(made.over) == 4096
+        assert len(made.finished) == 4096

@@ -1,15 +1,10 @@
-"""The split against the whole model: the same rows, logits and tokens bit for bit, over Mooncake between processes."""
+"""Compares the split with the whole model: rows, logits and tokens are equal bit for bit, over Mooncake."""
 
 import asyncio
 import io
-import json
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,51 +14,17 @@ from PIL import Image
 
 import deepstack_jax as dsj
 from deepstack_jax.disagg.encode.worker import MAX_TOGETHER
-from deepstack_jax.disagg.language.encoders import Arrival, EncoderLinks, TransferFailedError
-from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
+from deepstack_jax.disagg.language.encoder_pool import EncoderPool, FetchedPrompt, TransferFailedError
+from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
 from deepstack_jax.disagg.wire.payload import pack
 from deepstack_jax.generation import encode_prompt, generate_steps, plan_generation
 from deepstack_jax.processing.batch import prepare_batch
 from deepstack_jax.programs import PromptArrays, all_logits
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
-from tests.test_disagg_payload import IMAGES, VIDEOS, opened
+from tests.media import CASES, IMAGES, VIDEOS, media, opened
+from tests.nodes import EncodeProcess, encode_process
 
 BLOCK = 16  # tokens
-VIDEO = "an .mp4 of eight frames"
-CASES: dict[str, list[Any]] = {  # sizes of images, or VIDEO
-    "one image": [(160, 96)],
-    "three images": [(64, 64), (200, 90), (64, 128)],
-    "video": [VIDEO],
-    "video and image": [(96, 64), VIDEO],
-}
-
-
-class EncodeProcess:
-    """`tests.encode_process`, running."""
-
-    def __init__(self, checkpoint: Path, dtype: str):
-        command = [sys.executable, "-m", "tests.encode_process", str(checkpoint), dtype, str(BLOCK)]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        assert self.process.stdout is not None
-        self.endpoint = self.process.stdout.readline().strip()
-
-    def counters(self) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -73,73 +34,36 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextmanager
-def encode_process(checkpoint: Path, dtype: str) -> Iterator[EncodeProcess]:
-    process = EncodeProcess(checkpoint, dtype)
-    try:
-        yield process
-    finally:
-        process.close()
-
-
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def pair(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[tuple[dsj.Model, EncodeProcess]]:
     """The whole model, and a process that encodes with the same checkpoint."""
-    with encode_process(checkpoint, request.param) as process:
+    with encode_process(checkpoint, request.param, BLOCK) as process:
         yield dsj.load(checkpoint, request.param), process
 
 
-def media(case: str) -> tuple[list[Image.Image], list[io.BytesIO]]:
-    """Images opened from bytes, and videos, as HTTP would bring them."""
-    images, videos = [], []
-    for number, what in enumerate(CASES[case]):
-        rng = np.random.default_rng(number)
-        if what == VIDEO:
-            videos.append(_video(rng.integers(0, 255, (8, 64, 96, 3), np.uint8)))
-            continue
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (what[1], what[0], 3), np.uint8)).save(file, "PNG")
-        images.append(Image.open(file))
-    return images, videos
-
-
-def _video(frames: np.ndarray) -> io.BytesIO:
-    import av
-
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=4)
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    file.seek(0)
-    return file
-
-
-async def with_links(links: EncoderLinks, work: Coroutine[Any, Any, Any]) -> Any:
-    """Runs `work` while the links are up."""
-    await links.start()
+async def with_pool(encoders: EncoderPool, work: Coroutine[Any, Any, Any]) -> Any:
+    """Runs `work` while at least one encoder is connected."""
+    await encoders.start()
     try:
         async with asyncio.timeout(60):
-            while not links.num_encoders:
-                assert not links.refused, links.refused
+            while not encoders.num_encoders:
+                assert not encoders.refused, encoders.refused
                 await asyncio.sleep(0.02)
         return await work
     finally:
-        await links.close()
+        await encoders.close()
 
 
-def fetched(model: dsj.Model, process: EncodeProcess, payloads: list[bytes], **options: Any) -> list[Arrival]:
-    """What arrives for each payload, all asked for at once."""
-    text_alone = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
-    links = open_encoder_links(text_alone, [process.endpoint], block_size=BLOCK, **options)
+def fetch_all(model: dsj.Model, process: EncodeProcess, payloads: list[bytes], **options: Any) -> list[FetchedPrompt]:
+    """Fetches the prompts of all payloads at once."""
+    text_only = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
+    encoders = open_encoder_pool(text_only, [process.endpoint], block_size=BLOCK, **options)
 
-    async def work() -> list[Arrival]:
+    async def work() -> list[FetchedPrompt]:
         deadline = time.monotonic() + 100
-        return await asyncio.gather(*(links.fetch(f"r{i}", data, deadline) for i, data in enumerate(payloads)))
+        return await asyncio.gather(*(encoders.fetch(f"r{i}", data, deadline) for i, data in enumerate(payloads)))
 
-    return asyncio.run(with_links(links, work()))
+    return asyncio.run(with_pool(encoders, work()))
 
 
 def whole_prompt(model: dsj.Model, case: str) -> PromptArrays:
@@ -153,8 +77,8 @@ def whole_prompt(model: dsj.Model, case: str) -> PromptArrays:
 def test_the_split_gives_the_bits_of_the_whole(pair: tuple[dsj.Model, EncodeProcess], case: str, num_blocks: int):
     model, process = pair
     whole = whole_prompt(model, case)
-    (arrival,) = fetched(model, process, [pack("What is this?", *media(case))], num_blocks=num_blocks)
-    split = arrival.prompt
+    (fetched,) = fetch_all(model, process, [pack("What is this?", *media(case))], num_blocks=num_blocks)
+    split = fetched.prompt
     rows = int((np.asarray(whole.visual_index) >= 0).sum())
     for name in ("input_ids", "position_ids", "lengths", "rope_deltas", "visual_index"):
         np.testing.assert_array_equal(getattr(split, name), getattr(whole, name), err_msg=name)
@@ -169,93 +93,93 @@ def test_the_split_gives_the_bits_of_the_whole(pair: tuple[dsj.Model, EncodeProc
         *(np.concatenate(list(generate_steps(model, prompt, plan)), axis=1) for prompt in (whole, split))
     )
     blocks = -(-int(whole.lengths[0]) // BLOCK)
-    assert len(arrival.rounds) == -(-blocks // max(1, num_blocks // 4))
+    assert len(fetched.rounds) == -(-blocks // max(1, num_blocks // 4))
 
 
-def test_only_visual_rows_and_sixteen_bytes_a_token_cross_the_wire(pair: tuple[dsj.Model, EncodeProcess]):
-    """Counted by the sender; and nothing is sent twice, however many rounds it takes."""
+def test_only_visual_rows_and_sixteen_bytes_per_token_cross_the_wire(pair: tuple[dsj.Model, EncodeProcess]):
+    """Nothing is sent twice, in one round or in many."""
     model, process = pair
     text = "a long story " * 400
     payload = pack(text, *media("one image"))
     itemsize = model.dtype.itemsize
     for num_blocks in (1, 64):
-        before = process.counters()["bytes"]
-        (arrival,) = fetched(model, process, [payload], num_blocks=num_blocks)
-        tokens = int(arrival.prompt.lengths[0])
-        visual = int((np.asarray(arrival.prompt.visual_index) >= 0).sum())
+        before = process.command()["bytes"]
+        (fetched,) = fetch_all(model, process, [payload], num_blocks=num_blocks)
+        tokens = int(fetched.prompt.lengths[0])
+        visual = int((np.asarray(fetched.prompt.visual_index) >= 0).sum())
         rows = visual * (1 + model.config.num_deepstack_levels) * model.config.text.hidden_size * itemsize
         assert tokens > 500
-        assert arrival.num_bytes == rows + 16 * tokens + 64  # and aux_datas, once
+        assert fetched.num_bytes == rows + 16 * tokens + 64  # aux_datas once
         del before
 
 
 def test_one_image_is_encoded_once_and_the_cache_keeps_its_bound(checkpoint: Path):
     model = dsj.load(checkpoint, "float32")
-    with encode_process(checkpoint, "float32") as process:
+    with encode_process(checkpoint, "float32", BLOCK) as process:
         payload = pack("What is this?", *media("three images"))
         other = pack("Another question?", *media("three images"))
-        fetched(model, process, [payload, other, payload])
-        fetched(model, process, [other])
-        counters = process.counters()
+        fetch_all(model, process, [payload, other, payload])
+        fetch_all(model, process, [other])
+        counters = process.command()
         assert (counters["encoded"], counters["found"]) == (3, 9)
         assert all(name.startswith("visual.") for name in counters["parameters"])
         row = model.config.text.hidden_size * (1 + model.config.num_deepstack_levels) * 4
-        for side in range(64, 1000, 64):  # more than the megabyte that the process was given
+        for side in range(64, 1000, 64):  # more than the one megabyte of the process's cache
             file = io.BytesIO()
             Image.new("RGB", (side, 96), (side % 255, 0, 0)).save(file, "PNG")
-            fetched(model, process, [pack("What is this?", [Image.open(file)], [])])
-            assert process.counters()["cached_bytes"] <= 1 << 20
-        assert process.counters()["cached_bytes"] > (1 << 20) - 400 * row
+            fetch_all(model, process, [pack("What is this?", [Image.open(file)], [])])
+            assert process.command()["cached_bytes"] <= 1 << 20
+        assert process.command()["cached_bytes"] > (1 << 20) - 400 * row
 
 
 def test_sixty_four_requests_share_a_pool_for_three(pair: tuple[dsj.Model, EncodeProcess]):
     model, process = pair
     payloads = [pack(f"What is number {i}?", *media("one image")) for i in range(64)]
-    arrivals = fetched(model, process, payloads, num_blocks=12, share=4)
-    texts = [model.processor.tokenizer.decode(arrival.prompt.input_ids[0]) for arrival in arrivals]
+    prompts = fetch_all(model, process, payloads, num_blocks=12, share=4)
+    texts = [model.processor.tokenizer.decode(fetched.prompt.input_ids[0]) for fetched in prompts]
     assert all(f"number {i}?" in text for i, text in enumerate(texts))
 
 
 def test_with_two_encoders_sixty_four_requests_end_about_in_order(
     pair: tuple[dsj.Model, EncodeProcess], checkpoint: Path
 ):
-    """No more than 16 later ones end before any of them: as many as an encoder encodes together."""
+    """At most 16 later requests end before any request: as many as an encoder encodes together."""
     model, process = pair
     dtype = model.dtype.name
     payloads = [pack(f"What is number {i}?", *media("one image")) for i in range(64)]
     ended: list[int] = []
-    with encode_process(checkpoint, dtype) as other:
-        text_alone = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
+    with encode_process(checkpoint, dtype, BLOCK) as other:
+        text_only = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
         endpoints = [process.endpoint, other.endpoint]
-        links = open_encoder_links(text_alone, endpoints, block_size=BLOCK, num_blocks=12, share=4)
+        encoders = open_encoder_pool(text_only, endpoints, block_size=BLOCK, num_blocks=12, share=4)
 
         async def one(number: int) -> tuple[int, str]:
-            arrival = await links.fetch(f"r{number}", payloads[number], time.monotonic() + 100)
+            fetched = await encoders.fetch(f"r{number}", payloads[number], time.monotonic() + 100)
             ended.append(number)
-            return arrival.encoder, model.processor.tokenizer.decode(arrival.prompt.input_ids[0])
+            return fetched.encoder, model.processor.tokenizer.decode(fetched.prompt.input_ids[0])
 
         async def work() -> list[tuple[int, str]]:
-            while links.num_encoders < 2:
+            while encoders.num_encoders < 2:
                 await asyncio.sleep(0.02)
             await asyncio.gather(
-                *(links.fetch(f"w{i}", payloads[0], time.monotonic() + 100) for i in range(4))
+                *(encoders.fetch(f"w{i}", payloads[0], time.monotonic() + 100) for i in range(4))
             )  # compile
             return await asyncio.gather(*map(one, range(64)))
 
-        answers = asyncio.run(with_links(links, work()))
+        answers = asyncio.run(with_pool(encoders, work()))
         assert all(f"number {i}?" in text for i, (_, text) in enumerate(answers))
         assert Counter(encoder for encoder, _ in answers) == {0: 32, 1: 32}
-        assert links.receiver.attempts == 4 + 64  # none had to be asked for twice
-        assert other.counters()["jobs"] == process.counters()["jobs"] == 0
+        assert encoders.receiver.attempts == 4 + 64  # one per request
+        assert other.command()["jobs"] == process.command()["jobs"] == 0
     overtaken = [sum(later > number for later in ended[:place]) for place, number in enumerate(ended)]
     assert max(overtaken) <= MAX_TOGETHER, overtaken
 
 
-def test_what_a_request_is_refused_for_is_told(pair: tuple[dsj.Model, EncodeProcess]):
+def test_an_invalid_request_fails_with_the_reason(pair: tuple[dsj.Model, EncodeProcess]):
     model, process = pair
     images, _ = media("one image")
     with pytest.raises(TransferFailedError, match="placeholder") as error:
-        fetched(model, process, [pack("<|vision_start|><|image_pad|><|image_pad|><|vision_end|>", images, [])])
+        fetch_all(model, process, [pack("<|vision_start|><|image_pad|><|image_pad|><|vision_end|>", images, [])])
     assert error.value.status == 400
 
 
@@ -263,7 +187,7 @@ Request = tuple[Any, list[Image.Image], list[Any], dict[str, Any]]
 
 
 def requests_of_many_kinds() -> dict[str, Request]:
-    """Anew for every call: preparing one reads its files."""
+    """Creates all requests anew, because preparing one reads its files."""
     question = "What is this?"
     frames = lambda: [opened(IMAGES[name]()) for name in ("MPO", "JPEG RGB", "PNG RGB", "AVIF RGB")]  # noqa: E731
     part = {"type": "video", "video": frames(), "fps": 1.5}
@@ -276,22 +200,22 @@ def requests_of_many_kinds() -> dict[str, Request]:
     }
 
 
-SENT_IMAGES = ("MPO turned", "JPEG CMYK", "WebP lossless RGBA", "TIFF LZW", "AVIF RGB")
+SENT_IMAGES = ("MPO rotated", "JPEG CMYK", "WebP lossless RGBA", "TIFF LZW", "AVIF RGB")
 SENT_VIDEOS = ("webm", "webp", "png", "frames in a data URI")
 
 
 def test_every_kind_of_file_goes_through_real_nodes(pair: tuple[dsj.Model, EncodeProcess]):
     model, process = pair
     payloads = [pack(*request) for request in requests_of_many_kinds().values()]
-    arrivals = fetched(model, process, payloads)
-    for (name, request), arrival in zip(requests_of_many_kinds().items(), arrivals, strict=True):
+    prompts = fetch_all(model, process, payloads)
+    for (name, request), fetched in zip(requests_of_many_kinds().items(), prompts, strict=True):
         prompt, images, videos, options = request
         arrays = model.processor.prepare(prompt, images=images, videos=videos, **options)
         whole = encode_prompt(model, prepare_batch(model.config, **arrays))
         for field in ("input_ids", "position_ids", "rope_deltas"):
-            np.testing.assert_array_equal(getattr(arrival.prompt, field), getattr(whole, field), err_msg=name)
-        # the whole model has images before videos, the split has rows in the order of their tokens
-        for arrived, encoded in zip(rows_by_token(arrival.prompt), rows_by_token(whole), strict=True):
+            np.testing.assert_array_equal(getattr(fetched.prompt, field), getattr(whole, field), err_msg=name)
+        # the whole model's rows have images before videos, and the split's rows are in the order of their tokens
+        for arrived, encoded in zip(rows_by_token(fetched.prompt), rows_by_token(whole), strict=True):
             np.testing.assert_array_equal(arrived, encoded, err_msg=name)
 
 
@@ -300,41 +224,41 @@ def rows_by_token(prompt: PromptArrays) -> list[np.ndarray]:
     return [np.asarray(rows)[index[index >= 0]] for rows in prompt.rows or ()]
 
 
-def test_what_one_request_is_refused_for_is_nothing_to_the_others(pair: tuple[dsj.Model, EncodeProcess]):
-    """Pictures that are damaged behind their headers, of a format that isn't read there, and what is no request."""
+def test_invalid_requests_do_not_affect_others(pair: tuple[dsj.Model, EncodeProcess]):
+    """The requests have an image damaged after its header, an unsupported format, or bytes that are not a request."""
     model, process = pair
     good = pack("What is this?", [opened(IMAGES["MPO"]())], [])
     cut = pack("What is this?", [opened(IMAGES["MPO"]()[:3000])], [])
     unknown = good.replace(b"MPO     ", b"HEIF    ")
     reasons = {cut: "truncated", unknown: "format HEIF are not supported", b"junk": "can't read the request"}
-    text_alone = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
-    links = open_encoder_links(text_alone, [process.endpoint], block_size=BLOCK)
+    text_only = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
+    encoders = open_encoder_pool(text_only, [process.endpoint], block_size=BLOCK)
 
     async def work() -> list[Any]:
         payloads = [good, *(payload for bad in reasons for payload in (bad, good))]
         deadline = time.monotonic() + 100
-        asked = (links.fetch(f"r{i}", payload, deadline) for i, payload in enumerate(payloads))
+        asked = (encoders.fetch(f"r{i}", payload, deadline) for i, payload in enumerate(payloads))
         return await asyncio.gather(*asked, return_exceptions=True)
 
-    answers = asyncio.run(with_links(links, work()))
-    assert all(isinstance(arrival, Arrival) for arrival in answers[::2])
+    answers = asyncio.run(with_pool(encoders, work()))
+    assert all(isinstance(fetched, FetchedPrompt) for fetched in answers[::2])
     for error, reason in zip(answers[1::2], reasons.values(), strict=True):
         assert isinstance(error, TransferFailedError)
         assert (error.status, reason in str(error)) == (400, True), error
-    assert links.receiver.attempts == len(answers)  # none was tried twice, and the node was never given up
+    assert encoders.receiver.attempts == len(answers)  # one per request, so no attempt was repeated
 
 
-def test_a_failure_inside_the_encoder_is_told_with_its_reason(checkpoint: Path):
-    """Not as a bad request, and not as an encoder that is gone. Its weights are missing, so every attempt fails."""
+def test_a_failure_inside_the_encoder_is_reported_with_its_reason(checkpoint: Path):
+    """It is reported neither as a bad request nor as a lost encoder. Weights are missing, so every attempt fails."""
     model = dsj.load(checkpoint, "float32")
-    text_alone = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
+    text_only = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
 
     async def work() -> None:
-        server = open_encode_server(text_alone, block_size=BLOCK)
+        server = open_encode_server(text_only, block_size=BLOCK)
         await server.start()
-        links = open_encoder_links(text_alone, [server.listener.endpoint], block_size=BLOCK)
+        encoders = open_encoder_pool(text_only, [server.listener.endpoint], block_size=BLOCK)
         try:
-            await with_links(links, links.fetch("r", pack("?", *media("one image")), time.monotonic() + 60))
+            await with_pool(encoders, encoders.fetch("r", pack("?", *media("one image")), time.monotonic() + 60))
         finally:
             await server.close()
 
@@ -347,32 +271,32 @@ def test_a_failure_inside_the_encoder_is_told_with_its_reason(checkpoint: Path):
 def test_a_node_with_another_model_is_refused_with_the_reason(checkpoint: Path, tmp_path: Path):
     write_random_checkpoint(tmp_path / "other", tiny_config(), seed=3)
     other = dsj.load(tmp_path / "other", "float32")
-    with encode_process(checkpoint, "float32") as process:
-        links = open_encoder_links(other, [process.endpoint], block_size=BLOCK)
+    with encode_process(checkpoint, "float32", BLOCK) as process:
+        encoders = open_encoder_pool(other, [process.endpoint], block_size=BLOCK)
 
         async def until_refused() -> str:
-            await links.start()
+            await encoders.start()
             try:
                 async with asyncio.timeout(20):
-                    while not links.refused:
+                    while not encoders.refused:
                         await asyncio.sleep(0.02)
-                return links.refused[process.endpoint]
+                return encoders.refused[process.endpoint]
             finally:
-                await links.close()
+                await encoders.close()
 
         assert "load the same checkpoint on both" in asyncio.run(until_refused())
 
 
-def test_without_an_encoder_a_request_fails_at_once_with_the_reason(checkpoint: Path):
+def test_without_an_encoder_a_request_fails_immediately_with_the_reason(checkpoint: Path):
     model = dsj.load(checkpoint, "float32", parts=("language_model.",))
-    links = open_encoder_links(model, ["tcp://127.0.0.1:9"], block_size=BLOCK)
+    encoders = open_encoder_pool(model, ["tcp://127.0.0.1:9"], block_size=BLOCK)
 
     async def work() -> None:
-        await links.start()
+        await encoders.start()
         try:
-            await links.fetch("r", b"", time.monotonic() + 60)
+            await encoders.fetch("r", b"", time.monotonic() + 60)
         finally:
-            await links.close()
+            await encoders.close()
 
     with pytest.raises(TransferFailedError, match=r"^no encoder is connected$") as error:
         asyncio.run(work())

@@ -22,11 +22,12 @@ import pytest
 import deepstack_jax as dsj
 from deepstack_jax.cli import COMMANDS, main
 from deepstack_jax.disagg.encode.bridge import SendBridge
-from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
-from deepstack_jax.disagg.transports import Piece, TransferError, Transport
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
+from deepstack_jax.disagg.transports import TransferError, Transport, WriteSegment
 from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
 from pallas_kernels.fused_moe.arg_specs import ODD, TILED
-from tests.test_disagg_bridge import IMAGE, in_token_order, prompt_of, send, side_by_side
+from tests.bridge_cases import IMAGE, in_token_order, make_request, send
+from tests.cases import side_by_side
 from tests.test_kernels import arrays, error_of, error_of_plain_form
 
 ROOT = Path(__file__).parent.parent
@@ -254,7 +255,7 @@ def transports() -> Iterator[tuple[Transport, Transport]]:
 
 def test_the_transport_of_the_page_carries_a_prompt(transports):
     here, there = transports
-    prompt = prompt_of("tt" + "i" * 9 + "t", 24, 3, np.dtype("bfloat16"))
+    prompt = make_request("tt" + "i" * 9 + "t", 24, 3, np.dtype("bfloat16"))
     pool = MultimodalDataBuffers(3, 4, 24, 3, np.dtype("bfloat16"))
     for array in pool.arrays:
         there.register(array)
@@ -262,7 +263,7 @@ def test_the_transport_of_the_page_carries_a_prompt(transports):
     writes = send(sender, prompt, [(0, 2), (1, 0), (2, 1)])
     sender.close()
     assert [write.error for write in writes] == [None] * 3
-    incoming = IncomingPrompt(pool, 12, 9, [IMAGE], num_rows=16)
+    incoming = IncomingRequest(pool, 12, 9, [IMAGE], num_rows=16)
     for write in writes:
         copy = BlockCopy(write.checksum, write.num_bytes)
         assert incoming.copy_out(write.token_block, write.pool_block, copy) == copy
@@ -276,7 +277,7 @@ def test_the_transport_of_the_page_fails_as_it_promises(transports):
     source, target = np.full(64, 7, np.uint8), np.zeros(64, np.uint8)
 
     def write(session: str, destination: int, length: int) -> BaseException | None:
-        return here.submit(session, [Piece(source.ctypes.data, destination, length)]).exception(timeout=30)
+        return here.submit(session, [WriteSegment(source.ctypes.data, destination, length)]).exception(timeout=30)
 
     address = target.ctypes.data
     assert isinstance(write(there.session, address, 64), TransferError)  # not registered

@@ -23,9 +23,7 @@ from PIL import Image
 
 import deepstack_jax as dsj
 from deepstack_jax.cli import main
-from tests.test_serving_roles import BLOCK, POOL, Serving, checkpoint, serving, until_connected
-
-__all__ = ["checkpoint"]  # a fixture
+from tests.nodes import BLOCK, POOL, ServeNode, serving, write_image_sensitive_checkpoint
 
 TOKENS = 6
 SIZE = (64, 64)
@@ -216,12 +214,14 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def template(checkpoint: Path) -> Path:
-    """The checkpoint with a template that reads tools, reasoning and thinking."""
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a template that reads tools, reasoning and thinking."""
     from tests.test_processing_messages import TOOLS_TEMPLATE
 
-    (checkpoint / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
-    return checkpoint
+    path = tmp_path_factory.mktemp("inputs") / "tiny"
+    write_image_sensitive_checkpoint(path, min_pixels=4096)
+    (path / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -230,16 +230,16 @@ def model(template: Path) -> dsj.Model:
 
 
 @pytest.fixture(scope="module")
-def nodes(template: Path, media: Path, site: int) -> Iterator[dict[str, Serving]]:
+def nodes(template: Path, media: Path, site: int) -> Iterator[dict[str, ServeNode]]:
     allowed = ("--allow-folder", str(media), "--allow-domain", "localhost", "--allow-network", "127.0.0.0/8")
     allowed += ("--allow-network", "::1/128", "--allow-port", str(site))
     with contextlib.ExitStack() as stack:
-        unified = Serving(template, *allowed)
+        unified = ServeNode(template, *allowed)
         stack.callback(unified.close)
         encode = stack.enter_context(serving(template, "--role", "encode", *BLOCK))
         split = ("--role", "language", "--encoder", encode.control, *BLOCK, *POOL)
         language = stack.enter_context(serving(template, *split, *allowed))
-        until_connected(language, text="Who?", image_data=uri(PNG))
+        language.ask_when_connected(text="Who?", image_data=uri(PNG))
         yield {"unified": unified.wait(), "language": language}
 
 
@@ -302,7 +302,7 @@ def is_of_the_command(case: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_all_take_it_to_the_same_tokens(
-    model: dsj.Model, template: Path, nodes: dict[str, Serving], placed: Any, capsys: Any, name: str
+    model: dsj.Model, template: Path, nodes: dict[str, ServeNode], placed: Any, capsys: Any, name: str
 ):
     case = placed(ACCEPTED[name])
     right = by_library(model, case)
@@ -319,7 +319,7 @@ def test_all_take_it_to_the_same_tokens(
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_all_refuse_it_in_the_same_words(
-    model: dsj.Model, template: Path, nodes: dict[str, Serving], placed: Any, capsys: Any, name: str
+    model: dsj.Model, template: Path, nodes: dict[str, ServeNode], placed: Any, capsys: Any, name: str
 ):
     case, words = placed(REFUSED[name][0]), REFUSED[name][1]
     with pytest.raises(ValueError) as error:

@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 import uvicorn
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 import deepstack_jax as dsj
 from deepstack_jax.cli import main
@@ -35,13 +34,9 @@ from deepstack_jax.serving.http import Node, create_app
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest
 from deepstack_jax.serving.text_node import TextNode
-from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
+from tests.nodes import write_image_sensitive_checkpoint
 from tests.waiting import until
 
-CONFIG = tiny_config(
-    text_config={"num_hidden_layers": 1, "max_position_embeddings": 2048},
-    vision_config={"depth": 1, "deepstack_visual_indexes": [0]},
-)
 LONG = 1900  # tokens
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -50,14 +45,7 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint whose answers depend on pictures, which take few tokens, and media/ with two of them."""
     path = tmp_path_factory.mktemp("serving")
-    write_random_checkpoint(path / "tiny", CONFIG, seed=3)
-    # random attention is flat: one picture's answer would be another's
-    weights = load_file(path / "tiny" / "model.safetensors")
-    for name, scale in (("self_attn.o_proj.weight", 8), ("self_attn.q_norm.weight", 3)):
-        weights |= {key: scale * weight for key, weight in weights.items() if key.endswith(name)}
-    save_file(weights, path / "tiny" / "model.safetensors")
-    settings = path / "tiny" / "preprocessor_config.json"
-    settings.write_text(settings.read_text().replace("65536", "4096"))
+    write_image_sensitive_checkpoint(path / "tiny", min_pixels=4096)
     (path / "media").mkdir()
     for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 3), np.uint8)

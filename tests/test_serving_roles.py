@@ -4,10 +4,6 @@ import base64
 import contextlib
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,115 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import av
-import httpx
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 
 from deepstack_jax.cli import main
-from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
+from tests.nodes import BLOCK, CONFIG, POOL, TOKENS, ServeNode, serving, write_image_sensitive_checkpoint
 
-CONFIG = tiny_config(
-    text_config={"num_hidden_layers": 1, "max_position_embeddings": 2048},
-    vision_config={"depth": 1, "deepstack_visual_indexes": [0]},
-)
-BLOCK = ("--block-size", "4")
-POOL = ("--pool-blocks", "8")  # a request gets two at once: several rounds for a small picture
-TOKENS = {"max_new_tokens": 12, "ignore_eos": True}
 MARKED = "<|vision_start|><|image_pad|><|vision_end|>"
-
-
-class Serving:
-    """One `deepstack-jax serve` process."""
-
-    def __init__(self, checkpoint: Path, *options: str):
-        command = [sys.executable, "-m", "deepstack_jax", "serve", str(checkpoint), "--port", "0", *options]
-        env = {**os.environ, "JAX_PLATFORMS": "cpu"}
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-    def wait(self) -> "Serving":
-        """Until it is ready; reads where it is from the line that it prints."""
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        while not (line := self.process.stdout.readline()).startswith("ready: "):
-            assert line, self.process.stderr.read()
-        where = line.strip().partition(" on ")[2]
-        self.url, _, self.control = where.partition(", control ")
-        self.client = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
-        return self
-
-    def ask(self, **body: Any) -> dict[str, Any]:
-        response = self.client.post("/generate", json={"sampling_params": TOKENS} | body)
-        assert response.status_code == 200, response.text
-        return response.json()
-
-    def end(self) -> tuple[int, str]:
-        """SIGTERM; exit code and what it wrote on stderr. Nothing that it started is left."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGTERM)
-        _, errors = self.process.communicate(timeout=60)
-        assert not psutil.wait_procs(children, timeout=5)[1]
-        return self.process.returncode, errors.strip()
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-        if hasattr(self, "client"):
-            self.client.close()
-
-
-@contextlib.contextmanager
-def serving(checkpoint: Path, *options: str) -> Iterator[Serving]:
-    node = Serving(checkpoint, *options)
-    try:
-        yield node.wait()
-    finally:
-        node.close()
-
-
-def until_connected(node: Serving, **body: Any) -> dict[str, Any]:
-    """The first answer that isn't 503: nodes find each other within seconds."""
-    deadline = time.monotonic() + 60
-    while (response := node.client.post("/generate", json={"sampling_params": TOKENS} | body)).status_code == 503:
-        assert time.monotonic() < deadline, response.text
-        time.sleep(0.1)
-    assert response.status_code == 200, response.text
-    return response.json()
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its answers depend on pictures, which take few tokens."""
     path = tmp_path_factory.mktemp("roles") / "tiny"
-    write_random_checkpoint(path, CONFIG, seed=3)
-    weights = load_file(path / "model.safetensors")
-    # random attention is flat: one picture's answer would be another's
-    for name, scale in (("self_attn.o_proj.weight", 8), ("self_attn.q_norm.weight", 3)):
-        weights |= {key: scale * weight for key, weight in weights.items() if key.endswith(name)}
-    save_file(weights, path / "model.safetensors")
-    settings = path / "preprocessor_config.json"
-    settings.write_text(settings.read_text().replace("65536", "4096"))
+    write_image_sensitive_checkpoint(path, min_pixels=4096)
     return path
 
 
 @pytest.fixture(scope="module")
-def encode(checkpoint: Path) -> Iterator[Serving]:
+def encode(checkpoint: Path) -> Iterator[ServeNode]:
     with serving(checkpoint, "--role", "encode", *BLOCK) as node:
         yield node
 
 
 @pytest.fixture(scope="module")
-def language(checkpoint: Path, encode: Serving) -> Iterator[Serving]:
+def language(checkpoint: Path, encode: ServeNode) -> Iterator[ServeNode]:
     with serving(checkpoint, "--role", "language", "--encoder", encode.control, *BLOCK, *POOL) as node:
-        until_connected(node, text="Hello?", image_data=picture(0))
+        node.ask_when_connected(text="Hello?", image_data=picture(0))
         yield node
 
 
 @pytest.fixture(scope="module")
-def unified(checkpoint: Path) -> Iterator[Serving]:
+def unified(checkpoint: Path) -> Iterator[ServeNode]:
     with serving(checkpoint) as node:
         yield node
 
@@ -189,7 +108,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_all_roles_give_the_same_answer(unified: Serving, language: Serving, encode: Serving, name: str):
+def test_all_roles_give_the_same_answer(unified: ServeNode, language: ServeNode, encode: ServeNode, name: str):
     whole, split, passed = (node.ask(**REQUESTS[name]) for node in (unified, language, encode))
     assert split["output_ids"] == whole["output_ids"]
     assert passed["output_ids"] == whole["output_ids"]
@@ -198,14 +117,14 @@ def test_all_roles_give_the_same_answer(unified: Serving, language: Serving, enc
     assert len(whole["output_ids"]) == 12
 
 
-def test_pictures_make_the_answers_differ(unified: Serving):
-    """Else equal answers would say nothing about the rows."""
+def test_pictures_make_the_answers_differ(unified: ServeNode):
+    """Otherwise equal answers would prove nothing about the rows."""
     one, other = (unified.ask(text="What is this?", image_data=picture(seed))["output_ids"] for seed in (1, 2))
     assert one != other
 
 
 @pytest.mark.parametrize("role", ["language", "encode"])
-def test_the_answer_tells_how_the_rows_came(language: Serving, encode: Serving, role: str):
+def test_the_answer_tells_how_the_rows_came(language: ServeNode, encode: ServeNode, role: str):
     meta = {"language": language, "encode": encode}[role].ask(**REQUESTS["image"])["meta_info"]
     assert meta["timings"].keys() == {"prepare", "encode", "transfer", "queue", "prefill", "decode"}
     split = meta["split"]
@@ -223,7 +142,7 @@ def test_the_answer_tells_how_the_rows_came(language: Serving, encode: Serving, 
 
 
 @pytest.mark.parametrize("role", ["language", "encode"])
-def test_streams_go_through_both_roles(unified: Serving, language: Serving, encode: Serving, role: str):
+def test_streams_go_through_both_roles(unified: ServeNode, language: ServeNode, encode: ServeNode, role: str):
     node = {"language": language, "encode": encode}[role]
     whole = unified.ask(**REQUESTS["image"])
     with node.client.stream(
@@ -238,7 +157,7 @@ def test_streams_go_through_both_roles(unified: Serving, language: Serving, enco
     assert answers[-1]["text"] == whole["text"]
 
 
-def test_deltas_go_through_the_encode_node(unified: Serving, language: Serving, encode: Serving):
+def test_deltas_go_through_the_encode_node(unified: ServeNode, language: ServeNode, encode: ServeNode):
     whole = unified.ask(**REQUESTS["image"])
     body = {"sampling_params": TOKENS, **REQUESTS["image"], "stream": True, "stream_deltas": True}
     with encode.client.stream("POST", "/generate", json=body) as response:
@@ -247,7 +166,7 @@ def test_deltas_go_through_the_encode_node(unified: Serving, language: Serving, 
     assert "".join(event["text"] for event in events) == whole["text"]
 
 
-def test_every_role_is_healthy_and_says_which_it_is(unified: Serving, language: Serving, encode: Serving):
+def test_every_role_is_healthy_and_says_which_it_is(unified: ServeNode, language: ServeNode, encode: ServeNode):
     for node, role in ((unified, "unified"), (language, "language"), (encode, "encode")):
         response = node.client.get("/health")
         assert (response.status_code, response.json()) == (200, {"status": "ok", "role": role})
@@ -268,7 +187,7 @@ def test_every_role_is_healthy_and_says_which_it_is(unified: Serving, language: 
     ],
 )
 def test_refusals_are_the_same_on_all_roles(
-    unified: Serving, language: Serving, encode: Serving, body: dict[str, Any], status: int, words: str
+    unified: ServeNode, language: ServeNode, encode: ServeNode, body: dict[str, Any], status: int, words: str
 ):
     for node in (unified, language, encode):
         response = node.client.post("/generate", json=body)
@@ -276,18 +195,18 @@ def test_refusals_are_the_same_on_all_roles(
         assert words in response.json()["error"]["message"]
 
 
-def test_an_encoder_that_dies_is_replaced_and_at_last_reported(checkpoint: Path, unified: Serving):
+def test_an_encoder_that_dies_is_replaced_and_at_last_reported(checkpoint: Path, unified: ServeNode):
     """Two encoders: the second goes on when the first is gone; with none 503, and texts are answered all the same."""
     right = unified.ask(**REQUESTS["image"])["output_ids"]
     with contextlib.ExitStack() as stack:
-        encoders = [Serving(checkpoint, "--role", "encode", *BLOCK) for _ in range(2)]
+        encoders = [ServeNode(checkpoint, "--role", "encode", *BLOCK) for _ in range(2)]
         for encoder in encoders:
             stack.callback(encoder.close)
         for encoder in encoders:
             encoder.wait()
         options = [option for encoder in encoders for option in ("--encoder", encoder.control)]
         node = stack.enter_context(serving(checkpoint, "--role", "language", *options, *BLOCK, *POOL))
-        first = until_connected(node, **REQUESTS["image"])
+        first = node.ask_when_connected(**REQUESTS["image"])
         assert first["output_ids"] == right
         # one request at a time goes to the first; of four at once some go to the second, once it has been met
         used: set[int] = set()
@@ -303,25 +222,25 @@ def test_an_encoder_that_dies_is_replaced_and_at_last_reported(checkpoint: Path,
         after = node.ask(**REQUESTS["image"])
         assert after["output_ids"] == right
 
-        assert encoders[1].end()[0] == 0
+        assert encoders[1].terminate()[0] == 0
         response = node.client.post("/generate", json={"sampling_params": TOKENS, **REQUESTS["image"]})
         assert response.status_code == 503
         assert response.headers["retry-after"] == "1"
         assert response.json()["error"]["message"].startswith("no encoder is ")
         assert node.ask(text="Who is there?")["output_ids"] == unified.ask(text="Who is there?")["output_ids"]
-        code, errors = node.end()
+        code, errors = node.terminate()
         assert (code, errors) == (0, "")
 
 
-def test_a_language_node_with_vision_weights_encodes_when_nobody_else_does(checkpoint: Path, unified: Serving):
+def test_a_language_node_with_vision_weights_encodes_when_nobody_else_does(checkpoint: Path, unified: ServeNode):
     with serving(checkpoint, "--role", "language", "--encoder", "tcp://127.0.0.1:9", "--encode-here", *BLOCK) as node:
         answer = node.ask(**REQUESTS["images"])
         assert answer["output_ids"] == unified.ask(**REQUESTS["images"])["output_ids"]
         assert "split" not in answer["meta_info"]
-        assert node.end()[0] == 0
+        assert node.terminate()[0] == 0
 
 
-def test_texts_are_answered_while_no_encoder_was_ever_there(checkpoint: Path, unified: Serving):
+def test_texts_are_answered_while_no_encoder_was_ever_there(checkpoint: Path, unified: ServeNode):
     with serving(checkpoint, "--role", "language", "--encoder", "tcp://127.0.0.1:9", *BLOCK) as node:
         assert node.ask(text="Who is there?")["output_ids"] == unified.ask(text="Who is there?")["output_ids"]
         assert node.client.get("/health").status_code == 200
@@ -340,10 +259,10 @@ def test_an_encode_node_without_a_language_node_says_so_and_all_end_cleanly(chec
         with serving(
             checkpoint, "--role", "language", "--encoder", node.control, "--key", str(key), *BLOCK
         ) as language:
-            until_connected(language, **REQUESTS["image"])
-            code, errors = language.end()
+            language.ask_when_connected(**REQUESTS["image"])
+            code, errors = language.terminate()
             assert (code, errors) == (0, "")
-        code, errors = node.end()
+        code, errors = node.terminate()
         assert (code, errors) == (0, "")
 
 

@@ -171,7 +171,7 @@ def make_node(
     if role == "unified":
         return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context)
 
-    from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_links
+    from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
     from deepstack_jax.disagg.wire.control import read_key
 
     key = read_key(split.key) if split.key else None
@@ -189,7 +189,7 @@ def make_node(
             transport=transport,
         )
         return EncodeNode(model, server, name=name)
-    links = open_encoder_links(
+    links = open_encoder_pool(
         model,
         split.encoders,
         key=key,

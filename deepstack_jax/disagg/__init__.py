@@ -1,4 +1,4 @@
-"""The split: vision on encode nodes, text on language nodes, rows of visual tokens carried from one to the other."""
+"""The split: encode nodes run vision, language nodes run text, and rows of visual tokens move from one to the other."""
 
 from deepstack_jax.disagg.wire.buffers import BlockAllocator, MultimodalDataBuffers
 

@@ -1,4 +1,4 @@
-"""Puts the two sides of the split together: a loaded model and addresses in, a server or its counterpart out."""
+"""Builds either side of the split from a loaded model and addresses."""
 
 import socket
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from deepstack_jax.config import ModelConfig
 from deepstack_jax.disagg.encode.server import EncodeServer, new_incarnation
 from deepstack_jax.disagg.encode.worker import EncodeWorker
 from deepstack_jax.disagg.language.bridge import ReceiveBridge
-from deepstack_jax.disagg.language.encoders import EncoderLinks
+from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.language.receiver import ReceiverSettings
 from deepstack_jax.disagg.transports import Transport, open_transport
 from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
@@ -17,8 +17,8 @@ from deepstack_jax.disagg.wire.control import ClusterKey, Listener
 from deepstack_jax.disagg.wire.identity import identity_of
 from deepstack_jax.disagg.wire.messages import MAX_LIST, Hello
 
-BLOCK_SIZE = 128  # tokens; the same on all nodes of a cluster
-POOL_BYTES = 256 << 20  # of a language node's pool, if nothing else is asked for
+BLOCK_SIZE = 128  # tokens per block; all nodes of a cluster must agree
+POOL_BYTES = 256 << 20  # size of a language node's receive pool, unless `num_blocks` is given
 DEFAULT_TRANSPORT = "mooncake+tcp://127.0.0.1"
 
 
@@ -31,29 +31,29 @@ def open_encode_server(
     cache_bytes: int = 1 << 30,
     transport: Transport | str = DEFAULT_TRANSPORT,
 ) -> EncodeServer:
-    """An encode server of `model`, which needs only its vision parameters.
+    """Returns an encode server for `model`, which needs only its vision parameters.
 
     Args:
-        endpoint: of the control socket, tcp://host:port; the port may be `*`.
-        key: the cluster's; required where the endpoint isn't loopback.
-        block_size: tokens.
-        cache_bytes: most that the cache of rows takes on the device.
-        transport: what carries rows, or the URL of one, with the host under which other nodes reach it.
+        endpoint: tcp://host:port of the control socket; the port may be `*`.
+        key: the cluster's key; required unless the endpoint is loopback.
+        block_size: tokens per block.
+        cache_bytes: limit of the row cache on the device.
+        transport: the transport that carries rows, or its URL with the host under which other nodes reach this one.
 
     Raises:
-        ValueError, TransferError: what can't be used, with the remedy.
+        ValueError, TransferError: an argument can't be used; the message names the remedy.
     """
-    hello = Hello(role="encode", node_id=_node_id(), incarnation=new_incarnation(), **_said(model, block_size))
+    hello = Hello(role="encode", node_id=_node_id(), incarnation=new_incarnation(), **_model_fields(model, block_size))
     listener = Listener(endpoint, key)
     try:
-        carrier = open_transport(transport) if isinstance(transport, str) else transport
+        opened = open_transport(transport) if isinstance(transport, str) else transport
     except Exception:
         listener.close()
         raise
-    return EncodeServer(model, hello, listener, carrier, EncodeWorker(model, cache_bytes))
+    return EncodeServer(model, hello, listener, opened, EncodeWorker(model, cache_bytes))
 
 
-def open_encoder_links(
+def open_encoder_pool(
     model: Model,
     encoders: Sequence[str],
     *,
@@ -64,23 +64,23 @@ def open_encoder_links(
     http_url: str = "",
     transfer_timeout: float = 30.0,
     transport: Transport | str = DEFAULT_TRANSPORT,
-) -> EncoderLinks:
-    """The links of a language node with `model` to encode nodes' control endpoints.
+) -> EncoderPool:
+    """Returns the encode nodes that a language node with `model` uses, not yet connected.
 
     Args:
-        encoders: tcp://host:port of each.
-        key, block_size, transport: as of `open_encode_server`.
-        num_blocks: of the pool; None takes as many as fit POOL_BYTES.
-        share: most blocks that a request gets at once; None takes a quarter of the pool.
-        http_url: where this node takes requests, for encode nodes that pass theirs on.
-        transfer_timeout: seconds without progress after which a transfer is given up.
+        encoders: tcp://host:port of each encode node's control socket.
+        key, block_size, transport: as for `open_encode_server`.
+        num_blocks: blocks in the receive pool; None takes as many as fit in POOL_BYTES.
+        share: maximum blocks that one request holds at once; None takes a quarter of the receive pool.
+        http_url: URL of this node's HTTP server, to which encode nodes forward their requests.
+        transfer_timeout: seconds without progress after which a transfer is abandoned.
 
     Raises:
-        ValueError, TransferError: what can't be used, with the remedy.
+        ValueError, TransferError: an argument can't be used; the message names the remedy.
     """
     config = model.config
     width, levels = config.text.hidden_size, config.num_deepstack_levels
-    said = _said(model, block_size)
+    model_fields = _model_fields(model, block_size)
     row_bytes = block_size * width * (1 + levels) * model.dtype.itemsize
     num_blocks = num_blocks or min(MAX_LIST, max(1, POOL_BYTES // row_bytes))
     pool = MultimodalDataBuffers(num_blocks, block_size, width, levels, model.dtype)
@@ -90,29 +90,29 @@ def open_encoder_links(
         share=min(num_blocks, share or max(1, num_blocks // 4)),
         max_tokens=config.text.max_position_embeddings,
         transfer_timeout=transfer_timeout,
-        encodes_here=bool(model.vision_params),
+        encodes_locally=bool(model.vision_params),
     )
-    carrier = open_transport(transport) if isinstance(transport, str) else transport
+    opened = open_transport(transport) if isinstance(transport, str) else transport
     ptrs, total_lens, item_lens = (tuple(sizes) for sizes in pool.get_buf_infos())
     hello = Hello(
         role="language",
         node_id=_node_id(),
         incarnation=new_incarnation(),
-        session=carrier.session,
+        session=opened.session,
         ptrs=ptrs,
         total_lens=total_lens,
         item_lens=item_lens,
         http_url=http_url,
-        **said,
+        **model_fields,
     )
-    return EncoderLinks(config, hello, ReceiveBridge(carrier, pool), carrier, settings, encoders, key)
+    return EncoderPool(config, hello, ReceiveBridge(opened, pool), opened, settings, encoders, key)
 
 
-def _said(model: Model, block_size: int) -> dict[str, Any]:
-    """What both sides say of the model, and have to agree on."""
+def _model_fields(model: Model, block_size: int) -> dict[str, Any]:
+    """The fields of a Hello that describe the model; both sides must agree on them."""
     config: ModelConfig = model.config
     if config.vision is None:
-        raise ValueError(f"{config.model_type} is a text model, which has nothing to split: serve it as unified")
+        raise ValueError(f"{config.model_type} is a text-only model and can't be split: serve it as unified")
     return {
         "model": identity_of(model),
         "dtype": model.dtype.name,
@@ -123,6 +123,6 @@ def _said(model: Model, block_size: int) -> dict[str, Any]:
 
 
 def _node_id() -> str:
-    """A name for people; what tells nodes apart is the incarnation."""
+    """A name for people to read. Only the incarnation identifies a node."""
     name = "".join(character for character in socket.gethostname() if "!" <= character <= "~" and character != "/")
     return name[:64] or "node"

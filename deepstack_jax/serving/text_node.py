@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.disagg.language.encoders import Arrival, EncoderLinks, NoEncoderError, TransferFailedError
+from deepstack_jax.disagg.language.encoder_pool import EncoderPool, FetchedPrompt, NoEncoderError, TransferFailedError
 from deepstack_jax.disagg.wire.payload import pack
 from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
 from deepstack_jax.errors import one_line
@@ -41,7 +41,7 @@ class TextNode:
         max_waiting: int = 64,
         max_context: int | None = None,
         stuck_after: float = 300.0,
-        encoders: EncoderLinks | None = None,
+        encoders: EncoderPool | None = None,
     ):
         """
         Args:
@@ -85,13 +85,13 @@ class TextNode:
                     inputs = await admit_media(request, self._policy)
                     pool = self._media if inputs.has_media else self._texts
                     loop = asyncio.get_running_loop()
-                    batch = arrival = None
+                    batch = fetched = None
                     if inputs.has_media and self._encoders:
                         parts = inputs.prompt, inputs.images, inputs.videos, inputs.options
                         payload = await loop.run_in_executor(pool, pack, *parts)
-                        arrival = await self._fetch(payload, deadline)
-                    if arrival is not None:
-                        batch, plan = arrival.prompt, self._plan(request, arrival.prompt)
+                        fetched = await self._fetch(payload, deadline)
+                    if fetched is not None:
+                        batch, plan = fetched.prompt, self._plan(request, fetched.prompt)
                     else:
                         if inputs.has_media:
                             await prepared.enter_async_context(self._prepared)
@@ -103,8 +103,8 @@ class TextNode:
             try:
                 async for chunk in chunks:
                     await prepared.aclose()  # the pixels are encoded
-                    if arrival:
-                        timings, split = chunk.timings | arrival.timings, _told(arrival, started)
+                    if fetched:
+                        timings, split = chunk.timings | fetched.timings, _transfer_stats(fetched, started)
                         chunk = replace(chunk, timings=timings, transfer_stats=split)
                     yield chunk
             finally:
@@ -142,7 +142,7 @@ class TextNode:
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.runner.join, 10.0)
 
-    async def _fetch(self, payload: bytes, deadline: float) -> Arrival | None:
+    async def _fetch(self, payload: bytes, deadline: float) -> FetchedPrompt | None:
         """The prompt with its rows, from an encode node; None where none is left and this node encodes by itself."""
         assert self._encoders is not None
         try:
@@ -193,8 +193,8 @@ def _texts_of(message: Any) -> Iterator[str]:
         yield from texts_in(part.get("text") if isinstance(part, dict) else part)
 
 
-def _told(arrival: Arrival, started: float) -> dict[str, Any]:
-    """`meta_info.split` of an answer; each round as [begin, end] in seconds since `started`."""
-    begin_end = [(each.began - started, each.ended - started) for each in arrival.rounds if each.blocks]
+def _transfer_stats(fetched: FetchedPrompt, started: float) -> dict[str, Any]:
+    """Builds `meta_info.split` of an answer, with each round as [begin, end] in seconds since `started`."""
+    begin_end = [(each.start - started, each.end - started) for each in fetched.rounds if each.num_blocks]
     rounds = [[round(begin, 6), round(end, 6)] for begin, end in begin_end]
-    return {"encoder": arrival.encoder, "rounds": rounds, "bytes": arrival.num_bytes}
+    return {"encoder": fetched.encoder, "rounds": rounds, "bytes": fetched.num_bytes}

@@ -1,1 +1,1 @@
-"""The encode side: pictures to rows, and their writes into the pools of language nodes."""
+"""The encode side: turns images and videos into rows and writes them into the receive pools of language nodes."""

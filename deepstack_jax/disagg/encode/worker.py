@@ -1,4 +1,4 @@
-"""The thread that owns an encode node's device: images of several requests run together, and none is encoded twice."""
+"""The thread that owns an encode node's device: it encodes images of several requests together, and none twice."""
 
 import queue
 import threading
@@ -19,129 +19,130 @@ from deepstack_jax.generation import concat_rows, encode_images
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import VisionInput
 
-MAX_TOGETHER = 16  # requests whose images are encoded together
+MAX_TOGETHER = 16  # maximum requests whose images are encoded together
 
 
 class Encoded(NamedTuple):
-    """Rows of a request's images, and how long their encoding took."""
+    """Rows of a request's images and videos, and how long their encoding took."""
 
     rows: VisualRows
     seconds: float
 
 
 @dataclass(frozen=True)
-class _Job:
+class _EncodeRequest:
     visuals: Sequence[VisionInput]
     keys: Sequence[bytes] | None
     future: "Future[Encoded]" = field(default_factory=Future)
 
 
 class EncodeWorker:
-    """Encodes what requests bring, in the order in which they came.
+    """Encodes the images and videos of requests, first come first served.
 
     Attributes:
-        encoded: images and videos that went through the encoder so far.
-        found: those whose rows were in the cache, or were asked for twice at once.
-        last_run: time.monotonic() when the device last gave rows back, None before the first.
-        error: the line of the newest failure, None if the newest work went well.
+        num_encoded: images and videos that went through the encoder so far.
+        num_cached: images and videos whose rows were cached, or were requested twice at once.
+        last_run: time.monotonic() when the device last returned rows, None before the first.
+        error: the latest failure in one line, None if the latest request succeeded.
     """
 
     def __init__(self, model: Model, cache_bytes: int = 1 << 30):
-        """`model` needs its vision parameters alone."""
-        # rows of images by content; only the thread uses it
+        """`model` needs only its vision parameters."""
+        # rows by content key; only the worker's thread uses it
         self.cache: LRUCache[bytes, jax.Array] = LRUCache(cache_bytes, getsizeof=lambda rows: rows.nbytes)
-        self.encoded = self.found = 0
+        self.num_encoded = self.num_cached = 0
         self.last_run: float | None = None
         self.error: str | None = None
         self._model = model
         self._busy_since: float | None = None
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[_EncodeRequest | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="encode", daemon=True)
         self._thread.start()
 
     @property
     def busy_seconds(self) -> float:
-        """How long the device has been at work on what runs now; 0 when nothing runs."""
+        """How long the current program has run on the device; 0 when the device is idle."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     def submit(self, visuals: Sequence[VisionInput], keys: Sequence[bytes] | None = None) -> "Future[Encoded]":
-        """Rows of one request's images and videos, one or more. Cancelling the future takes them out of the line.
+        """Queues one request's images and videos, at least one. Cancelling the future removes them from the queue.
 
-        `keys` are their `content_key`s. Without them the encoder runs in any case, and nothing is kept: that shows
+        `keys` are their `content_key`s. Without keys the encoder always runs and nothing is cached, which shows
         whether the device works.
         """
-        job = _Job(visuals, keys)
-        self._jobs.put(job)
-        return job.future
+        request = _EncodeRequest(visuals, keys)
+        self._queue.put(request)
+        return request.future
 
     def close(self) -> None:
-        """Ends the thread after what is running."""
-        self._jobs.put(None)
+        """Ends the thread after the requests that are queued."""
+        self._queue.put(None)
         self._thread.join()
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            jobs, last = [job], False
-            while len(jobs) < MAX_TOGETHER and not self._jobs.empty():
-                if (job := self._jobs.get()) is None:
+        while (request := self._queue.get()) is not None:
+            requests, last = [request], False
+            while len(requests) < MAX_TOGETHER and not self._queue.empty():
+                if (request := self._queue.get()) is None:
                     last = True
                     break
-                jobs.append(job)
-            wanted = [job for job in jobs if job.future.set_running_or_notify_cancel()]
-            for group in ([job for job in wanted if job.keys], *([job] for job in wanted if not job.keys)):
+                requests.append(request)
+            active = [request for request in requests if request.future.set_running_or_notify_cancel()]
+            with_keys = [request for request in active if request.keys]
+            for group in (with_keys, *([request] for request in active if not request.keys)):
                 if group:
-                    self._answer(group)
+                    self._encode_group(group)
             if last:
                 return
 
-    def _answer(self, jobs: list["_Job"]) -> None:
+    def _encode_group(self, requests: list[_EncodeRequest]) -> None:
         started = self._busy_since = time.monotonic()
         try:
-            for job, rows in zip(jobs, self._encode(jobs), strict=True):
-                job.future.set_result(Encoded(rows, time.monotonic() - started))
+            for request, rows in zip(requests, self._encode(requests), strict=True):
+                request.future.set_result(Encoded(rows, time.monotonic() - started))
             self.last_run, self.error = time.monotonic(), None
         except Exception as error:
             self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
-            if len(jobs) == 1:
-                # asyncio takes no StopIteration: a task that awaits the future would wait forever
-                fails = RuntimeError(self.error) if isinstance(error, StopIteration) else error
-                jobs[0].future.set_exception(fails)
-            else:  # one of them is to blame: the others shall not pay for it
-                for job in jobs:
-                    self._answer([job])
+            if len(requests) == 1:
+                # asyncio does not accept StopIteration: a task that awaits the future would wait forever
+                failure = RuntimeError(self.error) if isinstance(error, StopIteration) else error
+                requests[0].future.set_exception(failure)
+            else:  # one of them caused it: encode each by itself, so that the others succeed
+                for request in requests:
+                    self._encode_group([request])
         finally:
             self._busy_since = None
 
-    def _encode(self, jobs: list["_Job"]) -> list[VisualRows]:
-        """Each job's rows: of jobs that have keys, or of a single one that has none."""
-        if not jobs[0].keys:
-            parts = encode_images(self._model, jobs[0].visuals)
-            return jax.block_until_ready([concat_rows(self._model.config, parts, jobs[0].visuals)])
-        keys = [job.keys or () for job in jobs]
-        wanted = {
+    def _encode(self, requests: list[_EncodeRequest]) -> list[VisualRows]:
+        """Returns each request's rows, either of requests that all have keys or of a single one without."""
+        if not requests[0].keys:
+            parts = encode_images(self._model, requests[0].visuals)
+            return jax.block_until_ready([concat_rows(self._model.config, parts, requests[0].visuals)])
+        keys = [request.keys or () for request in requests]
+        visuals_by_key = {
             key: visual
-            for job, of_job in zip(jobs, keys, strict=True)
-            for key, visual in zip(of_job, job.visuals, strict=True)
+            for request, of_request in zip(requests, keys, strict=True)
+            for key, visual in zip(of_request, request.visuals, strict=True)
         }
-        there = {key: rows for key in wanted if (rows := self.cache.get(key)) is not None}
-        missing = {key: visual for key, visual in wanted.items() if key not in there}
-        there |= zip(missing, encode_images(self._model, list(missing.values())), strict=True)
+        rows_by_key = {key: rows for key in visuals_by_key if (rows := self.cache.get(key)) is not None}
+        missing = {key: visual for key, visual in visuals_by_key.items() if key not in rows_by_key}
+        rows_by_key |= zip(missing, encode_images(self._model, list(missing.values())), strict=True)
         joined = [
-            concat_rows(self._model.config, [there[key] for key in of_job], job.visuals)
-            for job, of_job in zip(jobs, keys, strict=True)
+            concat_rows(self._model.config, [rows_by_key[key] for key in of_request], request.visuals)
+            for request, of_request in zip(requests, keys, strict=True)
         ]
         jax.block_until_ready(joined)
         for key in missing:
-            if there[key].nbytes <= self.cache.maxsize:
-                self.cache[key] = there[key]
-        self.encoded += len(missing)
-        self.found += sum(len(of_job) for of_job in keys) - len(missing)
+            if rows_by_key[key].nbytes <= self.cache.maxsize:
+                self.cache[key] = rows_by_key[key]
+        self.num_encoded += len(missing)
+        self.num_cached += sum(len(of_request) for of_request in keys) - len(missing)
         return joined
 
 
 def content_key(visual: VisionInput) -> bytes:
-    """Equal for images and videos of equal patches and equal grids."""
+    """Returns 16 bytes that are equal for images and videos with equal patches and equal grids."""
     digest = xxhash.xxh3_128(visual.pixel_values.data)
     for array in (visual.geometry.coordinates, visual.geometry.segment_stop):
         digest.update(np.asarray(array).data)

@@ -1,1 +1,1 @@
-"""The language side: the encode nodes that it uses, its pool, and what arrives in it."""
+"""The language side: connects to encode nodes, owns the receive pool, and collects the rows that arrive in it."""

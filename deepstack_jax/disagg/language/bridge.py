@@ -1,4 +1,4 @@
-"""The language node's end of the bridge: blocks are copied out of the pool as soon as they have arrived."""
+"""The language node's end of the bridge: copies blocks out of the receive pool as soon as they have arrived."""
 
 import time
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from jax.sharding import Sharding
 
-from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingPrompt
+from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
 from deepstack_jax.disagg.transports import Transport
 from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
 from deepstack_jax.disagg.wire.device_rows import HostMemory
@@ -14,7 +14,7 @@ from deepstack_jax.disagg.wire.rows import StageTimes
 
 
 class ReceiveBridge:
-    """Registers a pool and copies blocks out of it, in a thread and in the order asked for."""
+    """Registers a receive pool and copies blocks out of it, in one thread and in the requested order."""
 
     def __init__(self, transport: Transport, pool: MultimodalDataBuffers):
         self.times = StageTimes()
@@ -31,28 +31,33 @@ class ReceiveBridge:
         visual_ids: Sequence[int],
         num_rows: int | None = None,
         sharding: Sharding | None = None,
-    ) -> IncomingPrompt:
-        """Memory for a prompt, that of earlier ones where they are over; the arguments are `IncomingPrompt`'s."""
-        return IncomingPrompt(
+    ) -> IncomingRequest:
+        """Allocates memory for a request, or reuses that of finished ones; for the arguments see `IncomingRequest`."""
+        return IncomingRequest(
             self._pool, total_tokens, visual_rows, visual_ids, num_rows=num_rows, sharding=sharding, memory=self._memory
         )
 
     def copy_out(
-        self, prompt: IncomingPrompt, token_block: int, pool_block: int, expected: BlockCopy
+        self, request: IncomingRequest, token_block: int, pool_block: int, expected: BlockCopy
     ) -> "Future[BlockCopy]":
-        """`IncomingPrompt.copy_out` in the bridge's thread."""
+        """Runs `IncomingRequest.copy_out` in the bridge's thread."""
 
         def run() -> BlockCopy:
             started = time.perf_counter()
-            copy = prompt.copy_out(token_block, pool_block, expected)
+            copy = request.copy_out(token_block, pool_block, expected)
             self.times.host += time.perf_counter() - started
             self.times.num_bytes += copy.num_bytes
             return copy
 
         return self._worker.submit(run)
 
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes of finished requests' memory that later requests can reuse."""
+        return self._memory.spare_bytes
+
     def close(self) -> None:
-        """Ends what has been asked for, then closes the pool to peers."""
+        """Finishes the requested copies, then closes the pool to peers."""
         self._worker.shutdown()
         for buffer in self._pool.arrays:
             self._transport.unregister(buffer)

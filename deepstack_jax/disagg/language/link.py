@@ -1,4 +1,4 @@
-"""A language node's link to one encode node: greets it, watches that it lives, and greets it again when it is back."""
+"""A language node's link to one encode node: says Hello, monitors heartbeats, and reconnects after an outage."""
 
 import asyncio
 import itertools
@@ -17,116 +17,120 @@ from deepstack_jax.disagg.wire.messages import (
     refusal,
 )
 
-HEARTBEAT = 1.0  # seconds between two
-SILENCE = 5.0  # without an answer, after which an encoder counts as gone; while this process itself runs
-STUCK = 120.0  # of one program on an encoder's device, its compilation included
+HEARTBEAT_INTERVAL_S = 1.0
+HEARTBEAT_TIMEOUT_S = 5.0  # an encoder counts as gone after this long without a reply, while this process runs
+DEVICE_STUCK_S = 120.0  # an encoder's device counts as stuck after this long in one program, compilation included
 
 _log = logging.getLogger(__name__)
 
 
-class Owner(Protocol):
-    """What a link tells: `language.EncoderLinks`."""
+class LinkListener(Protocol):
+    """Receives the events of a link; `EncoderPool` implements it."""
 
     def peer_up(self, link: "Link", peer: str) -> None:
-        """An encoder that fits is there, under a name that no other start of it has."""
+        """A compatible encoder has connected; `peer` identifies this incarnation of it."""
         ...
 
-    def peer_down(self, peer: str, reason: str) -> None: ...
+    def peer_down(self, peer: str, reason: str) -> None:
+        """The encoder has disconnected or stopped answering."""
+        ...
 
-    def refuses(self, link: "Link", reason: str) -> None:
-        """The encoder doesn't fit, or says that this node doesn't."""
+    def peer_refused(self, link: "Link", reason: str) -> None:
+        """The encoder and this node are incompatible; either of them may have found that."""
         ...
 
     def receive(self, peer: str, message: Message) -> None:
-        """A message about a request."""
+        """A message about a request has arrived."""
         ...
 
 
 class Link:
-    """All methods are for the event loop's thread."""
+    """One encode node, as this language node sees it. All methods must be called from the event loop's thread."""
 
-    def __init__(self, owner: Owner, hello: Hello, connection: Connection):
-        """`hello` is what this node says of itself over this connection; its incarnation belongs to no other one."""
+    def __init__(self, listener: LinkListener, hello: Hello, connection: Connection):
+        """`hello` introduces this node; its incarnation must be unique to this connection."""
         self.connection = connection
-        self._owner, self._hello = owner, hello
+        self._listener, self._hello = listener, hello
         self._peer: str | None = None
         self._incarnation = ""  # the encoder's
-        self._unanswered = 0  # heartbeats in a row
-        self._stuck = False  # it answers, and its device doesn't
-        self._numbers = itertools.count()
+        self._unanswered = 0  # consecutive heartbeats without a reply
+        self._stuck = False  # the node replies, but its device is stuck
+        self._sequence = itertools.count()
 
     async def listen(self) -> None:
-        """Takes what comes, for ever."""
+        """Handles messages until it is cancelled."""
         async for message in self.connection.messages():
             try:
                 self._receive(message)
-            except Exception:  # nothing that one message does may end the link
+            except Exception:  # no single message may end the link
                 _log.exception("a message of type %s failed", type(message).__name__)
 
-    async def keep(self) -> None:
-        """Says hello until it is welcome, then asks for signs of life, for ever."""
+    async def keep_alive(self) -> None:
+        """Sends Hello until it is answered, then heartbeats, until it is cancelled."""
         while True:
             try:
-                self._beat()
+                self._send_heartbeat()
             except Exception:  # as in `listen`
                 _log.exception("a heartbeat failed")
-            await asyncio.sleep(HEARTBEAT)
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
 
-    def _beat(self) -> None:
-        # heartbeats are counted, not seconds: answers may wait unread while this process is held up
-        if self._peer is not None and self._unanswered >= SILENCE / HEARTBEAT - 1:
-            self._lose(f"encoder {self.connection.endpoint} has been silent for {SILENCE:g} s")
+    def _send_heartbeat(self) -> None:
+        # count heartbeats, not seconds: while this process is blocked, replies wait unread
+        if self._peer is not None and self._unanswered >= HEARTBEAT_TIMEOUT_S / HEARTBEAT_INTERVAL_S - 1:
+            self._mark_down(f"encoder {self.connection.endpoint} has not replied for {HEARTBEAT_TIMEOUT_S:g} s")
         if self._peer is None and not self._stuck:
             self.connection.send(self._hello)
         else:
             self._unanswered += 1
-            self.connection.send(Heartbeat(next(self._numbers)))
+            self.connection.send(Heartbeat(next(self._sequence)))
 
     def _receive(self, message: Message) -> None:
-        where = self.connection.endpoint
+        endpoint = self.connection.endpoint
         match message:
             case Welcome(hello):
                 if reason := refusal(self._hello, hello):
-                    self._owner.refuses(self, reason)
+                    self._listener.peer_refused(self, reason)
                     return
-                peer = f"{where}/{hello.incarnation}"
+                peer = f"{endpoint}/{hello.incarnation}"
                 if self._peer not in (None, peer):
-                    self._lose(f"encoder {where} was restarted")
+                    self._mark_down(f"encoder {endpoint} was restarted")
                 self._unanswered = 0
                 if self._peer is None:
                     self._peer, self._incarnation = peer, hello.incarnation
-                    self._owner.peer_up(self, peer)
+                    self._listener.peer_up(self, peer)
             case Refused(reason):
-                self._owner.refuses(self, reason)
+                self._listener.peer_refused(self, reason)
                 if self._peer is not None:
-                    self._lose(f"encoder {where} refuses this node: {reason}")
+                    self._mark_down(f"encoder {endpoint} refuses this node: {reason}")
             case Goodbye(reason):
                 if self._peer is not None:
-                    self._lose(f"encoder {where} has left: {reason}" if reason else f"encoder {where} has left")
+                    self._mark_down(
+                        f"encoder {endpoint} has left: {reason}" if reason else f"encoder {endpoint} has left"
+                    )
                 self._stuck = False
                 self.connection.send(self._hello)
             case HeartbeatReply(_, incarnation, age):
-                self._heartbeat(incarnation, age / 1000)
+                self._receive_heartbeat_reply(incarnation, age / 1000)
             case _ if self._peer is not None:
-                self._owner.receive(self._peer, message)
+                self._listener.receive(self._peer, message)
 
-    def _heartbeat(self, incarnation: str, busy_seconds: float) -> None:
-        where = self.connection.endpoint
-        stuck = busy_seconds > STUCK
+    def _receive_heartbeat_reply(self, incarnation: str, busy_seconds: float) -> None:
+        endpoint = self.connection.endpoint
+        stuck = busy_seconds > DEVICE_STUCK_S
         if self._peer is None:
             if self._stuck and not stuck:
                 self._stuck = False
                 self.connection.send(self._hello)
         elif incarnation != self._incarnation:
-            self._lose(f"encoder {where} was restarted")
+            self._mark_down(f"encoder {endpoint} was restarted")
             self.connection.send(self._hello)
         elif stuck:
             self._stuck = True
-            self._lose(f"the device of encoder {where} has been busy with one program for {busy_seconds:.0f} s")
+            self._mark_down(f"the device of encoder {endpoint} has been busy with one program for {busy_seconds:.0f} s")
         else:
             self._unanswered = 0
 
-    def _lose(self, reason: str) -> None:
+    def _mark_down(self, reason: str) -> None:
         peer, self._peer = self._peer, None
         assert peer is not None
-        self._owner.peer_down(peer, reason)
+        self._listener.peer_down(peer, reason)

@@ -1,4 +1,4 @@
-"""Which of Mooncake's wheels is for this machine. They hold the same module, so any of them serves."""
+"""Chooses the Mooncake wheel for this machine. All wheels contain the same module, so any installed one works."""
 
 import ctypes.util
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ CUDA_13, CUDA_12, NO_CUDA = (f"mooncake-transfer-engine{suffix}" for suffix in (
 
 
 def wheel_for_this_machine() -> str:
-    """The wheel of the CUDA that jax brings, else of the system's; the one without CUDA where there is no driver."""
+    """Returns the wheel for the CUDA version of jax or the system, or the one without CUDA if there is no driver."""
     if not ctypes.util.find_library("cuda"):
         return NO_CUDA
     for version, wheel in (("13", CUDA_13), ("12", CUDA_12)):
@@ -18,11 +18,11 @@ def wheel_for_this_machine() -> str:
 
 
 def explain(error: ImportError) -> str:
-    """One line with the remedy for an error that importing `mooncake.engine` raised."""
+    """Explains an error from importing `mooncake.engine` in one line, with the remedy."""
     if isinstance(error, ModuleNotFoundError):
         return f"Mooncake isn't installed: pip install {wheel_for_this_machine()}"
     library = str(error).partition(":")[0]
     if library.startswith("libcu"):
         wheel = wheel_for_this_machine()
-        return f"Mooncake needs {library}, which this machine lacks: install {wheel} in place of its other wheel"
-    return f"Mooncake needs {library}: install the system package that has it (Debian: libibverbs1)"
+        return f"Mooncake needs {library}, which this machine lacks: replace the installed wheel by {wheel}"
+    return f"Mooncake needs {library}: install the system package that contains it (Debian: libibverbs1)"

@@ -1,1 +1,1 @@
-"""What both sides share: the buffers, the messages, and what crosses between nodes."""
+"""Both sides share this: the buffers, the control messages, and the layout of what crosses between nodes."""

@@ -1,15 +1,15 @@
-"""Host memory that rows of visual tokens travel through: blocks of C tokens, five buffers, one row per block in each.
+"""The host memory through which rows of visual tokens move: five buffers, each with one row per block of C tokens.
 
 | # | buffer | one row | dtype |
 |---|---|---|---|
-| 0 | input_embeddings | [C, D] | the model's |
+| 0 | input_embeddings | [C, D] | the model's dtype |
 | 1 | fill_ids | [C] | int32 |
 | 2 | mrope_positions | [C, 3] | int32 |
 | 3 | aux_datas | [16] | int32 |
-| 4 | deepstack_embeddings | [C, N*D] | the model's; absent when N is 0 |
+| 4 | deepstack_embeddings | [C, N*D] | the model's dtype; absent when N is 0 |
 
-Tokens come first in every row, so any range of a block's tokens is one piece of memory in each buffer, and full
-blocks that stand side by side are one piece together.
+Tokens are the first dimension of every row. A range of a block's tokens is therefore contiguous in each buffer, and so
+are full blocks that are adjacent.
 """
 
 import mmap
@@ -32,10 +32,11 @@ from deepstack_jax.disagg.wire.layout import (
     NAMES,
     BufferLayout,
 )
+from deepstack_jax.rounding import cdiv
 
 
 class BufferData(NamedTuple):
-    """Copies of what T tokens have in the buffers."""
+    """Copies of the buffers' contents for T tokens."""
 
     input_embeddings: np.ndarray  # [T, D]
     fill_ids: np.ndarray  # int32 [T]
@@ -45,9 +46,9 @@ class BufferData(NamedTuple):
 
 
 class MultimodalDataBuffers:
-    """The buffers of `num_blocks` blocks: one anonymous mapping, page-aligned, every page touched.
+    """The buffers of `num_blocks` blocks, in one anonymous mapping, page-aligned and with every page touched.
 
-    `arrays` are views of the memory itself, shaped as the module's table says with the blocks in front.
+    `arrays` are views of that memory, with the shapes of the module's table and blocks as the first dimension.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class MultimodalDataBuffers:
         num_deepstack_embeddings: int = 3,
         dtype: DTypeLike = ml_dtypes.bfloat16,
     ):
-        """Takes and touches the memory.
+        """Allocates and touches the memory.
 
         Raises:
-            ValueError: a size below one, or a dtype that no model has.
+            ValueError: a size is too small, or no model has this dtype.
         """
         for name, value, least in (
             ("num_blocks", num_blocks, 1),
@@ -87,8 +88,8 @@ class MultimodalDataBuffers:
         rows = rows if self.num_deepstack_embeddings else rows[:DEEPSTACK_EMBEDDINGS]
         item_lens = [int(np.prod(shape)) * kind.itemsize for shape, kind in rows]
         total_lens = [self.num_blocks * length for length in item_lens]
-        starts = np.cumsum([0] + [-(-length // mmap.PAGESIZE) * mmap.PAGESIZE for length in total_lens]).tolist()
-        # the arrays keep the mapping alive; it is unmapped with the last of them
+        starts = np.cumsum([0] + [cdiv(length, mmap.PAGESIZE) * mmap.PAGESIZE for length in total_lens]).tolist()
+        # the arrays keep the mapping alive; it is unmapped when the last of them is freed
         memory = np.frombuffer(mmap.mmap(-1, starts[-1]), np.uint8)
         memory.fill(0)  # the first write to untouched memory is slow
         self.arrays = [
@@ -100,7 +101,7 @@ class MultimodalDataBuffers:
         )
 
     def get_buf_infos(self) -> tuple[list[int], list[int], list[int]]:
-        """(addresses, bytes of each buffer, bytes of one row of each), for registration and for the other side."""
+        """Returns (addresses, bytes per buffer, bytes per row), for registration and for the other side."""
         return list(self.layout.ptrs), list(self.layout.total_lens), list(self.layout.item_lens)
 
     def set_buf(
@@ -112,21 +113,21 @@ class MultimodalDataBuffers:
         aux_datas: ArrayLike | None = None,
         deepstack_embeddings: ArrayLike | None = None,
     ) -> None:
-        """Writes T tokens, block by block in the order of `block_indices`. What is None stays as it is.
+        """Writes T tokens into blocks in the order of `block_indices`. Buffers whose argument is None stay unchanged.
 
         Args:
-            block_indices: blocks that hold T tokens or more.
+            block_indices: blocks with room for T tokens or more.
             input_embeddings: [T, D] in the buffers' dtype.
             fill_ids: integers [T].
             mrope_positions: integers [3, T].
-            aux_datas: up to 16 integers, for the first block.
+            aux_datas: up to 16 integers for the first block.
             deepstack_embeddings: [T, N*D] in the buffers' dtype.
 
         Raises:
-            ValueError: a wrong shape, dtype, count or block; nothing has been written then.
+            ValueError: a shape, dtype, count or block is wrong; nothing has been written.
         """
         blocks = self._checked_blocks(block_indices)
-        given = {}
+        arrays = {}
         for buffer, value in (
             (INPUT_EMBEDDINGS, input_embeddings),
             (FILL_IDS, fill_ids),
@@ -134,47 +135,47 @@ class MultimodalDataBuffers:
             (DEEPSTACK_EMBEDDINGS, deepstack_embeddings),
         ):
             if value is not None:
-                given[buffer] = self._checked(buffer, np.asarray(value))
-        lengths = {NAMES[buffer]: len(array) for buffer, array in given.items()}
+                arrays[buffer] = self._checked(buffer, np.asarray(value))
+        lengths = {NAMES[buffer]: len(array) for buffer, array in arrays.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"arrays of different numbers of tokens: {lengths}")
+            raise ValueError(f"arrays have different numbers of tokens: {lengths}")
         self._check_room(max(lengths.values(), default=0), blocks)
         aux = None if aux_datas is None else _integers("aux_datas", np.asarray(aux_datas))
         if aux is not None and (aux.ndim != 1 or len(aux) > AUX_LENGTH or not blocks):
-            raise ValueError(f"aux_datas {list(aux.shape)} must be up to {AUX_LENGTH} integers, for a first block")
+            raise ValueError(f"aux_datas {list(aux.shape)} must be up to {AUX_LENGTH} integers for a first block")
 
-        for buffer, array in given.items():
-            for place, block in enumerate(blocks):
-                part = array[place * self.block_size : (place + 1) * self.block_size]
+        for buffer, array in arrays.items():
+            for index, block in enumerate(blocks):
+                part = array[index * self.block_size : (index + 1) * self.block_size]
                 self.arrays[buffer][block, : len(part)] = part
         if aux is not None:
             self.arrays[AUX_DATAS][blocks[0]] = np.pad(aux, (0, AUX_LENGTH - len(aux)))
 
     def get_buf(self, block_indices: Sequence[int], total_tokens: int) -> BufferData:
-        """Private copies of the first `total_tokens` tokens of the blocks, and of the first block's aux_datas.
+        """Copies the first `total_tokens` tokens of the blocks, and the first block's aux_datas.
 
         Raises:
-            ValueError: a block that doesn't exist or comes twice, or blocks that hold fewer tokens.
+            ValueError: a block does not exist or is named twice, or the blocks hold fewer tokens.
         """
         blocks = self._checked_blocks(block_indices)
         self._check_room(total_tokens, blocks)
         if not blocks:
             raise ValueError("block_indices is empty: name one block or more")
 
-        def copied(buffer: int) -> np.ndarray:
+        def copy_of(buffer: int) -> np.ndarray:
             source = self.arrays[buffer]
             out = np.empty((total_tokens, *source.shape[2:]), source.dtype)
-            for place, block in enumerate(blocks):
-                part = out[place * self.block_size : (place + 1) * self.block_size]
+            for index, block in enumerate(blocks):
+                part = out[index * self.block_size : (index + 1) * self.block_size]
                 part[...] = source[block, : len(part)]
             return out
 
         return BufferData(
-            input_embeddings=copied(INPUT_EMBEDDINGS),
-            fill_ids=copied(FILL_IDS),
-            mrope_positions=np.ascontiguousarray(copied(MROPE_POSITIONS).T),
+            input_embeddings=copy_of(INPUT_EMBEDDINGS),
+            fill_ids=copy_of(FILL_IDS),
+            mrope_positions=np.ascontiguousarray(copy_of(MROPE_POSITIONS).T),
             aux_datas=self.arrays[AUX_DATAS][blocks[0]].copy(),
-            deepstack_embeddings=copied(DEEPSTACK_EMBEDDINGS) if self.num_deepstack_embeddings else None,
+            deepstack_embeddings=copy_of(DEEPSTACK_EMBEDDINGS) if self.num_deepstack_embeddings else None,
         )
 
     def _checked_blocks(self, block_indices: Sequence[int]) -> list[int]:
@@ -189,13 +190,13 @@ class MultimodalDataBuffers:
     def _check_room(self, tokens: int, blocks: list[int]) -> None:
         room = len(blocks) * self.block_size
         if not 0 <= tokens <= room:
-            raise ValueError(f"{tokens} tokens do not fit {len(blocks)} blocks of {self.block_size} tokens")
+            raise ValueError(f"{tokens} tokens do not fit in {len(blocks)} blocks of {self.block_size} tokens")
 
     def _checked(self, buffer: int, array: np.ndarray) -> np.ndarray:
-        """The array as tokens-first, of the buffer's dtype."""
+        """Returns the array with tokens as its first dimension, in the buffer's dtype."""
         name = NAMES[buffer]
         if buffer == DEEPSTACK_EMBEDDINGS and not self.num_deepstack_embeddings:
-            raise ValueError("deepstack_embeddings were given, but these buffers have none: leave them out")
+            raise ValueError("these buffers have no deepstack_embeddings: omit them")
         if buffer in (FILL_IDS, MROPE_POSITIONS):
             if array.ndim != 1 + (buffer == MROPE_POSITIONS) or (array.ndim == 2 and len(array) != 3):
                 expected = "[T]" if buffer == FILL_IDS else "[3, T]"
@@ -205,18 +206,18 @@ class MultimodalDataBuffers:
         if array.ndim != 2 or array.shape[1] != width:
             raise ValueError(f"{name} {list(array.shape)} must be [T, {width}]")
         if array.dtype != self.dtype:
-            raise ValueError(f"{name} are {array.dtype}, the buffers {self.dtype}: convert them first")
+            raise ValueError(f"{name} are {array.dtype}, but the buffers are {self.dtype}: convert them first")
         return array
 
 
 class BlockAllocator:
-    """Which request holds which block. A block is free, used by one request, or in quarantine.
+    """Tracks which request holds which block. A block is free, used by one request, or in quarantine.
 
-    A block in quarantine belongs to nobody: something may still be written to it.
+    No request holds a block in quarantine, because a late write may still change it.
     """
 
     def __init__(self, num_blocks: int, block_size: int):
-        """Raises ValueError when a size is below one."""
+        """Raises ValueError if a size is below one."""
         for name, value in (("num_blocks", num_blocks), ("block_size", block_size)):
             if operator.index(value) < 1:
                 raise ValueError(f"{name} {value} is too small: expected 1 or more")
@@ -230,6 +231,11 @@ class BlockAllocator:
         return len(self._free)
 
     @property
+    def free_blocks(self) -> list[int]:
+        """The free blocks in ascending order."""
+        return list(self._free)
+
+    @property
     def num_used(self) -> int:
         return sum(map(len, self._used.values()))
 
@@ -238,58 +244,58 @@ class BlockAllocator:
         return len(self._quarantined)
 
     def blocks_of(self, request_id: str) -> list[int]:
-        """The blocks that the request holds now, in the order it got them."""
+        """The blocks that the request holds, in the order of their allocation."""
         return list(self._used.get(request_id, ()))
 
     def alloc(self, num_tokens: int, request_id: str) -> list[int] | None:
-        """Blocks for `num_tokens` more tokens of the request, or None, and nothing taken, if too few are free.
+        """Allocates blocks for `num_tokens` more tokens of the request; returns None if too few are free.
 
         Raises:
             ValueError: `num_tokens` is below one.
         """
         if operator.index(num_tokens) < 1:
             raise ValueError(f"num_tokens {num_tokens} of request {request_id!r}: expected 1 or more")
-        blocks = -(-num_tokens // self.block_size)
+        blocks = cdiv(num_tokens, self.block_size)
         return self.take(request_id, blocks) if blocks <= self.num_free else None
 
     def take(self, request_id: str, at_most: int) -> list[int]:
-        """As many free blocks as there are, up to `at_most`, side by side where possible."""
+        """Allocates up to `at_most` free blocks, as many as there are, adjacent if possible."""
         if at_most < 0:
             raise ValueError(f"at_most {at_most} of request {request_id!r}: expected 0 or more")
-        taken = _side_by_side(self._free, min(at_most, self.num_free))
+        taken = _adjacent(self._free, min(at_most, self.num_free))
         if taken:
-            gone = set(taken)
-            self._free = [block for block in self._free if block not in gone]
+            removed = set(taken)
+            self._free = [block for block in self._free if block not in removed]
             self._used.setdefault(request_id, []).extend(taken)
         return taken
 
     def free(self, request_id: str) -> list[int]:
-        """Gives back every block that the request holds, and names them.
+        """Frees all blocks of the request and returns them.
 
         Raises:
-            ValueError: it holds none: it never did, or they have been freed before.
+            ValueError: the request holds no blocks, or they were freed before.
         """
         if request_id not in self._used:
-            raise ValueError(f"request {request_id!r} holds no blocks: it never did, or they were freed before")
+            raise ValueError(f"request {request_id!r} holds no blocks: it has none, or they were freed before")
         blocks = self._used.pop(request_id)
         for block in blocks:
             insort(self._free, block)
         return blocks
 
     def free_block(self, request_id: str, block: int) -> None:
-        """Gives back one block of the request.
+        """Frees one block of the request.
 
         Raises:
-            ValueError: the request doesn't hold it.
+            ValueError: the request does not hold it.
         """
         self._take_from(request_id, block)
         insort(self._free, block)
 
     def quarantine(self, request_id: str, block: int) -> None:
-        """Takes one block from the request; nobody gets it before `release`.
+        """Moves one block of the request to quarantine; it is not allocated before `release`.
 
         Raises:
-            ValueError: the request doesn't hold it.
+            ValueError: the request does not hold it.
         """
         self._take_from(request_id, block)
         self._quarantined.add(block)
@@ -298,7 +304,7 @@ class BlockAllocator:
         """Ends the quarantine of a block.
 
         Raises:
-            ValueError: it is in none.
+            ValueError: the block is not in quarantine.
         """
         if block not in self._quarantined:
             raise ValueError(f"block {block} is not in quarantine")
@@ -314,8 +320,8 @@ class BlockAllocator:
             del self._used[request_id]
 
 
-def _side_by_side(free: list[int], count: int) -> list[int]:
-    """`count` of the ascending `free`: from the shortest run that holds them all, else from the longest runs."""
+def _adjacent(free: list[int], count: int) -> list[int]:
+    """Picks `count` of the ascending `free` blocks, from the shortest run with enough, otherwise the longest runs."""
     runs: list[list[int]] = []
     for block in free:
         if runs and runs[-1][-1] == block - 1:
@@ -335,5 +341,5 @@ def _integers(name: str, array: np.ndarray) -> np.ndarray:
         raise ValueError(f"{name} are {array.dtype}: expected integers")
     limits = np.iinfo(np.int32)
     if array.size and not (limits.min <= array.min() and array.max() <= limits.max):
-        raise ValueError(f"{name} from {array.min()} to {array.max()} do not fit 32 bits")
+        raise ValueError(f"{name} from {array.min()} to {array.max()} do not fit in 32 bits")
     return array.astype(np.int32, copy=False)

@@ -1,7 +1,7 @@
-"""Control messages over ZeroMQ: an encode node binds a ROUTER, each language node connects a DEALER to it.
+"""Control messages over ZeroMQ: an encode node binds a ROUTER socket, and each language node connects a DEALER to it.
 
-With a cluster's key file both sides encrypt and prove who they are (CURVE): a peer without it gets nothing, not even a
-refusal. It is required for every address that isn't loopback. Sockets belong to the event loop's thread.
+With a cluster key, both sides encrypt and authenticate each other (CURVE); a peer without the key receives nothing, not
+even a refusal. The key is required for every address that is not loopback. Sockets belong to the event loop's thread.
 """
 
 import ipaddress
@@ -17,26 +17,28 @@ import zmq
 import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 
-from deepstack_jax.disagg.wire.messages import MAX_MESSAGE, Message, decode, encode
+from deepstack_jax.disagg.wire.messages import MAX_MESSAGE, Message, pack_message, unpack_message
 
-LINGER = 100  # milliseconds
+LINGER_MS = 100  # a closing socket may take this long to send its last messages
+HANDSHAKE_TIMEOUT_MS = 5000
+RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 2000
 
 _ENDPOINT = re.compile(r"tcp://(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d+|\*)")
 
 
 @dataclass(frozen=True)
 class ClusterKey:
-    """The key pair that all nodes of a cluster share, in Z85."""
+    """The key pair that all nodes of a cluster share, encoded in Z85."""
 
     public: bytes
     secret: bytes
 
 
 def make_key(path: str | Path) -> None:
-    """Writes a new key file that its owner alone can read.
+    """Writes a new key file that only its owner can read.
 
     Raises:
-        OSError: the file exists, or can't be written.
+        OSError: the file exists or can't be written.
     """
     public, secret = zmq.curve_keypair()
     content = json.dumps({"public": public.decode(), "secret": secret.decode()})
@@ -46,10 +48,10 @@ def make_key(path: str | Path) -> None:
 
 
 def read_key(path: str | Path) -> ClusterKey:
-    """The key of a file that `make_key` wrote.
+    """Reads the key from a file that `make_key` wrote.
 
     Raises:
-        ValueError: it is not a key file, or others can read it.
+        ValueError: it is not a key file, or other users can read it.
     """
     path = Path(path)
     if path.stat().st_mode & 0o077:
@@ -65,10 +67,10 @@ def read_key(path: str | Path) -> ClusterKey:
 
 
 def check_endpoint(endpoint: str, key: ClusterKey | None) -> None:
-    """Refuses what is not a valid endpoint, and one in reach of others where there is no key.
+    """Checks that an endpoint is valid, and that it is loopback unless there is a key.
 
     Raises:
-        ValueError: with the remedy.
+        ValueError: it is not; the message names the remedy.
     """
     match = _ENDPOINT.fullmatch(endpoint)
     if match is None:
@@ -81,11 +83,13 @@ def check_endpoint(endpoint: str, key: ClusterKey | None) -> None:
     except ValueError:
         local = host == "localhost"
     if key is None and not local:
-        raise ValueError(f"{endpoint} is not loopback: give --key, made once a cluster with deepstack-jax keygen")
+        raise ValueError(
+            f"{endpoint} is not loopback: give --key, a file made once per cluster with deepstack-jax keygen"
+        )
 
 
 class Listener:
-    """The encode node's socket: messages from language nodes, by the name of their connection."""
+    """The encode node's socket. It exchanges messages with language nodes, each identified by its connection."""
 
     def __init__(self, endpoint: str, key: ClusterKey | None = None):
         """Binds `endpoint`, whose port may be `*`.
@@ -95,13 +99,13 @@ class Listener:
         """
         check_endpoint(endpoint, key)
         self._context = zmq.asyncio.Context()
-        self._guard: AsyncioAuthenticator | None = None
+        self._authenticator: AsyncioAuthenticator | None = None
         self._socket = _socket(self._context, zmq.ROUTER, endpoint)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a peer that is gone is an error, not silence
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # sending to a peer that is gone is then an error
         if key is not None:
-            self._guard = AsyncioAuthenticator(self._context)
-            self._guard.start()
-            self._guard.configure_curve_callback(credentials_provider=_Members(key))
+            self._authenticator = AsyncioAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback(credentials_provider=_ClusterMembers(key))
             self._socket.curve_server = True
             self._socket.curve_publickey, self._socket.curve_secretkey = key.public, key.secret
         try:
@@ -110,35 +114,35 @@ class Listener:
             self.close()
             raise ValueError(f"{endpoint} can't be used ({error.strerror}): choose another one") from None
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self.dropped = 0  # messages that could not be read
+        self.num_unreadable = 0  # messages that were dropped because they could not be read
 
     async def messages(self) -> AsyncIterator[tuple[bytes, Message]]:
-        """(connection, message) of each message that can be read; the others are counted and dropped."""
+        """Yields (connection, message) for each readable message. The others are counted and dropped."""
         while True:
             connection, *parts = await self._socket.recv_multipart()
-            message = decode(parts[0])[0] if len(parts) == 1 else None
+            message = unpack_message(parts[0])[0] if len(parts) == 1 else None
             if message is None:
-                self.dropped += 1
+                self.num_unreadable += 1
             else:
                 yield connection, message
 
     def send(self, connection: bytes, message: Message) -> None:
-        """Sends, or drops the message where the peer is gone or takes nothing: who needs an answer asks again."""
-        _send(self._socket, [connection], encode(message))
+        """Sends the message, or drops it if the peer is gone or its queue is full; senders repeat lost messages."""
+        _send(self._socket, [connection], pack_message(message))
 
     def close(self) -> None:
-        """What was sent last has a moment to leave."""
-        self._socket.close(linger=LINGER)
-        if self._guard is not None:
-            self._guard.stop()
-        self._context.destroy(linger=LINGER)
+        """Closes the socket; its last messages have LINGER_MS to leave."""
+        self._socket.close(linger=LINGER_MS)
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._context.destroy(linger=LINGER_MS)
 
 
 class Connection:
-    """A language node's socket to one encode node. ZeroMQ connects again by itself."""
+    """A language node's socket to one encode node. ZeroMQ reconnects it automatically."""
 
     def __init__(self, endpoint: str, key: ClusterKey | None = None):
-        """Starts to connect.
+        """Starts connecting.
 
         Raises:
             ValueError: the endpoint can't be used.
@@ -147,8 +151,8 @@ class Connection:
         self.endpoint = endpoint
         self._context = zmq.asyncio.Context()
         self._socket = _socket(self._context, zmq.DEALER, endpoint)
-        self._socket.setsockopt(zmq.RECONNECT_IVL, 100)  # milliseconds
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MIN_MS)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
         if key is not None:
             self._socket.curve_serverkey = key.public
             self._socket.curve_publickey, self._socket.curve_secretkey = key.public, key.secret
@@ -157,30 +161,30 @@ class Connection:
         except zmq.ZMQError as error:
             self.close()
             raise ValueError(f"{endpoint} can't be used ({error.strerror}): check the encoder's address") from None
-        self.dropped = 0
+        self.num_unreadable = 0  # messages that were dropped because they could not be read
 
     async def messages(self) -> AsyncIterator[Message]:
-        """Each message that can be read; the others are counted and dropped."""
+        """Yields each readable message. The others are counted and dropped."""
         while True:
             parts = await self._socket.recv_multipart()
-            message = decode(parts[0])[0] if len(parts) == 1 else None
+            message = unpack_message(parts[0])[0] if len(parts) == 1 else None
             if message is None:
-                self.dropped += 1
+                self.num_unreadable += 1
             else:
                 yield message
 
     def send(self, message: Message) -> None:
-        """Sends, or drops the message where the queue is full."""
-        _send(self._socket, [], encode(message))
+        """Sends the message, or drops it if the queue is full."""
+        _send(self._socket, [], pack_message(message))
 
     def close(self) -> None:
-        """What was sent last has a moment to leave."""
-        self._socket.close(linger=LINGER)
-        self._context.destroy(linger=LINGER)
+        """Closes the socket; its last messages have LINGER_MS to leave."""
+        self._socket.close(linger=LINGER_MS)
+        self._context.destroy(linger=LINGER_MS)
 
 
-class _Members:
-    """Lets in who has the cluster's key pair."""
+class _ClusterMembers:
+    """Admits peers that have the cluster's key pair."""
 
     def __init__(self, key: ClusterKey):
         self._public = key.public
@@ -193,13 +197,13 @@ def _socket(context: zmq.asyncio.Context, kind: int, endpoint: str) -> zmq.async
     socket = context.socket(kind)
     socket.setsockopt(zmq.IPV6, "[" in endpoint)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE)
-    socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
     return socket
 
 
 def _send(socket: Any, prefix: list[bytes], data: bytes) -> None:
     if socket.closed:
         return
-    sent = socket.send_multipart([*prefix, data], flags=zmq.DONTWAIT)  # all or nothing, and over at once
+    sent = socket.send_multipart([*prefix, data], flags=zmq.DONTWAIT)  # all or nothing, without waiting
     if sent.done():
-        sent.exception()  # a peer that is gone is no news; unread, asyncio would log it
+        sent.exception()  # it is expected when a peer is gone; asyncio would log an exception that nothing retrieves

@@ -1,7 +1,7 @@
-"""Rows between a device and its host's memory: large steps, through pinned memory, one ahead of who waits.
+"""Moves rows between a device and its host's memory, in large steps through pinned memory, one ahead of the reader.
 
-On a CPU nothing is copied: the host reads a device's rows where they are, and memory that was filled on the host
-becomes a device's rows.
+On a CPU nothing is copied: the host reads the device's arrays in place, and memory that the host has filled becomes the
+device's array.
 """
 
 import contextlib
@@ -16,30 +16,35 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-STEP_BYTES = 2 << 20  # a transfer between device and host
+STEP_BYTES = 2 << 20  # per transfer between device and host
 PINNED = "pinned_host"
 
 
 def page_aligned(num_bytes: int) -> np.ndarray:
-    """uint8 [num_bytes] of untouched memory at a page's start, so that a CPU device can take it as it is."""
+    """Allocates uint8 [num_bytes] of untouched memory at a page boundary, so that a CPU device can use it in place."""
     memory = np.empty(num_bytes + mmap.PAGESIZE, np.uint8)
     start = -memory.ctypes.data % mmap.PAGESIZE
     return memory[start : start + num_bytes]
 
 
 class HostMemory:
-    """Memory that is used again once nothing refers to it any more: fresh pages cost more than a copy into them.
+    """Reuses memory once nothing refers to it, because fresh pages cost more than a copy into them.
 
-    What JAX has made an array of stays referred to until the runtime has let go of it.
+    Memory that JAX has made an array of stays in use until the runtime has released it.
     """
 
     def __init__(self, keep_bytes: int = 1 << 30):
-        """At most `keep_bytes` wait to be used again."""
+        """At most `keep_bytes` are kept for reuse."""
         self._keep_bytes = keep_bytes
-        self._free: deque[np.ndarray] = deque()  # oldest first; finalizers may run anywhere, so there is no lock
+        self._free: deque[np.ndarray] = deque()  # oldest first; without a lock, because finalizers may run anywhere
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes that are kept for reuse."""
+        return sum(len(free) for free in tuple(self._free))
 
     def take(self, num_bytes: int) -> np.ndarray:
-        """uint8 [num_bytes] of any content, at a page's start."""
+        """Returns uint8 [num_bytes] with arbitrary content that starts at a page."""
         memory = self._kept(num_bytes)
         if memory is None:
             memory = page_aligned(num_bytes)
@@ -59,12 +64,12 @@ class HostMemory:
     def _give_back(self, memory: np.ndarray) -> None:
         self._free.append(memory)
         with contextlib.suppress(IndexError):
-            while sum(len(free) for free in tuple(self._free)) > self._keep_bytes:
+            while self.spare_bytes > self._keep_bytes:
                 self._free.popleft()
 
 
 class _Lease:
-    """Shows memory to numpy, and lives as long as any array on it."""
+    """Exposes memory to NumPy, and lives as long as any array on that memory."""
 
     def __init__(self, memory: np.ndarray):
         self._memory = memory
@@ -74,19 +79,19 @@ class _Lease:
 
 
 class HostRows:
-    """Reads rows [M, W] of a device as bytes."""
+    """Reads rows [M, W] on a device as bytes."""
 
     def __init__(self, rows: jax.Array, in_place: bool | None = None):
-        """`in_place` None: on a CPU, where it costs nothing."""
+        """`in_place` reads the device's memory directly; None does so on a CPU."""
         self._rows = rows
-        self._here = is_on_cpu(rows.sharding) if in_place is None else in_place
-        self._step = steps_of(rows.shape, rows.dtype)
-        self._parts: dict[int, jax.Array] = {}  # in pinned memory, or on their way there
+        self._reads_in_place = is_on_cpu(rows.sharding) if in_place is None else in_place
+        self._step = rows_per_step(rows.shape, rows.dtype)
+        self._parts: dict[int, jax.Array] = {}  # in pinned memory, or being copied there
         self._in_place: np.ndarray | None = None
 
     def read(self, start: int, stop: int) -> Iterator[np.ndarray]:
-        """uint8 [n, bytes of a row], part by part. Waits until the device has computed them."""
-        if self._here:
+        """Yields uint8 [n, bytes per row], part by part. Waits until the device has computed the rows."""
+        if self._reads_in_place:
             if self._in_place is None:
                 self._in_place = self._bytes(self._rows)
             yield self._in_place[start:stop]
@@ -97,17 +102,17 @@ class HostRows:
             if (number + 1) * self._step < len(self._rows):
                 parts[number + 1] = self._parts.get(number + 1)
             self._parts = {n: self._fetch(n) if part is None else part for n, part in parts.items()}
-            # the last part is as long as the others, and so begins before its place
-            offset += number * self._step - self._begin(number)
+            # the last part has the same length as the others, so it starts before its own step
+            offset += number * self._step - self._part_start(number)
             length = min(self._step, (number + 1) * self._step - start, stop - start)
             yield self._bytes(self._parts[number])[offset : offset + length]
             start += length
 
-    def _begin(self, number: int) -> int:
+    def _part_start(self, number: int) -> int:
         return min(number * self._step, len(self._rows) - self._step)
 
     def _fetch(self, number: int) -> jax.Array:
-        part = _part(self._rows, self._begin(number), self._step)
+        part = _part(self._rows, self._part_start(number), self._step)
         return jax.device_put(part, part.sharding.with_memory_kind(PINNED))
 
     @staticmethod
@@ -116,45 +121,45 @@ class HostRows:
 
 
 class DeviceRows:
-    """Sends rows [M, W] to a device while they are being filled, from the first on."""
+    """Sends rows [M, W] to a device while the host is still filling them, in order."""
 
     def __init__(self, host: np.ndarray, sharding: Sharding | None = None, in_place: bool | None = None):
-        """`host` is memory that begins at a page. `in_place` None: on a CPU, where `host` becomes the array."""
+        """`host` must start at a page. `in_place` makes it the device's array; None does so on a CPU."""
         self._host = host
         self._sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-        self._here = is_on_cpu(self._sharding) if in_place is None else in_place
-        self._step = steps_of(host.shape, host.dtype)
+        is_in_place = is_on_cpu(self._sharding) if in_place is None else in_place
+        self._step = rows_per_step(host.shape, host.dtype)
         self._sent = 0
-        self._rows = None if self._here else jnp.zeros(host.shape, host.dtype, device=self._sharding)
+        self._rows = None if is_in_place else jnp.zeros(host.shape, host.dtype, device=self._sharding)
 
     def send(self, ready: int) -> None:
-        """Rows before `ready` are there and will not change: starts to send them."""
+        """Starts sending rows before `ready`, which are complete and will not change."""
         while self._rows is not None and self._sent + self._step <= ready:
-            self._rows = self._place(self._rows, self._sent)
+            self._rows = self._update(self._rows, self._sent)
             self._sent += self._step
 
     def finish(self) -> jax.Array:
-        """All rows, on the device. The host's memory can't be written afterwards."""
+        """Returns all rows on the device. The host's memory becomes read-only."""
         self._host.flags.writeable = False
         if self._rows is None:
             return jax.device_put(self._host, self._sharding)
         self.send(len(self._host))
         if self._sent < len(self._host):
-            self._rows = self._place(self._rows, len(self._host) - self._step)
+            self._rows = self._update(self._rows, len(self._host) - self._step)
             self._sent = len(self._host)
         return self._rows
 
-    def _place(self, rows: jax.Array, start: int) -> jax.Array:
+    def _update(self, rows: jax.Array, start: int) -> jax.Array:
         pinned = jax.device_put(self._host[start : start + self._step], self._sharding.with_memory_kind(PINNED))
-        return _update(rows, jax.device_put(pinned, self._sharding), start)
+        return _update_rows(rows, jax.device_put(pinned, self._sharding), start)
 
 
 def is_on_cpu(sharding: Sharding) -> bool:
     return all(device.platform == "cpu" for device in sharding.device_set)
 
 
-def steps_of(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Rows that go at a time."""
+def rows_per_step(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """The number of rows per transfer between device and host."""
     return min(shape[0], max(1, STEP_BYTES // (shape[1] * dtype.itemsize)))
 
 
@@ -164,5 +169,5 @@ def _part(rows: jax.Array, start: int, length: int) -> jax.Array:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _update(rows: jax.Array, part: jax.Array, start: int) -> jax.Array:
+def _update_rows(rows: jax.Array, part: jax.Array, start: int) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(rows, part, start, axis=0)

@@ -1,4 +1,4 @@
-"""What tells whether two nodes have loaded the same model, although each holds another half of it."""
+"""Identifies a model, so that two nodes can tell whether they loaded the same one, although each holds half of it."""
 
 import json
 from dataclasses import asdict
@@ -8,19 +8,19 @@ import xxhash
 
 from deepstack_jax.checkpoint import Model, load
 
-# Small, in every checkpoint, and on neither side of the split alone: read from the disk by both.
+# These parameters are small and exist in every checkpoint. Both sides read them from disk.
 _SAMPLED = ("visual.merger.norm.", "language_model.model.norm.")
 _FILES = ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def identity_of(model: Model) -> str:
-    """The architecture and a digest of configuration, tokenizer, processors and samples of the weights.
+    """Returns the architecture and a digest of the configuration, tokenizer, processors and samples of the weights.
 
     Raises:
         ValueError: the model was not loaded from a checkpoint.
     """
     if model.path is None:
-        raise ValueError("a model that was not loaded from a checkpoint can't be split: save and load it")
+        raise ValueError("a model that was not loaded from a checkpoint can't be split: save it and load it")
     digest = xxhash.xxh3_128(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
     for name in _FILES:
         file = model.path / name

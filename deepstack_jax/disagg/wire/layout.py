@@ -1,7 +1,7 @@
-"""What of a token block crosses the wire, and where in a pool it lands.
+"""Defines which parts of a token block cross the wire, in which order, and where in a receive pool they land.
 
-A block's fill_ids, its positions, aux_datas with token block 0 alone, and the rows of its visual tokens: no row of a
-text token. Both sides take parts and order from here.
+These parts are the block's fill_ids, its positions, aux_datas (only with token block 0), and the rows of its visual
+tokens. Rows of text tokens are not sent. Both sides use this module, so that parts and order agree.
 """
 
 from collections.abc import Iterable
@@ -12,16 +12,16 @@ import numpy as np
 import xxhash
 
 INPUT_EMBEDDINGS, FILL_IDS, MROPE_POSITIONS, AUX_DATAS, DEEPSTACK_EMBEDDINGS = range(5)
-ROW_BUFFERS = INPUT_EMBEDDINGS, DEEPSTACK_EMBEDDINGS  # those that hold visual rows
+ROW_BUFFERS = INPUT_EMBEDDINGS, DEEPSTACK_EMBEDDINGS  # the buffers that hold visual rows
 NAMES = ("input_embeddings", "fill_ids", "mrope_positions", "aux_datas", "deepstack_embeddings")
 
 AUX_LENGTH = 16
-AUX_TOTAL_TOKENS, AUX_ROPE_DELTA, AUX_VISUAL_ROWS, AUX_FORMAT_VERSION = range(4)  # places in aux_datas
-FORMAT_VERSION = 1  # of the buffers and of what crosses the wire; stands in aux_datas
+AUX_TOTAL_TOKENS, AUX_ROPE_DELTA, AUX_VISUAL_ROWS, AUX_FORMAT_VERSION = range(4)  # indices into aux_datas
+FORMAT_VERSION = 1  # of the buffers and the wire; aux_datas carries it
 
 
 class Span(NamedTuple):
-    """Tokens `start` to `stop` of a block in one buffer. Of aux_datas: integers `start` to `stop`."""
+    """Tokens `start` to `stop` of a block in one buffer, or integers `start` to `stop` of aux_datas."""
 
     buffer: int
     start: int
@@ -30,22 +30,22 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """Where the rows of a pool of blocks are, in this process or in another one."""
+    """The addresses of a pool's rows, in this process or in another one."""
 
     block_size: int
     ptrs: tuple[int, ...]
-    total_lens: tuple[int, ...]  # bytes of each buffer
-    item_lens: tuple[int, ...]  # bytes of one row of it
+    total_lens: tuple[int, ...]  # bytes per buffer
+    item_lens: tuple[int, ...]  # bytes per row
 
     @property
     def num_blocks(self) -> int:
         return self.total_lens[FILL_IDS] // self.item_lens[FILL_IDS]
 
-    def piece(self, block: int, span: Span) -> tuple[int, int]:
-        """(address, bytes) of `span` in `block`.
+    def locate(self, block: int, span: Span) -> tuple[int, int]:
+        """Returns (address, bytes) of `span` in `block`.
 
         Raises:
-            ValueError: there is no such block, buffer or token.
+            ValueError: the block, the buffer or a token does not exist.
         """
         units = AUX_LENGTH if span.buffer == AUX_DATAS else self.block_size
         if not 0 <= span.buffer < len(self.ptrs):
@@ -60,11 +60,11 @@ class BufferLayout:
 
 
 def checksum(parts: Iterable[np.ndarray]) -> bytes:
-    """XXH3-64 over the bytes of contiguous arrays, as 8 bytes, most significant first.
+    """Computes XXH3-64 over the bytes of contiguous arrays, as 8 bytes, most significant first.
 
-    Both sides give the parts of a token block in this order: fill_ids, mrope_positions [n, 3], aux_datas if it is token
-    block 0, embeddings of visual tokens [v, D], their deepstack embeddings [v, N*D]. How the arrays are cut, and where
-    they lie in the pool, makes no difference.
+    Both sides pass the parts of a token block in this order: fill_ids, mrope_positions [n, 3], aux_datas (block 0
+    only), embeddings of visual tokens [v, D], their deepstack embeddings [v, N*D]. The result does not depend on how
+    the arrays are split or where they are in the pool.
     """
     digest = xxhash.xxh3_64()
     for part in parts:
@@ -73,13 +73,13 @@ def checksum(parts: Iterable[np.ndarray]) -> bytes:
 
 
 def fingerprint(model: str, fill_ids: np.ndarray, mrope_positions: np.ndarray, content: bytes = b"") -> bytes:
-    """16 bytes that are equal when two encoders have prepared the same prompt for the same model.
+    """Computes 16 bytes that are equal if two encoders have prepared the same prompt for the same model.
 
     Args:
         model: the model's identity.
         fill_ids: int32 [T].
         mrope_positions: int32 [3, T].
-        content: a digest of the pixels; an address may have served another picture of the same size.
+        content: a digest of the pixels; a URL may have served two different images of the same size.
     """
     digest = xxhash.xxh3_128()
     for part in (model.encode(), content):
@@ -90,6 +90,6 @@ def fingerprint(model: str, fill_ids: np.ndarray, mrope_positions: np.ndarray, c
 
 
 def visual_runs(visual: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """Ranges (start, stop) of neighbouring True in bool [n]."""
+    """Returns the ranges (start, stop) of consecutive True in bool [n]."""
     edges = np.flatnonzero(np.diff(np.asarray(visual, bool), prepend=False, append=False)).tolist()
     return tuple(zip(edges[::2], edges[1::2], strict=True))

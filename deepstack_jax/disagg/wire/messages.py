@@ -1,6 +1,6 @@
-"""Control messages between nodes: msgspec structs as msgpack behind one byte that names the version.
+"""Control messages between nodes: msgspec structs, encoded as msgpack after one byte for the protocol version.
 
-Every field is bounded, so what has been decoded is of known size; what it means is checked by who receives it.
+Every field is bounded, so an unpacked message has a known maximum size. The receiver checks its meaning.
 """
 
 from typing import Annotated, Literal
@@ -10,17 +10,17 @@ from msgspec import Meta
 
 from deepstack_jax.disagg.wire.layout import BufferLayout
 
-PROTOCOL = 2  # of these messages, and of what a Submit's payload holds
-MAX_PAYLOAD = 128 << 20  # bytes of one request's messages, images and videos
+PROTOCOL = 2  # version of these messages and of the payload of Submit
+MAX_PAYLOAD = 128 << 20  # bytes per request, images and videos included
 MAX_MESSAGE = MAX_PAYLOAD + (1 << 20)
-MAX_TOKENS = 1 << 20  # of a prompt
-MAX_BLOCKS = 1 << 20  # of a pool
-MAX_LIST = 4096  # items of any list in a message
+MAX_TOKENS = 1 << 20  # per prompt
+MAX_BLOCKS = 1 << 20  # per pool
+MAX_LIST = 4096  # items per list in a message
 MAX_REASON = 500  # characters
 
 NAME_PATTERN = r"\A[!-~]{1,64}\Z"  # of ids
 
-Name = Annotated[str, Meta(pattern=NAME_PATTERN)]  # printable: it may stand in a log as it is
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]  # printable, so that logs can show it unchanged
 Text = Annotated[str, Meta(max_length=MAX_REASON)]
 Counter = Annotated[int, Meta(ge=0, le=2**53)]
 Tokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -37,43 +37,43 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Hello(Message, frozen=True, forbid_unknown_fields=False):
-    """First message of either side. The encode side has no pool: its sizes are empty."""
+    """The first message of either side. The encode side has no receive pool, so its sizes are empty."""
 
     role: Literal["encode", "language"]
     node_id: Name
-    incarnation: Name  # drawn anew at every start of the node
-    model: Annotated[str, Meta(min_length=1, max_length=200)]  # identity of weights and tokenizer
+    incarnation: Name  # unique to this start of the node
+    model: Annotated[str, Meta(min_length=1, max_length=200)]  # identifies weights and tokenizer
     dtype: Literal["float32", "bfloat16", "float16"]
     hidden_size: Annotated[int, Meta(ge=1, le=1 << 20)]
     num_deepstack_embeddings: Annotated[int, Meta(ge=0, le=64)]
     block_size: Annotated[int, Meta(ge=1, le=1 << 20)]
-    session: Annotated[str, Meta(max_length=300)] = ""  # where Mooncake reaches the pool
+    session: Annotated[str, Meta(max_length=300)] = ""  # the name under which the transport reaches the receive pool
     ptrs: Sizes = ()
     total_lens: Sizes = ()
     item_lens: Sizes = ()
-    http_url: Annotated[str, Meta(max_length=300)] = ""  # of a language node: where it takes requests
+    http_url: Annotated[str, Meta(max_length=300)] = ""  # URL of a language node's HTTP server
     protocol: Annotated[int, Meta(ge=0, le=255)] = PROTOCOL
 
     @property
     def layout(self) -> BufferLayout:
-        """The language node's pool. `refusal` says whether its sizes make sense."""
+        """The layout of the language node's receive pool. `refusal` checks its sizes."""
         return BufferLayout(self.block_size, self.ptrs, self.total_lens, self.item_lens)
 
 
 class Welcome(Message, frozen=True):
-    """Answers a Hello that fits with one's own."""
+    """Answers a compatible Hello with the node's own."""
 
     hello: Hello
 
 
 class Refused(Message, frozen=True, forbid_unknown_fields=False):
-    """Answers a Hello that doesn't fit."""
+    """Answers an incompatible Hello."""
 
     reason: Text
 
 
 class Heartbeat(Message, frozen=True):
-    """Asks whether the node and its worker live."""
+    """Asks whether the node and its worker are alive."""
 
     sequence: Counter
 
@@ -83,38 +83,38 @@ class HeartbeatReply(Message, frozen=True):
 
     sequence: Counter
     incarnation: Name
-    work_age_ms: Milliseconds  # how long the worker has been busy with one piece of work, 0 when idle
+    work_age_ms: Milliseconds  # how long the worker has run its current program, 0 when idle
 
 
 class Goodbye(Message, frozen=True):
-    """The node leaves."""
+    """The node disconnects."""
 
     reason: Text = ""
 
 
 class Submit(Message, frozen=True):
-    """language -> encode: prepare and encode this request. Repeated without `payload` once it has been accepted.
+    """language -> encode: prepare and encode this request. It is repeated without `payload` once it was accepted.
 
-    `have` are ranges of token blocks that need not come.
+    The encoder need not send the token blocks in `have`.
     """
 
     request_id: Name
     attempt: Counter
-    budget_ms: Milliseconds  # until the language node gives up
+    budget_ms: Milliseconds  # time until the language node abandons the request
     payload: Annotated[bytes, Meta(max_length=MAX_PAYLOAD)] | None = None
     have: Annotated[tuple[tuple[TokenBlock, Tokens], ...], Meta(max_length=MAX_LIST)] = ()  # [start, stop)
-    fingerprint: Digest | None = None  # of the prompt that `have` belongs to
+    fingerprint: Digest | None = None  # of the prompt to which `have` refers
 
 
 class Accepted(Message, frozen=True):
-    """encode -> language: the Submit has arrived; Prepared follows."""
+    """encode -> language: the Submit has arrived, and Prepared follows."""
 
     request_id: Name
     attempt: Counter
 
 
 class Prepared(Message, frozen=True):
-    """encode -> language: the prompt's size. Equal fingerprints are the same prompt."""
+    """encode -> language: the prompt's size. Equal fingerprints mean equal prompts."""
 
     request_id: Name
     attempt: Counter
@@ -122,7 +122,7 @@ class Prepared(Message, frozen=True):
     visual_rows: Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
     rope_delta: Annotated[int, Meta(ge=-(2**31), lt=2**31)]
     fingerprint: Digest
-    prepare_us: Counter = 0  # microseconds that it took, for the timings of the answer
+    prepare_us: Counter = 0  # durations in microseconds, which the answer reports
     encode_us: Counter = 0
 
 
@@ -136,7 +136,7 @@ class Grant(Message, frozen=True):
 
 
 class WrittenBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One token block as the sender wrote it."""
+    """One token block, as the sender wrote it."""
 
     token_block: TokenBlock
     checksum: Annotated[bytes, Meta(min_length=8, max_length=8)]
@@ -144,7 +144,7 @@ class WrittenBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_
 
 
 class Written(Message, frozen=True):
-    """encode -> language: these blocks of the round are in the pool."""
+    """encode -> language: these blocks of the round are in the receive pool."""
 
     request_id: Name
     attempt: Counter
@@ -153,7 +153,7 @@ class Written(Message, frozen=True):
 
 
 class Release(Message, frozen=True):
-    """language -> encode: everything has arrived."""
+    """language -> encode: all blocks have arrived."""
 
     request_id: Name
     attempt: Counter
@@ -168,7 +168,7 @@ class Abort(Message, frozen=True):
 
 
 class Aborted(Message, frozen=True):
-    """encode -> language: nothing of the attempt is being written or will be."""
+    """encode -> language: no block of the attempt is being written or will be."""
 
     request_id: Name
     attempt: Counter
@@ -177,7 +177,8 @@ class Aborted(Message, frozen=True):
 class Error(Message, frozen=True):
     """encode -> language: the attempt has failed.
 
-    4xx: so it would anywhere. 5xx: another encoder may do better; 500 is of this request, others of the node's state.
+    4xx: it would fail on any encoder. 5xx: another encoder may succeed. 500 is a failure of this request, other 5xx are
+    caused by the state of the node.
     """
 
     request_id: Name
@@ -192,22 +193,22 @@ MESSAGES = (Hello, Welcome, Refused, Heartbeat, HeartbeatReply, Goodbye, Submit,
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Hello | Welcome | Refused | Heartbeat | HeartbeatReply | Goodbye | Submit | Accepted
                                    | Prepared | Grant | Written | Release | Abort | Aborted | Error)  # fmt: skip
-_OLD_DECODER = msgspec.msgpack.Decoder(Hello | Refused)
+_VERSION_DECODER = msgspec.msgpack.Decoder(Hello | Refused)
 
 
-def encode(message: Message) -> bytes:
-    """The version's byte and the message as msgpack."""
+def pack_message(message: Message) -> bytes:
+    """Returns the version byte followed by the message as msgpack."""
     return bytes((PROTOCOL,)) + _ENCODER.encode(message)
 
 
-def decode(data: bytes) -> tuple[Message | None, str]:
-    """(message, "") or (None, why not). Raises nothing, whatever the bytes.
+def unpack_message(data: bytes) -> tuple[Message | None, str]:
+    """Returns (message, "") or (None, the reason why it can't be read). It raises for no input.
 
-    Of other versions Hello and Refused alone are read, so that nodes of different versions can part with a reason.
+    Of other versions only Hello and Refused are read, so that nodes of different versions can report the mismatch.
     """
     if not 2 <= len(data) <= MAX_MESSAGE:
         return None, f"a message of {len(data)} bytes: expected 2 to {MAX_MESSAGE}"
-    decoder = _DECODER if data[0] == PROTOCOL else _OLD_DECODER
+    decoder = _DECODER if data[0] == PROTOCOL else _VERSION_DECODER
     try:
         return decoder.decode(memoryview(data)[1:]), ""
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
@@ -216,10 +217,10 @@ def decode(data: bytes) -> tuple[Message | None, str]:
 
 
 def refusal(language: Hello, encode: Hello) -> str | None:
-    """Why a language node and an encode node can't work together, in one line; None if they can."""
+    """Explains in one line why a language node and an encode node are incompatible; None if they are compatible."""
     for hello, role in ((language, "language"), (encode, "encode")):
         if hello.role != role:
-            return f"node {hello.node_id} is of role {hello.role}: expected role {role}"
+            return f"node {hello.node_id} has role {hello.role}: expected role {role}"
     for name, remedy in (
         ("protocol", "install the same release on both"),
         ("model", "load the same checkpoint on both"),
@@ -245,5 +246,5 @@ def _broken_pool(hello: Hello) -> str | None:
         return f"the pool needs a session and {len(expected)} addresses and sizes"
     counts = {divmod(total, item) for total, item in zip(hello.total_lens, expected, strict=True)}
     if len(counts) != 1 or next(iter(counts))[1] or not 1 <= next(iter(counts))[0] <= MAX_BLOCKS:
-        return f"buffers of {list(hello.total_lens)} bytes do not hold one number of rows of {list(expected)} bytes"
+        return f"buffers of {list(hello.total_lens)} bytes do not hold equal numbers of rows of {list(expected)} bytes"
     return None

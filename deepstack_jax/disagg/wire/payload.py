@@ -1,7 +1,7 @@
-"""A request on its way from a language node to an encode node: prompt, images, videos and options, as msgpack.
+"""The payload of Submit: a request's prompt, images, videos and options, encoded as msgpack.
 
-Images and videos travel as the files that they came as, and integers that msgpack can't hold as bytes. What changes
-here changes `messages.PROTOCOL` too: nodes of unlike releases refuse each other before they exchange requests.
+Images and videos are sent as their original files, and integers that msgpack can't represent as bytes. Every change of
+this format must change `messages.PROTOCOL` too, so that nodes of different releases refuse each other at connect time.
 """
 
 import io
@@ -25,17 +25,17 @@ def pack(
     videos: Sequence[Video],
     options: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The request as bytes.
+    """Encodes a request as bytes.
 
     Args:
-        prompt: text, or messages whose parts may hold what `images` and `videos` hold.
-        images: opened from an io.BytesIO and not decoded: their files are what travels.
+        prompt: text, or messages whose parts may contain images and videos of the kinds below.
+        images: opened from an io.BytesIO and not yet decoded, because their files are sent.
         videos: files of any container, or lists of images.
         options: keyword arguments of `processor.prepare`.
 
     Raises:
         ValueError: lists or objects are nested too deeply.
-        TypeError: something else than text, numbers, images and videos.
+        TypeError: a value is not text, a number, an image or a video.
     """
     request = (prompt, list(images), list(videos), dict(options or {}))
     try:
@@ -48,10 +48,10 @@ def pack(
 
 
 def unpack(data: bytes) -> tuple[UserPrompt, list[Image.Image], list[Video], dict[str, Any]]:
-    """What `pack` was given.
+    """Returns the arguments that `pack` received.
 
     Raises:
-        ValueError: the bytes are not a request, or hold an image that this node's Pillow doesn't read.
+        ValueError: the bytes are not a request, or contain an image that this node's Pillow can't read.
     """
     try:
         return _DECODER.decode(data)
@@ -63,11 +63,11 @@ def _to_ext(value: object) -> msgspec.msgpack.Ext:
     if isinstance(value, Image.Image):
         file = getattr(value, "fp", None)
         if not isinstance(file, io.BytesIO) or value.format is None:
-            raise TypeError("an image that was decoded already can't be sent: open it from its bytes")
+            raise TypeError("an image that is already decoded can't be sent: open it from its bytes")
         return msgspec.msgpack.Ext(_IMAGE, value.format.encode().ljust(8) + file.getvalue())
     if isinstance(value, io.BytesIO):
         return msgspec.msgpack.Ext(_VIDEO, value.getvalue())
-    raise TypeError(f"a {type(value).__name__} can't be sent to an encode node")
+    raise TypeError(f"a value of type {type(value).__name__} can't be sent to an encode node")
 
 
 def _with_large_integers(value: Any) -> Any:
@@ -87,21 +87,21 @@ def _from_ext(code: int, data: memoryview) -> Image.Image | io.BytesIO | int:
         return _open(bytes(data[:8]).decode("ascii", "replace").strip(), io.BytesIO(data[8:]))
     if code == _INTEGER:
         return int.from_bytes(data, "big", signed=True)
-    raise ValueError(f"extension type {code} is not known")
+    raise ValueError(f"extension type {code} is unknown")
 
 
 def _open(name: str, file: io.BytesIO) -> Image.Image:
-    """Opens an image as what it was admitted, and as nothing else that its bytes could be taken for."""
+    """Opens an image with the format that it was admitted as, and with no other that would also accept its bytes."""
     Image.init()
-    # Pillow has no opener of MPO: its JPEG opener finds out
+    # Pillow has no opener for MPO: its JPEG opener recognises it
     opener = "JPEG" if name == "MPO" else name
     if opener not in Image.OPEN:
-        raise ValueError(f"images of the format {name} are not supported there: send a PNG or JPEG")
+        raise ValueError(f"images of format {name} are not supported by the encode node: send a PNG or JPEG")
     try:
         return Image.open(file, formats=[opener])
-    except Exception as error:  # a codec that is missing there, or another version of it
-        reason = "it is not supported there" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
-        raise ValueError(f"an image of the format {name} can't be opened ({reason}): send a PNG or JPEG") from None
+    except Exception as error:  # a codec is missing or has a different version
+        reason = "it is not supported" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
+        raise ValueError(f"an image of format {name} can't be opened ({reason}): send a PNG or JPEG") from None
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_ext)

@@ -1,4 +1,4 @@
-"""Rows on their way, for both sides: where they stand in a block, how they are copied, and how long that took."""
+"""Helpers of both bridges: where visual rows are in a block, how they are copied, and how long each stage took."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,39 +7,39 @@ import numpy as np
 
 from deepstack_jax.disagg.wire.layout import visual_runs
 
-CACHED_BYTES = 1 << 18  # of rows copied and summed at a time, so that the second reads the cache
+PART_BYTES = 1 << 18  # bytes copied and then summed at a time, so that the sum reads the CPU's cache
 
 
 @dataclass
 class StageTimes:
-    """Seconds that the stages of a bridge were at work, and what went through."""
+    """Busy seconds of the stages of a bridge, and the amounts that they processed."""
 
-    device: float = 0.0  # waiting for rows to come to the host, or sending them from it
+    device: float = 0.0  # waiting for rows to reach the host, or sending them to the device
     host: float = 0.0  # copies and checksums
-    wire: float = 0.0  # at least one write in flight
+    wire: float = 0.0  # with at least one write in flight
     num_bytes: int = 0
-    pieces: int = 0
+    num_segments: int = 0
 
 
-def copied(source: np.ndarray, target: np.ndarray) -> Iterator[np.ndarray]:
-    """Copies rows [n, W] into contiguous ones; yields those part by part, for who reads them from the cache."""
-    step = max(1, CACHED_BYTES // (source.shape[1] * source.itemsize))
+def copy_in_parts(source: np.ndarray, target: np.ndarray) -> Iterator[np.ndarray]:
+    """Copies rows [n, W] to contiguous memory, and yields each part while it is still in the CPU's cache."""
+    step = max(1, PART_BYTES // (source.shape[1] * source.itemsize))
     for start in range(0, len(source), step):
         part = target[start : start + step]
         part[...] = source[start : start + step]
         yield part
 
 
-def runs_of(visual: np.ndarray) -> tuple[tuple[int, int], ...]:
-    """`visual_runs` of a block; most blocks are of one kind."""
+def block_runs(visual: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Returns `visual_runs` of a block; blocks that are all visual or all text, as most are, take a fast path."""
     if visual.all():
         return ((0, len(visual)),)
     return visual_runs(visual) if visual.any() else ()
 
 
-def place_of_rows(runs: Sequence[tuple[int, int]]) -> int:
-    """Where in a block its visual rows begin; they are one piece in each buffer.
+def first_row(runs: Sequence[tuple[int, int]]) -> int:
+    """Returns the offset of a block's visual rows, which are contiguous in each buffer.
 
-    One run stands at its tokens' places, so that neighbouring blocks merge; several are packed at the block's start.
+    A single run keeps its tokens' offset, so that adjacent blocks merge. Several runs are packed at the block's start.
     """
     return runs[0][0] if len(runs) == 1 else 0

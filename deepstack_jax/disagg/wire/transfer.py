@@ -1,11 +1,11 @@
-"""What the two sides of a transfer have in common: states, and the actions that their machines ask for.
+"""The states and actions that both sides of a transfer share.
 
-`receiver.Receiver` runs on the language node, `sender.Sender` on the encode node. Neither knows threads, sockets,
-memory or time: an event comes in with the clock's reading (seconds, monotonic), a list of actions comes out, and who
-drives them carries the actions out. Any message may be lost, doubled, late or out of order; no event raises.
+`receiver.Receiver` runs on the language node, `sender.Sender` on the encode node. Neither uses threads, sockets, memory
+or a clock: each event (with a timestamp in monotonic seconds) returns a list of actions for the driver to perform. Any
+message may be lost, duplicated, late or out of order; no event raises.
 
-A peer is one incarnation of a node, named by an opaque string: a node that was restarted is another peer. Nothing that
-a former incarnation sent can then be taken for the new one's.
+A peer is one incarnation of a node, named by an opaque string. A restarted node is a different peer, so a message from
+its former incarnation can't be mistaken for a new one.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from deepstack_jax.disagg.wire.messages import Message
 
 
 class State(IntEnum):
-    """Of a request, on either side. A state is followed by greater ones alone, so Failed wins."""
+    """The state of a request on either side. It only increases, so FAILED wins."""
 
-    BOOTSTRAPPING = 0  # being prepared
-    WAITING_FOR_INPUT = 1  # prepared; no block has been granted yet
+    BOOTSTRAPPING = 0  # the encode node is preparing it
+    WAITING_FOR_INPUT = 1  # it is prepared, and no block has been granted yet
     TRANSFERRING = 2
     SUCCESS = 3
     FAILED = 4
@@ -32,12 +32,12 @@ class Send:
     message: Message
 
 
-# actions of the receiver
+# actions that the receiver returns
 
 
 @dataclass(frozen=True)
-class Began:
-    """The request's prompt is known. Blocks copied out before belong to another prompt: forget them."""
+class PromptKnown:
+    """The request's prompt is known. Discard blocks copied out earlier: they belong to a different prompt."""
 
     request_id: str
     total_tokens: int
@@ -47,20 +47,20 @@ class Began:
 
 @dataclass(frozen=True)
 class CopyOut:
-    """Copy token block `token_block` out of `pool_block`, then call `Receiver.copied` with what the COPY has."""
+    """Copy token block `token_block` out of `pool_block`, then call `Receiver.copied` with the checksum of the COPY."""
 
     request_id: str
     attempt: int
     round: int
     token_block: int
     pool_block: int
-    checksum: bytes  # as the sender says; the receiver compares
+    checksum: bytes  # reported by the sender; the receiver compares it
     num_bytes: int
 
 
 @dataclass(frozen=True)
-class EncodeHere:
-    """No encoder is left for the request; the machine has forgotten it: encode it on this node."""
+class EncodeLocally:
+    """No encoder is left for the request, and the receiver has forgotten it: encode it on this node."""
 
     request_id: str
     reason: str
@@ -68,7 +68,7 @@ class EncodeHere:
 
 @dataclass(frozen=True)
 class Ended:
-    """The request is over. On SUCCESS all of its blocks have been copied out; `status` is then 200."""
+    """The request has ended. On SUCCESS all of its blocks have been copied out, and `status` is 200."""
 
     request_id: str
     state: State
@@ -76,12 +76,12 @@ class Ended:
     reason: str
 
 
-# actions of the sender
+# actions that the sender returns
 
 
 @dataclass(frozen=True)
-class Key:
-    """One attempt of a request, as the sender names it."""
+class AttemptKey:
+    """Identifies one attempt of a request on the sender."""
 
     peer: str
     request_id: str
@@ -92,10 +92,10 @@ class Key:
 class Prepare:
     """Prepare and encode, then call `Sender.prepared` or `Sender.failed`.
 
-    `have` are token blocks that need no rows, if the prompt's fingerprint turns out to be `fingerprint`.
+    The token blocks in `have` need no rows if the prompt's fingerprint equals `fingerprint`.
     """
 
-    key: Key
+    key: AttemptKey
     payload: bytes
     deadline: float
     have: tuple[tuple[int, int], ...]
@@ -106,19 +106,19 @@ class Prepare:
 class StartWrite:
     """Write token blocks to the peer's pool blocks, then call `Sender.written` or `Sender.write_failed` for each.
 
-    Ask `Sender.may_write` at the moment of starting, and call `Sender.write_skipped` if it says no.
+    Call `Sender.may_write` just before starting. If it returns False, call `Sender.write_skipped` instead.
     """
 
-    key: Key
+    key: AttemptKey
     round: int
     blocks: tuple[tuple[int, int], ...]  # (token block, pool block)
 
 
 @dataclass(frozen=True)
 class Forget:
-    """Nothing more is asked of the attempt: drop its rows, and stop preparing it."""
+    """The attempt has ended: drop its rows and stop preparing it."""
 
-    key: Key
+    key: AttemptKey
 
 
-Action = Send | Began | CopyOut | EncodeHere | Ended | Prepare | StartWrite | Forget
+Action = Send | PromptKnown | CopyOut | EncodeLocally | Ended | Prepare | StartWrite | Forget
