@@ -132,7 +132,8 @@ class Scheduler:
         self.overtaken[job.id] = 0
 
     def check_fits(self, prompt_tokens: int, max_new_tokens: int) -> None:
-        """
+        """Refuses a request that the empty pool could not hold, before anything is prepared for it.
+
         Raises:
             NeverFits: the whole pool is too small for such a request.
         """
