@@ -223,10 +223,16 @@ class TestCache:
         cache = cache_of()
         keep(cache, b"a", b"b", b"c")
         used = cache.match((b"a", b"b"), 9)
-        assert (cache.reclaimable(), cache.evict(99)) == (2, 2)
+        assert [cache.evict(count) for count in (3, 2, 1)] == [0, 2, 0]
         cache.ledger.release(used)
-        assert (cache.reclaimable(keep=(b"a",)), cache.evict(99, keep=(b"a",))) == (2, 2)
-        assert cache.evict(99) == 2
+        assert [cache.evict(count, keep=(b"a",)) for count in (3, 2, 1)] == [0, 2, 0]
+        assert cache.evict(2) == 2
+
+    def test_nothing_is_given_up_in_vain(self):
+        cache = cache_of()
+        keep(cache, b"a", b"b")
+        assert (cache.evict(5), len(cache)) == (0, 4)
+        assert (cache.evict(3), len(cache)) == (4, 0)  # whole chunks
 
     def test_a_chunk_without_its_parent_is_not_kept(self):
         cache = cache_of()

@@ -231,22 +231,20 @@ class PrefixCache:
             self._mark_used(parent)
         return True
 
-    def reclaimable(self, keep: Collection[bytes] = ()) -> int:
-        """Pages that `evict` could set free."""
-        return sum(1 for _ in self._evictable(keep)) * self.pages_per_chunk
-
     def evict(self, count: int, keep: Collection[bytes] = ()) -> int:
-        """Gives up least recently used chunks that no request uses, until `count` pages or more are free.
+        """Gives up least recently used chunks that no request uses, whole ones, until `count` pages are free.
 
         Args:
             count: pages that should become free.
             keep: keys that stay, with all their ancestors.
 
         Returns:
-            How many pages became free: fewer than `count` if no more can.
+            How many pages became free: none if fewer than `count` could, so that nothing is given up in vain.
         """
         wanted = cdiv(max(count, 0), self.pages_per_chunk)
-        victims = list(itertools.islice(self._evictable(keep), wanted))
+        victims = list(itertools.islice(self._evictable(keep), wanted)) if count <= len(self) else []
+        if len(victims) < wanted:
+            return 0
         for key in victims:
             self._drop(key)
         return len(victims) * self.pages_per_chunk
@@ -267,8 +265,8 @@ class PrefixCache:
         """Chunks that could go one after another, in this order: descendants come before their ancestors."""
         gone: dict[bytes, int] = {}  # children that went before
         for key, entry in self._entries.items():
-            pinned = key in keep or any(self.ledger.count(page) > 1 for page in entry.pages)
-            if pinned or entry.children > gone.get(key, 0):
+            # one page tells of all: requests share and release whole chunks
+            if key in keep or self.ledger.count(entry.pages[0]) > 1 or entry.children > gone.get(key, 0):
                 continue
             if entry.parent is not None:
                 gone[entry.parent] = gone.get(entry.parent, 0) + 1
@@ -278,10 +276,7 @@ class PrefixCache:
         """Whether `pages` pages or fewer are kept after giving some up, the parent not among them."""
         keep = () if parent is None else (parent,)
         excess = len(self) - pages
-        if pages < 0 or (excess > 0 and self.reclaimable(keep) < excess):
-            return False
-        self.evict(excess, keep)
-        return True
+        return pages >= 0 and (excess <= 0 or self.evict(excess, keep) > 0)
 
     def _drop(self, key: bytes) -> None:
         entry = self._entries.pop(key)

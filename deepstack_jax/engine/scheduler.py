@@ -318,10 +318,8 @@ class Scheduler:
         kept = self.cache.find(job.keys, job.prompt_tokens)
         needed = self.shape.pages_of(job.tokens) - len(kept) * self.shape.pages_per_chunk
         missing = needed - self.ledger.free
-        if missing > 0:
-            if missing > len(self.cache) or missing > self.cache.reclaimable(kept):
-                return None
-            self.cache.evict(missing, kept)
+        if missing > 0 and not self.cache.evict(missing, kept):
+            return None
         shared = self.cache.match(job.keys, job.prompt_tokens)
         return shared + self.ledger.take(needed), len(shared)
 
