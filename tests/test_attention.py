@@ -1,15 +1,20 @@
 """ranged_attention against float64 softmax attention, and its memory on the largest images."""
 
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepstack_jax.models.attention import BLOCK, ranged_attention
+from pallas_kernels import attention as attention_module
+from pallas_kernels.attention import paged_attention, ranged_attention
+from pallas_kernels.attention.arg_specs import REAL_RANGED, SMALL_RANGED, RangedArgSpec
+from pallas_kernels.attention.xla_ranged import BLOCK
 
 
 def reference(query, key, value, start, stop) -> np.ndarray:
@@ -67,6 +72,68 @@ def test_equals_float64_attention_within_each_querys_range(ranges, batch, heads,
     assert out.dtype == jnp.float32
     # float32 rounding of sums over up to 1500 keys
     np.testing.assert_allclose(out, reference(query, key, value, start, stop), atol=3e-6)
+
+
+@pytest.mark.parametrize("backend", [None, *attention_module.BACKENDS])
+@pytest.mark.parametrize("spec", SMALL_RANGED, ids=str)
+def test_every_backend_equals_float64_attention(spec: RangedArgSpec, backend: str | None):
+    args = spec.arrays("float32")
+    assert [(x.shape, x.dtype) for x in args] == [(x.shape, x.dtype) for x in spec.shapes("float32")]
+    out = jax.jit(partial(ranged_attention, backend=backend))(*args)
+    np.testing.assert_allclose(out, reference(*(np.asarray(x) for x in args)), atol=3e-6)  # as above
+
+
+@pytest.mark.parametrize("spec", [spec for specs in REAL_RANGED.values() for spec in specs], ids=str)
+def test_arguments_of_the_real_models_are_accepted(spec: RangedArgSpec):
+    out = jax.eval_shape(ranged_attention, *spec.shapes("bfloat16"))
+    assert (out.shape, out.dtype) == ((spec.batch, spec.length, spec.heads, spec.head_dim), jnp.float32)
+
+
+class TestRefusals:
+    """Both ops name what doesn't fit."""
+
+    def test_an_unknown_backend_is_named_beside_the_known_ones(self):
+        query, keys, bounds = jnp.zeros((2, 4, 3, 8)), jnp.zeros((2, 2, 5, 8)), jnp.zeros((2, 3), jnp.int32)
+        with pytest.raises(ValueError, match="ranged_attention has no backend 'mosaic': expected one of xla"):
+            ranged_attention(query, keys, keys, bounds, bounds, backend="mosaic")
+        with pytest.raises(ValueError, match="paged_attention has no backend 'mosaic': expected one of xla"):
+            paged_attention(query, keys, keys, bounds, bounds, bounds, backend="mosaic")
+
+    @pytest.mark.parametrize(
+        "misfit",
+        [
+            {"query": (2, 3, 3, 8)},  # H is not a multiple of K
+            {"query": (2, 4, 3, 7)},
+            {"query": (2, 4, 8)},
+            {"key": (2, 2, 6, 8)},
+            {"start": (2, 4)},
+            {"stop": (3, 3)},
+            {"page_table": (3, 5)},
+            {"page_table": (2,)},
+        ],
+        ids=str,
+    )
+    def test_shapes_that_do_not_fit_together_are_named(self, misfit: dict[str, tuple[int, ...]]):
+        fitting = {
+            "query": (2, 4, 3, 8),
+            "key": (2, 2, 5, 8),
+            "value": (2, 2, 5, 8),
+            "page_table": (2, 6),
+            "start": (2, 3),
+            "stop": (2, 3),
+        }
+        query, key, value, table, start, stop = (jnp.zeros(shape, jnp.int32) for shape in (fitting | misfit).values())
+        shape = ".*".join(re.escape(str(shape)) for shape in misfit.values())
+        with pytest.raises(ValueError, match=f"paged_attention: .*{shape}"):
+            paged_attention(query, key, value, table, start, stop)
+        if "page_table" not in misfit:
+            with pytest.raises(ValueError, match=f"ranged_attention: .*{shape}"):
+                ranged_attention(query, key, value, start, stop)
+
+    def test_keys_of_another_batch_are_refused(self):
+        query, keys, bounds = jnp.zeros((2, 4, 3, 8)), jnp.zeros((1, 2, 5, 8)), jnp.zeros((2, 3), jnp.int32)
+        with pytest.raises(ValueError, match="ranged_attention"):
+            ranged_attention(query, keys, keys, bounds, bounds)
 
 
 def test_the_gradient_through_blocks_is_that_of_plain_attention():

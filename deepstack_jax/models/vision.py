@@ -17,10 +17,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import VisionConfig
-from deepstack_jax.models.attention import ranged_attention
 from deepstack_jax.models.norm import LayerNorm
 from deepstack_jax.models.param import AnyArray, Linear, param
 from deepstack_jax.models.rope import Rotation, patch_rotation, rotate
+from pallas_kernels.attention import ranged_attention
 
 
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well

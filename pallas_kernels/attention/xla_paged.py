@@ -1,0 +1,113 @@
+"""The plain form of paged_attention: a running softmax over pages, up to the last one that a query reads.
+
+The time follows the longest range in the batch and the temporary memory is constant. A row's bits don't depend on the
+other rows: the sizes of all products are constants of the shapes, the turns stand at fixed places of a row's keys, and
+a turn leaves the state of a query that reads none of its keys as it was.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from pallas_kernels.attention.running_softmax import State, finish, initial, read_block
+from pallas_kernels.attention.xla_ranged import BLOCK, even_block
+
+# Keys at a time, a whole number of pages: fewer for one query, where they cost more than the state that they are added
+# to. A turn must not depend on anything but shapes, or bits would.
+TURN = BLOCK
+DECODE_TURN = 128
+
+
+def paged_attention(
+    query: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+) -> jax.Array:
+    """See `pallas_kernels.attention`."""
+    batch, heads, length, head_dim = query.shape
+    kv_heads, page = key_pages.shape[1:3]
+    groups = heads // kv_heads
+    grouped = query.reshape(batch, kv_heads, groups, length, head_dim)
+    if groups * length == 1:  # XLA on CPU reads bfloat16 at a tenth of the speed for a product of one row
+        grouped = jnp.concatenate([grouped, grouped], axis=2)
+    pages = max((DECODE_TURN if length == 1 else TURN) // page, 1)
+    page_table = jnp.pad(page_table, [(0, 0), (0, -page_table.shape[1] % pages)])
+
+    def attend(queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        return _attend(*queries, key_pages, value_pages, page_table, pages)
+
+    if length <= BLOCK:
+        out = attend((grouped, start, stop))
+    else:
+        blocks = jax.lax.map(attend, _query_blocks(grouped, start, stop))
+        out = jnp.moveaxis(blocks, 0, 3).reshape(*grouped.shape[:3], -1, head_dim)
+    return out[:, :, :groups, :length].reshape(batch, heads, length, head_dim).swapaxes(1, 2)
+
+
+def _query_blocks(query: jax.Array, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The three split along T into blocks of one length, stacked; the queries that fill the last one read nothing."""
+    length = query.shape[3]
+    rows = even_block(length)
+    padding = -length % rows
+    query = jnp.pad(query, [(0, 0)] * 3 + [(0, padding), (0, 0)])
+    start, stop = (jnp.pad(bound, [(0, 0), (0, padding)]) for bound in (start, stop))
+    return (
+        jnp.moveaxis(query.reshape(*query.shape[:3], -1, rows, query.shape[4]), 3, 0),
+        jnp.moveaxis(start.reshape(len(start), -1, rows), 1, 0),
+        jnp.moveaxis(stop.reshape(len(stop), -1, rows), 1, 0),
+    )
+
+
+def _attend(
+    query: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    pages: int,
+) -> jax.Array:
+    """Queries [B, K, G, T, h], `pages` pages of each row per turn, from the first to the last that any query reads."""
+    size = pages * key_pages.shape[2]
+
+    def step(turn: jax.Array, state: State) -> State:
+        numbers = jax.lax.dynamic_slice_in_dim(page_table, turn * pages, pages, axis=1)
+        key, value = (_gather(x, numbers) for x in (key_pages, value_pages))
+        slots = turn * size + jnp.arange(size)
+        readable = (slots >= start[..., None]) & (slots < stop[..., None])
+        # what no query of a row reads weighs 0, which isn't enough where it is NaN
+        value = jnp.where(jnp.any(readable, axis=1)[:, None, :, None], value, 0)
+        reads = jnp.any(readable, axis=2)[:, None, None]
+        return _choose(reads, read_block(state, _products(query, key), value, readable), state)
+
+    reads_any = start < stop
+    first = jnp.min(jnp.where(reads_any, start, page_table.shape[1] * key_pages.shape[2])) // size
+    last = pl.cdiv(jnp.max(jnp.where(reads_any, stop, 0)), size)
+    return finish(jax.lax.fori_loop(first, last, step, initial(query)))
+
+
+def _choose(reads: jax.Array, after: State, before: State) -> State:
+    """The state after a turn for the queries that read one of its keys, the very bits of before for the others."""
+    maximum, total = (jnp.where(reads, after[i], before[i]) for i in (0, 1))
+    return maximum, total, jnp.where(reads[..., None], after[2], before[2])
+
+
+def _gather(pages: jax.Array, numbers: jax.Array) -> jax.Array:
+    """The pages [N, K, page, h] with the `numbers` [B, n], side by side: [B, K, n * page, h]."""
+    batch, count = numbers.shape
+    _, kv_heads, page, head_dim = pages.shape
+    chosen = jnp.take(pages, numbers.reshape(-1), axis=0, mode="clip")
+    chosen = chosen.reshape(batch, count, kv_heads, page, head_dim).swapaxes(1, 2)
+    return chosen.reshape(batch, kv_heads, count * page, head_dim)
+
+
+def _products(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Query times key, float32 [B, K, G, T, S]."""
+    if query.shape[3] > 1:
+        return jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32)
+    # keys on the left: on the right XLA on CPU would transpose them first
+    products = jnp.einsum("bksh,bkgh->bksg", key, query[:, :, :, 0], preferred_element_type=jnp.float32)
+    return products.swapaxes(2, 3)[:, :, :, None]
