@@ -20,7 +20,7 @@ class Chip(NamedTuple):
 
 
 def target_chip(*args: jax.Array) -> Chip:
-    """The chip of the mesh that `args` lie on or that is in use (also a described one, see aot.py), else jax's own."""
+    """The chip of the mesh that `args` lie on or that is in use, also a described one (aot.py), otherwise jax's own."""
     of_mesh = next((mesh.abstract_device for mesh in _meshes(args) if mesh.abstract_device), None)
     device = of_mesh or jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
@@ -38,8 +38,8 @@ def _meshes(args: tuple[jax.Array, ...]) -> list[jax.sharding.AbstractMesh]:
     return [*(jax.typeof(x).sharding.mesh for x in args), jax.sharding.get_abstract_mesh()]
 
 
-def named(op: str, backends: Mapping[str, Backend], name: str) -> Backend:
-    """The backend called `name`; a `ValueError` lists those that there are."""
+def get_backend[B](op: str, backends: Mapping[str, B], name: str) -> B:
+    """The backend called `name`; an unknown name raises a `ValueError` that lists the known ones."""
     if name not in backends:
         raise ValueError(f"{op} has no backend {name!r}: expected one of {', '.join(backends)}")
     return backends[name]
@@ -47,5 +47,5 @@ def named(op: str, backends: Mapping[str, Backend], name: str) -> Backend:
 
 @cache
 def log_choice(op: str, shapes: str, chip: Chip, backend: str, why: str) -> None:
-    """Says once for each op, shapes and chip which backend was taken."""
+    """Logs once per op, shapes and chip which backend was taken."""
     _log.debug("%s of %s on %s: %s (%s)", op, shapes, chip.kind, backend, why)

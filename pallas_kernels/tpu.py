@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 
-def in_words(x: jax.Array, dtype: Any) -> jax.Array:
+def pack_bf16_pairs(x: jax.Array, dtype: Any) -> jax.Array:
     """[T, D] in `dtype` as 32-bit words, since a copy can't start at every row of 16-bit numbers.
 
     float32 [T, D], or uint32 [T, D / 2] with column c of bfloat16 in the low half and column D / 2 + c in the high one.
@@ -23,8 +23,8 @@ def in_words(x: jax.Array, dtype: Any) -> jax.Array:
     return rounded(x[:, :half]) >> 16 | rounded(x[:, half:])
 
 
-def columns_of(words: jax.Array) -> tuple[jax.Array, ...]:
-    """The columns that `in_words` packed, in float32: ([T, D],), or both halves of them."""
+def unpack_bf16_pairs(words: jax.Array) -> tuple[jax.Array, ...]:
+    """The columns that `pack_bf16_pairs` packed, in float32: ([T, D],), or both halves of them."""
     if words.dtype == jnp.float32:
         return (words,)
     # a bfloat16 is the high half of the float32 of the same value

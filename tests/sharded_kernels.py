@@ -1,4 +1,4 @@
-"""Run by tests/test_kernels.py with two devices: kernels inside shard_map, tokens or experts' widths divided."""
+"""Run by tests/test_kernels.py with two devices: kernels inside shard_map, tokens, experts or their widths divided."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def main() -> None:
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
     for tokens in (4, 64):
         for backend in (None, "xla", "cpu", "xla_grouped"):
-            args = arg_specs.ArgSpec(tokens, 36, 10, 3, 20).arrays("float32")
+            args = arg_specs.ArgSpec(tokens, 36, 10, 3, 20, "a third nowhere").arrays("float32")
             whole = fused_moe(*args, backend=backend)
 
             def call(*args: jax.Array, backend: str | None = backend) -> jax.Array:
@@ -35,6 +35,15 @@ def main() -> None:
             specs = P(), P(None, None, None, "x"), P(None, "x"), P(), P()
             by_width = jax.shard_map(partial_sums, mesh=mesh, in_specs=specs, out_specs=P())
             np.testing.assert_allclose(jax.jit(by_width)(hidden, halves, down, index, weights), whole, atol=1e-5)
+
+            # the experts divided: what belongs to the other device goes nowhere
+            def own_experts(hidden, gate_up, down, index, weights, call=call):
+                first = jax.lax.axis_index("x") * len(gate_up)
+                own = (index >= first) & (index < first + len(gate_up))
+                return jax.lax.psum(call(hidden, gate_up, down, jnp.where(own, index - first, -1), weights), "x")
+
+            by_expert = jax.shard_map(own_experts, mesh=mesh, in_specs=(P(), P("x"), P("x"), P(), P()), out_specs=P())
+            np.testing.assert_allclose(jax.jit(by_expert)(*args), whole, atol=1e-6)
 
     hidden, rows, index = add_specs.TILED.arrays("float32", "float32")
     hidden, index = hidden[:36], index[:36]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from pallas_kernels.deepstack_add import mosaic_tpu as deepstack_add
 from pallas_kernels.deepstack_add import xla as plain_deepstack_add
@@ -19,15 +20,14 @@ from pallas_kernels.fused_moe.arg_specs import ROUTINGS, TILED, ArgSpec, Routing
 from tests.interpreters import on_tpu
 from tests.test_kernels import error_of, error_of_plain_form
 
-CHIP = fused_moe.Chip(vmem=64 << 20, cores=1, matrix_unit=128)
 REGIMES = {
-    "decode": partial(fused_moe._decode, chip=CHIP, block=384),
-    "decode, blocks of F": partial(fused_moe._decode, chip=CHIP, block=128),
-    "decode, two cores": partial(fused_moe._decode, chip=CHIP._replace(cores=2), block=384),
-    "prefill": partial(fused_moe._prefill, chip=CHIP, tiles=fused_moe.Tiles(512, 128, 384)),
-    "prefill, small tiles": partial(fused_moe._prefill, chip=CHIP, tiles=fused_moe.Tiles(16, 8, 128)),
+    "decode": partial(fused_moe._decode, cores=1, block=384),
+    "decode, blocks of F": partial(fused_moe._decode, cores=1, block=128),
+    "decode, two cores": partial(fused_moe._decode, cores=2, block=128),
+    "prefill": partial(fused_moe._prefill, cores=1, tiles=fused_moe.Tiles(512, 128, 384)),
+    "prefill, small tiles": partial(fused_moe._prefill, cores=1, tiles=fused_moe.Tiles(16, 8, 128)),
     "prefill, two cores, in parts": partial(
-        fused_moe._prefill, chip=CHIP._replace(cores=2), tiles=fused_moe.Tiles(16, 16, 384), max_rows=24
+        fused_moe._prefill, cores=2, tiles=fused_moe.Tiles(16, 16, 384), max_rows=24
     ),
 }
 
@@ -75,8 +75,8 @@ class TestRegimesOfFusedMoe:
         args[3] = jnp.array([[0, -1], [6, 9], [-1, -1], [5, 1], [2, 6]], jnp.int32)
         # sums in another order
         np.testing.assert_allclose(run(regime, *args), plain_fused_moe.fused_moe(*args), atol=2e-6)
-        nobody = jnp.full_like(args[3], -1)
-        np.testing.assert_array_equal(run(regime, *args[:3], nobody, args[4]), jnp.zeros_like(args[0]))
+        nowhere = jnp.full_like(args[3], -1)
+        np.testing.assert_array_equal(run(regime, *args[:3], nowhere, args[4]), jnp.zeros_like(args[0]))
 
 
 class TestFusedMoe:
@@ -85,7 +85,7 @@ class TestFusedMoe:
         [("decode", 40, 1), ("decode, blocks of F", 40, 3), ("prefill", 512, 1), ("prefill, small tiles", 16, 3)],
     )
     def test_only_work_that_there_is_takes_a_step(self, regime: str, rows: int, blocks: int):
-        """Each chosen expert, or each of its tiles of `rows`, takes a step for each block of F."""
+        """Each chosen expert, or each of its tiles of `rows`, takes one step per block of F."""
         args = replace(TILED, tokens=40, routing="half of the experts empty").arrays("bfloat16")
         seen = []
 
@@ -94,9 +94,9 @@ class TestFusedMoe:
             return token
 
         run(regime, *args, grid_point_recorder=record)
-        assert len(set(seen)) == len(seen) == blocks * np.sum(-(-np.bincount(np.ravel(args[3])) // rows))
+        assert len(set(seen)) == len(seen) == blocks * np.sum(pl.cdiv(np.bincount(np.ravel(args[3])), rows))
 
-    def test_a_copy_that_nobody_waits_for_is_seen(self, monkeypatch: pytest.MonkeyPatch):
+    def test_a_copy_without_a_wait_is_seen(self, monkeypatch: pytest.MonkeyPatch):
         """The check for races can fail: without its waits the kernel reads rows on their way."""
         monkeypatch.setattr(fused_moe, "_wait_for_rows", lambda *args: None)
         args = replace(TILED, tokens=6).arrays("bfloat16")

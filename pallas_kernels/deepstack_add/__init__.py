@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels.deepstack_add import mosaic_gpu, mosaic_tpu, xla
-from pallas_kernels.dispatch import named
+from pallas_kernels.dispatch import get_backend
 
 BACKENDS = {
     "xla": xla.deepstack_add,
@@ -15,7 +15,7 @@ BACKENDS = {
 def deepstack_add(
     hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int, *, backend: str | None = None
 ) -> jax.Array:
-    """`out[t] = hidden[t] + rows[visual_index[t], level*D : (level+1)*D]` where visual_index[t] >= 0, else hidden[t].
+    """`out[t] = hidden[t] + rows[visual_index[t], level*D : (level+1)*D]`, or hidden[t] where visual_index[t] is -1.
 
     Args:
         hidden: [T, D], any float dtype.
@@ -41,4 +41,4 @@ def deepstack_add(
     levels = rows.shape[1] // width
     if not 0 <= level < levels:
         raise ValueError(f"deepstack_add: level {level} is not among the {levels} levels of rows {rows.shape}")
-    return named("deepstack_add", BACKENDS, backend or "xla")(hidden, rows, visual_index, level)
+    return get_backend("deepstack_add", BACKENDS, backend or "xla")(hidden, rows, visual_index, level)

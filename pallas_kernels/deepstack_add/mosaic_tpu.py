@@ -48,7 +48,7 @@ def deepstack_add(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, l
     tokens, width = hidden.shape
     first_column = level * width
     if rows.dtype != jnp.float32:  # a pass over the level's columns makes words of them, which can be copied by row
-        rows, first_column = tpu.in_words(rows[:, first_column : first_column + width], rows.dtype), 0
+        rows, first_column = tpu.pack_bf16_pairs(rows[:, first_column : first_column + width], rows.dtype), 0
     else:  # where they lie, else XLA may bring all levels into VMEM beforehand
         rows = pltpu.with_memory_space_constraint(rows, pltpu.HBM)
     columns = width // 2 if rows.dtype == jnp.uint32 else width
@@ -134,7 +134,7 @@ def _body(
 
         wait_until_fetched(group)
         slot, first = jax.lax.rem(group, 2), 0
-        for added in tpu.columns_of(added_ref[slot]):
+        for added in tpu.unpack_bf16_pairs(added_ref[slot]):
             columns = slice(first, first + added.shape[1])
             sum_ref[slot, :, columns] += added
             first = columns.stop

@@ -2,7 +2,7 @@
 
 import jax
 
-from pallas_kernels.dispatch import log_choice, named, partitioned_by_xla, target_chip
+from pallas_kernels.dispatch import get_backend, log_choice, partitioned_by_xla, target_chip
 from pallas_kernels.fused_moe import cpu, grouped, mosaic_gpu, mosaic_tpu, xla
 
 BACKENDS = {
@@ -29,12 +29,14 @@ def fused_moe(
         hidden: [T, D], any float dtype; read in the weights' dtype.
         gate_up: [E, D, 2F], the gate in the first F columns.
         down: [E, F, D].
-        top_k_index: int32 [T, k], e = top_k_index[t, j] in 0..E-1.
+        top_k_index: int32 [T, k], e = top_k_index[t, j] in 0..E-1. -1 (or any other number) goes nowhere: this choice
+            adds exactly 0 and reads no weights; a token of nothing but -1 gets zeros.
         top_k_weights: [T, k], any float dtype; applied in float32.
         backend: a name from `BACKENDS`, or None for the automatic choice by chip and shapes (docs/kernels.md).
 
     Returns:
-        [T, D] in hidden's dtype, accumulated in float32. Every token reaches its k experts: there is no capacity.
+        [T, D] in hidden's dtype, accumulated in float32. Every token reaches its k experts: there is no capacity. At
+        one T a token's bits depend on its own row, experts and weights only, never on its place or the other tokens.
 
     Raises:
         ValueError: shapes that don't fit together, or an unknown backend.
@@ -54,7 +56,7 @@ def fused_moe(
         )
     args = hidden, gate_up, down, top_k_index, top_k_weights
     if backend is not None:
-        return named("fused_moe", BACKENDS, backend)(*args)
+        return get_backend("fused_moe", BACKENDS, backend)(*args)
     # platform_dependent picks by what is really compiled for; only the branch for the chip at hand is traced with it
     branches = {"cpu": cpu.fused_moe, "default": xla.fused_moe}
     chip = target_chip(*args)

@@ -1,14 +1,14 @@
 """The arguments that fused_moe is tested, compiled, measured and tuned with."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-Routing = Literal["random", "one expert", "one token an expert", "half of the experts empty"]
-ROUTINGS: tuple[Routing, ...] = ("random", "one expert", "one token an expert", "half of the experts empty")
+Routing = Literal["random", "one expert", "one token per expert", "half of the experts empty", "a third nowhere"]
+ROUTINGS: tuple[Routing, ...] = get_args(Routing)
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,20 @@ class ArgSpec:
         )
 
     def _index(self, key: jax.Array) -> jax.Array:
-        """int32 [T, k]; the experts of a token differ."""
+        """int32 [T, k]; the experts of a token differ. Of "a third nowhere" every third choice and token is -1."""
         shape = self.tokens, self.top_k
         if self.routing == "one expert":  # and k - 1 others that every token shares as well
             return jnp.broadcast_to(jnp.arange(self.top_k, dtype=jnp.int32), shape)
-        if self.routing == "one token an expert":
+        if self.routing == "one token per expert":
             return (jnp.arange(self.tokens * self.top_k, dtype=jnp.int32) % self.experts).reshape(shape)
-        pool = self.experts if self.routing == "random" else max(self.experts // 2, self.top_k)
+        half = self.routing == "half of the experts empty"
+        pool = max(self.experts // 2, self.top_k) if half else self.experts
         scores = jax.random.uniform(key, (self.tokens, pool))
-        return jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32) + (self.experts - pool)
+        index = jax.lax.top_k(scores, self.top_k)[1].astype(jnp.int32) + (self.experts - pool)
+        if self.routing != "a third nowhere":
+            return index
+        token, choice = jnp.indices(shape)
+        return jnp.where(((token * self.top_k + choice) % 3 == 0) | (token % 3 == 2), -1, index)
 
 
 TOKENS = (1, 2, 8, 64, 512, 4096, 16384)

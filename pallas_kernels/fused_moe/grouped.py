@@ -1,16 +1,16 @@
 """fused_moe by XLA alone for NVIDIA chips without a kernel of ours: grouped products over sorted tokens.
 
 Few tokens multiply and add instead of calling a matrix product: XLA fuses the gather of the chosen experts' weights
-into the sum, so that they are read once for each token and never copied.
+into the sum, so that they are read once per token and never copied.
 """
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.fused_moe import xla
+from pallas_kernels.fused_moe import routing, xla
 from pallas_kernels.fused_moe.transforms import differentiable
 
-FEW_ROWS = 16  # T * k up to which weights are read for every token anew
+FEW_ROWS = 16  # T * k up to which weights are read anew for every token
 
 
 @differentiable
@@ -20,16 +20,23 @@ def fused_moe(
     """See `pallas_kernels.fused_moe`."""
     run = _read_by_token if top_k_index.size <= FEW_ROWS else _sorted
     out = run(hidden.astype(gate_up.dtype), gate_up, down, top_k_index)
-    weighted = out * top_k_weights.astype(jnp.float32)[..., None]
-    return jnp.sum(weighted, axis=1).astype(hidden.dtype)
+    return routing.weighted_sum(out, top_k_index, top_k_weights, len(gate_up)).astype(hidden.dtype)
 
 
 def _read_by_token(x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array) -> jax.Array:
-    """float32 [T, k, D], not yet weighted."""
+    """float32 [T, k, D], not yet weighted.
+
+    A choice of no expert takes one that another choice reads anyway, so that it costs no reading; a call whose choices
+    are all -1 reads one expert.
+    """
+    experts = len(gate_up)
+    is_expert = routing.is_expert(top_k_index, experts)
+    read_anyway = jnp.max(jnp.where(is_expert, top_k_index, 0))
+    number = jnp.where(is_expert, top_k_index, read_anyway)
 
     def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
         """rows [T, j, a], j being k or 1 -> float32 [T, k, b]."""
-        of_row = weights[top_k_index].astype(jnp.float32)
+        of_row = weights[number].astype(jnp.float32)
         return jnp.sum(rows.astype(jnp.float32)[..., None] * of_row, axis=2)
 
     return product(xla.swiglu(product(x[:, None], gate_up)).astype(x.dtype), down)
@@ -38,9 +45,9 @@ def _read_by_token(x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_inde
 def _sorted(x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array) -> jax.Array:
     """float32 [T, k, D], not yet weighted."""
     tokens, top_k = top_k_index.shape
-    expert_of_row = top_k_index.reshape(-1)
+    expert_of_row = routing.nowhere_last(top_k_index, len(gate_up)).reshape(-1)
     order = jnp.argsort(expert_of_row)
-    counts = jnp.bincount(expert_of_row, length=gate_up.shape[0]).astype(jnp.int32)
+    counts = jnp.bincount(expert_of_row, length=len(gate_up)).astype(jnp.int32)  # nowhere's rows are no group's
 
     def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(rows, weights, counts, preferred_element_type=jnp.float32)

@@ -2,8 +2,9 @@
 
 Few tokens (`_decode`) are bound by memory: each active expert's weights are streamed once past all tokens. Many
 (`_prefill`) are bound by the matrix units: rows (token, expert) are sorted by expert and tiled, and the kernel gathers
-each tile's tokens. In both the first kernel of the pair ends with the activation and the second with the routing
-weights. Nothing here was timed on a chip: tile sizes are reasoned from bytes and flops (docs/kernels.md).
+each tile's tokens. In both the first kernel of the pair ends with the activation, the second writes each choice's row,
+and XLA sums a token's rows in the order of its choices. Nothing here was timed on a chip: tile sizes are reasoned from
+bytes and flops (docs/kernels.md).
 """
 
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import sharded
+from pallas_kernels.fused_moe import routing
 from pallas_kernels.fused_moe.transforms import differentiable
 
-# At T tokens a streamed weight does T flops a byte. 64 are 307 TFLOP/s at H200's 4.8 TB/s, a third of what its matrix
+# At T tokens a streamed weight does T flops per byte. 64 are 307 TFLOP/s at H200's 4.8 TB/s, a third of what its matrix
 # units do, and x's steps are still no larger than a weight's. From there on a tile of 64 rows pads no more than that.
 DECODE_TOKENS = 64
 
@@ -67,17 +69,19 @@ def _decode(
     hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
 ) -> jax.Array:
     tokens, experts = hidden.shape[0], gate_up.shape[0]
-    columns = -(-tokens // 8) * 8
+    columns = pl.cdiv(tokens, 8) * 8
     x = jnp.pad(hidden.astype(gate_up.dtype), ((0, columns - tokens), (0, 0)))
-    share = jnp.zeros((experts, columns), jnp.float32)
-    share = share.at[top_k_index, jnp.arange(tokens)[:, None]].add(top_k_weights.astype(jnp.float32))
-    is_active = jnp.zeros(experts, jnp.bool_).at[top_k_index.reshape(-1)].set(True)
+    is_active = routing.in_use(top_k_index, experts)
     slots = min(experts, top_k_index.size)  # no more experts can be active; a slot holds one
     active = jnp.nonzero(is_active, size=slots, fill_value=0)[0].astype(jnp.int32)
     count = jnp.sum(is_active, dtype=jnp.int32)[None]
     inner = _decode_gate_up(x, gate_up, active, count)
-    partials = _decode_down(inner, down, share[active], active, count)
-    return jnp.sum(partials, axis=0).T[:tokens].astype(hidden.dtype)
+    out = _decode_down(inner, down, active, count)
+    # Slots depend on the other tokens' experts; a token's sum over its own choices doesn't. XLA gathers as it sums.
+    slot_of_expert = jnp.cumsum(is_active, dtype=jnp.int32) - 1
+    slot = slot_of_expert[jnp.clip(top_k_index, 0, experts - 1)]
+    of_choice = out[jnp.maximum(slot, 0), :, jnp.arange(tokens)[:, None]]  # [T, k, D]
+    return routing.weighted_sum(of_choice, top_k_index, top_k_weights, experts).astype(hidden.dtype)
 
 
 def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
@@ -134,12 +138,13 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: 
     )(x, gate_up, active, count)
 
 
-def _decode_down(inner: jax.Array, down: jax.Array, share: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
-    """[slots, columns, F] and share float32 [slots, columns] -> float32 [groups, D, columns], to be summed over groups.
+def _decode_down(inner: jax.Array, down: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
+    """[slots, columns, F] -> float32 [slots, D, columns], not yet weighted, for the first `count` slots.
 
     One block for each 64 of D and group of slots, which it goes through in one stream that doesn't stop between
-    experts. 256 blocks are two a multiprocessor, and 8 groups at D = 2048: at 64 tokens they write 4 MB of partial sums
-    beside 403 MB of weights read.
+    experts. 256 blocks are two per multiprocessor, and 8 groups at D = 2048. A slot's result is written by itself,
+    because partial sums over a group would make the order of a token's sum depend on the other tokens' experts: at 64
+    tokens of 30B-A3B that is 67 MB beside 1208 MB of weights, and in proportion to T less below.
     """
     slots, columns, inner_width = inner.shape
     width = down.shape[2]
@@ -148,7 +153,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, share: jax.Array, active: ja
     buffers = _buffers_of_two_blocks((K + columns) * K * 2)
 
     def body(*refs: Any) -> None:
-        inner_ref, weights_ref, share_ref, active_ref, count_ref, out_ref, weights, inners, arrived = refs
+        inner_ref, weights_ref, active_ref, count_ref, out_ref, weights, inners, arrived = refs
         group = lax.axis_index("group")
         of_d = pl.ds(lax.axis_index("chunk") * K, K)
         slots_here = lax.div(count_ref[0] - group + (groups - 1), groups)  # group, group + groups, ...
@@ -164,7 +169,8 @@ def _decode_down(inner: jax.Array, down: jax.Array, share: jax.Array, active: ja
 
         pl.loop(0, jnp.minimum(steps, buffers - 1))(fetch)
 
-        def add_slot(number: jax.Array, total: jax.Array) -> jax.Array:
+        @pl.loop(0, slots_here)
+        def _(number: jax.Array) -> None:
             def product(acc: Any) -> jax.Array:
                 @pl.loop(0, steps_each)
                 def _(k: jax.Array) -> None:
@@ -178,18 +184,11 @@ def _decode_down(inner: jax.Array, down: jax.Array, share: jax.Array, active: ja
                 return acc[...]
 
             out = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((K, columns)))
-            of_slot = share_ref.at[group + number * groups]
-            of_column = plgpu.load(of_slot, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-            weight = lax.broadcast_in_dim(of_column, out.shape, [1])
-            # a token that isn't routed here gets exactly nothing, also where its product overflowed
-            return total + jnp.where(weight != 0, out * weight, 0.0)
-
-        zeros = plgpu.layout_cast(jnp.zeros((K, columns), jnp.float32), plgpu.Layout.WGMMA)
-        out_ref[group, of_d, :] = lax.fori_loop(0, slots_here, add_slot, zeros)
+            out_ref[group + number * groups, of_d, :] = out
 
     return plgpu.kernel(
         body,
-        out_type=sharded.result((groups, width, columns), jnp.float32, inner, down, share),
+        out_type=sharded.result((slots, width, columns), jnp.float32, inner, down, active),
         grid=(groups, width // K),
         grid_names=("group", "chunk"),
         scratch_types=(
@@ -198,7 +197,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, share: jax.Array, active: ja
             plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         ),
         compiler_params=_params(),
-    )(inner, down, share, active, count)
+    )(inner, down, active, count)
 
 
 def _buffers_of_two_blocks(step: int) -> int:
@@ -217,9 +216,9 @@ class Rows(NamedTuple):
 
     expert: jax.Array  # int32 [tiles]
     count: jax.Array  # int32 [1], tiles in use
-    token: jax.Array  # int32 [tiles * rows]; 0 in rows past an expert's last: computed, and read by nobody
+    token: jax.Array  # int32 [tiles * rows]; 0 in rows past an expert's last, which are computed but never read
     share: jax.Array  # float32 [tiles * rows], the routing weight
-    of_choice: jax.Array  # int32 [T, k], the row of a token's j-th expert
+    of_choice: jax.Array  # int32 [T, k], the row of a token's j-th expert; 0 for a choice that goes nowhere
 
 
 def _prefill(
@@ -231,28 +230,34 @@ def _prefill(
     rows = _sorted_rows(top_k_index, top_k_weights, experts, 64 * groups)
     inner = _prefill_gate_up(hidden.astype(gate_up.dtype), gate_up, rows, groups)
     out = _prefill_down(inner, down, rows, groups)
-    return jnp.sum(out[rows.of_choice], axis=1).astype(hidden.dtype)  # XLA gathers as it sums: no [T, k, D]
+    somewhere = routing.is_expert(top_k_index, experts)[..., None]
+    # XLA gathers as it sums: no [T, k, D]
+    return jnp.sum(jnp.where(somewhere, out[rows.of_choice], 0), axis=1).astype(hidden.dtype)
 
 
 def _sorted_rows(top_k_index: jax.Array, top_k_weights: jax.Array, experts: int, tile: int) -> Rows:
     tokens, top_k = top_k_index.shape
     choices = tokens * top_k
     tiles = (choices + min(experts, choices) * (tile - 1)) // tile
-    expert_of_choice = top_k_index.reshape(-1)
+    expert_of_choice = routing.nowhere_last(top_k_index, experts).reshape(-1)
     order = jnp.argsort(expert_of_choice)
     counts = jnp.bincount(expert_of_choice, length=experts).astype(jnp.int32)
-    tiles_each = (counts + (tile - 1)) // tile
+    tiles_each = pl.cdiv(counts, tile)
     next_tile = jnp.cumsum(tiles_each)
     expert = jnp.searchsorted(next_tile, jnp.arange(tiles, dtype=jnp.int32), side="right")
     # an expert's sorted choices lie side by side: its first moves to its first tile, and the others with it
     moves_by = (next_tile - tiles_each) * tile - (jnp.cumsum(counts) - counts)
-    row = jnp.arange(choices, dtype=jnp.int32) + moves_by[expert_of_choice[order]]
+    expert_of_row = expert_of_choice[order]
+    row = jnp.arange(choices, dtype=jnp.int32) + moves_by[jnp.minimum(expert_of_row, experts - 1)]
+    is_row = expert_of_row < experts
+    row_or_none = jnp.where(is_row, row, tiles * tile)
+    share = top_k_weights.reshape(-1)[order].astype(jnp.float32)
     return Rows(
         expert=jnp.minimum(expert, experts - 1).astype(jnp.int32),
         count=next_tile[-1:],
-        token=jnp.zeros(tiles * tile, jnp.int32).at[row].set((order // top_k).astype(jnp.int32)),
-        share=jnp.zeros(tiles * tile, jnp.float32).at[row].set(top_k_weights.reshape(-1)[order].astype(jnp.float32)),
-        of_choice=jnp.zeros(choices, jnp.int32).at[order].set(row).reshape(tokens, top_k),
+        token=jnp.zeros(tiles * tile, jnp.int32).at[row_or_none].set((order // top_k).astype(jnp.int32), mode="drop"),
+        share=jnp.zeros(tiles * tile, jnp.float32).at[row_or_none].set(share, mode="drop"),
+        of_choice=jnp.zeros(choices, jnp.int32).at[order].set(jnp.where(is_row, row, 0)).reshape(tokens, top_k),
     )
 
 
@@ -262,7 +267,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
     An item of work is a tile of rows times 128 columns of the gate and the same of the up: 128 float32 registers a
     thread. One warp group streams weights, one gathers token rows, the others (one for 64 rows) multiply.
 
-    Tensor copies can't take rows by index on Hopper, and one copy a row would cost 128 threads' arrivals at a barrier
+    Tensor copies can't take rows by index on Hopper, and one copy per row would cost 128 threads' arrivals at a barrier
     each. So the gathering warp group loads 512 bytes of each of 64 rows into registers, all loads in flight at once;
     stores them one row below the other; starts the next 64 rows' loads; and copies what it stored, 16 bytes a thread,
     to where and how wgmma reads it.
@@ -317,7 +322,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
                 for i, row in enumerate(loaded):
                     gathered[i] = row
                 plgpu.commit_smem()
-                following = load(jnp.minimum(turn + 1, turns - 1))  # the last turn loads its own, for nobody
+                following = load(jnp.minimum(turn + 1, turns - 1))  # the last turn loads its own again, unused
                 for i in range(steps_of_part):
                     step = lax.div(turn, groups) * steps_of_part + i
                     group, buffer = lax.rem(turn, groups), lax.rem(step, row_buffers)
@@ -419,7 +424,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
 
         @pl.when(role == groups)
         def stream() -> None:
-            if groups == 2:  # two warp groups alone have all the registers that they can use
+            if groups == 2:  # two warp groups by themselves have all the registers that they can use
                 plgpu.set_max_registers(40, action="decrease")
 
             @pl.loop(0, items * steps)

@@ -2,7 +2,8 @@
 
 Few tokens (`_decode`): every chosen expert's weights are streamed once past all tokens, which stay in VMEM. Many
 (`_prefill`): (token, expert) rows are sorted by expert; each tile of rows fetches its tokens by row copies, passes
-through its expert and sends its rows to where the sum over k reads them. In both the activation lives in VMEM only.
+through its expert and sends its rows to where the sum over k reads them. In both the activation lives in VMEM only, and
+the order of a token's sum is that of its own experts, whatever the other tokens chose.
 Nothing here was timed on a chip: tile sizes are reasoned from bytes and flops (docs/kernels.md).
 """
 
@@ -16,10 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import sharded, tpu
+from pallas_kernels.fused_moe import routing
 from pallas_kernels.fused_moe.transforms import differentiable
 
-# At T tokens an expert's weights do T flops a byte in _decode, whether its tokens are many or few. Chips need 186 (v5p)
-# to 560 (v6e) flops a byte before the matrix units, not memory, set the pace; up to there sorting has nothing to save.
+# At T tokens an expert's weights do T flops per byte in _decode, whether its tokens are many or few. Chips need 186
+# (v5p) to 560 (v6e) flops per byte before the matrix units, not memory, set the pace: up to there sorting saves nothing
 DECODE_TOKENS = 256
 
 # Sorted rows of one _prefill kernel. Their indices take 4 bytes each of 1 MiB SMEM, their float32 outputs D * 4 bytes
@@ -30,10 +32,10 @@ _LANES = 128
 _ROW_COPIES = 8  # row copies started by one turn of a loop, and waited for at once
 
 
-class Chip(NamedTuple):
+class TpuSpec(NamedTuple):
     """What tile sizes depend on."""
 
-    vmem: int  # bytes a core
+    vmem: int  # bytes per core
     cores: int  # that share HBM and run one program
     matrix_unit: int  # its rows and columns
 
@@ -60,9 +62,9 @@ def unsupported(
         return f"hidden is {hidden.dtype}, not bfloat16 or float32"
     if down.shape[0] >= 1 << 15:
         return f"E = {down.shape[0]} is more than {(1 << 15) - 1}"
-    chip = _chip()
-    if _prefill_tiles(width, inner, down.dtype, chip) is None:
-        return f"tiles of D = {width} don't fit into {chip.vmem >> 20} MiB of VMEM"
+    tpu_spec = _tpu_spec()
+    if _prefill_tiles(width, inner, down.dtype, tpu_spec) is None:
+        return f"tiles of D = {width} don't fit into {tpu_spec.vmem >> 20} MiB of VMEM"
     return None
 
 
@@ -74,35 +76,37 @@ def fused_moe(
     args = hidden, gate_up, down, top_k_index, top_k_weights
     if reason := unsupported(*args):
         raise NotImplementedError(reason)
-    chip, tokens, (_, inner, width) = _chip(), hidden.shape[0], down.shape
-    block = _decode_block(width, inner, down.dtype)
-    if tokens <= DECODE_TOKENS and _decode_bytes(tokens, width, block, down.dtype) <= _room(chip):
-        return _decode(*args, chip=chip, block=block)
-    tiles = _prefill_tiles(width, inner, down.dtype, chip)
+    tpu_spec, tokens, (_, inner, width) = _tpu_spec(), hidden.shape[0], down.shape
+    block = _decode_block(width, inner, down.dtype, tpu_spec.cores)
+    if tokens <= DECODE_TOKENS and _decode_bytes(tokens, width, block, down.dtype) <= _room(tpu_spec):
+        return _decode(*args, cores=tpu_spec.cores, block=block)
+    tiles = _prefill_tiles(width, inner, down.dtype, tpu_spec)
     assert tiles is not None
-    return _prefill(*args, chip=chip, tiles=tiles)
+    return _prefill(*args, cores=tpu_spec.cores, tiles=tiles)
 
 
-def _chip() -> Chip:
-    """The chip that is compiled for; without a TPU, what the smallest has."""
+def _tpu_spec() -> TpuSpec:
+    """That of the chip that is compiled for; without a TPU, what the smallest has."""
     if not pltpu.is_tpu_device():
-        return Chip(vmem=64 << 20, cores=1, matrix_unit=128)
+        return TpuSpec(vmem=64 << 20, cores=1, matrix_unit=128)
     info = pltpu.get_tpu_info()
-    return Chip(info.vmem_capacity_bytes, info.num_cores, info.mxu_column_size)
+    return TpuSpec(info.vmem_capacity_bytes, info.num_cores, info.mxu_column_size)
 
 
-def _room(chip: Chip) -> int:
+def _room(tpu_spec: TpuSpec) -> int:
     """Bytes of VMEM for a kernel's arrays: 1/16 more goes to what the compiler adds, the rest to XLA."""
-    return chip.vmem * 13 // 16
+    return tpu_spec.vmem * 13 // 16
 
 
-def _decode_block(width: int, inner: int, dtype: Any) -> int:
+def _decode_block(width: int, inner: int, dtype: Any, cores: int) -> int:
     """Columns of F at a time: the most whose three [D, block] matrices take 8 MiB.
 
     8 MiB take 2 us (tpu7x) to 10 us (v5e) to fetch, against about 0.4 us that starting a step costs. Smaller is better
-    otherwise: nothing is multiplied while the first block comes, nothing fetched while the last is multiplied.
+    otherwise: nothing is multiplied while the first block comes, nothing fetched while the last is multiplied. Where
+    lanes allow it each core has the same number of blocks.
     """
-    return next(b for b in _blocks(inner) if b == _LANES or 3 * width * b * jnp.dtype(dtype).itemsize <= 8 << 20)
+    blocks = _blocks(inner // cores if inner % (cores * _LANES) == 0 else inner)
+    return next(b for b in blocks if b == _LANES or 3 * width * b * jnp.dtype(dtype).itemsize <= 8 << 20)
 
 
 def _decode_bytes(tokens: int, width: int, block: int, dtype: Any) -> int:
@@ -130,39 +134,44 @@ def _decode(
     top_k_index: jax.Array,
     top_k_weights: jax.Array,
     *,
-    chip: Chip,
+    cores: int,
     block: int,
 ) -> jax.Array:
     """Streams each chosen expert's weights past all T tokens, `block` of its F columns at a time.
 
     A token that didn't choose the expert is multiplied all the same, as the matrix unit has the rows anyway, and is
-    left out of the sum. Where two cores share HBM each takes half of the experts.
+    left out of the sum. Where two cores share HBM each takes half of every expert's blocks. Dealing whole experts by
+    their place among the chosen ones would make the order of a token's sum depend on the other tokens.
     """
     (tokens, width), (experts, inner, _), top_k = hidden.shape, down.shape, top_k_index.shape[1]
+    blocks = inner // block
+    cores = min(cores, blocks)
+    steps = pl.cdiv(blocks, cores)
     numbers = jnp.arange(experts, dtype=jnp.int32)
     is_chosen = jnp.any(top_k_index.reshape(-1, 1) == numbers, axis=0)
     chosen = jnp.sort(jnp.where(is_chosen, numbers, experts), stable=False)[: min(experts, tokens * top_k)]
     chosen = jnp.minimum(chosen, experts - 1)  # those past the count aren't used, but one is read where it is 0
     count = jnp.sum(is_chosen, dtype=jnp.int32)
 
-    def expert_at(core: Any, turn: Any, chosen_ref: Any, count_ref: Any) -> Any:
-        return chosen_ref[_at_most_last(_number(core, turn, chip.cores, count_ref[0]), count_ref[0])]
+    def block_at(core: Any, turn: Any, step: Any, chosen_ref: Any, count_ref: Any) -> tuple[Any, Any]:
+        is_work = count_ref[0] > 0  # where there is none, the same block all along: one is fetched, whatever it is
+        return chosen_ref[turn], jnp.where(is_work, jnp.minimum(core * steps + step, blocks - 1), 0)
 
     def whole(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *_: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
 
     args = hidden, top_k_index, top_k_weights.astype(jnp.float32), gate_up, gate_up, down
     out = pl.pallas_call(
-        partial(_decode_body, chip.cores),
-        out_shape=sharded.result((chip.cores, tokens, width), jnp.float32, *args),
+        partial(_decode_body, blocks),
+        out_shape=sharded.result((cores, tokens, width), jnp.float32, *args),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(chip.cores, _turns(chip.cores, count), inner // block),
+            grid=(cores, jnp.maximum(count, 1), steps),
             in_specs=[
                 whole(tokens, width),
                 whole(tokens, top_k),
                 whole(tokens, top_k),
-                *_weight_specs(expert_at, width, inner, block),
+                *_weight_specs(block_at, width, inner, block),
             ],
             out_specs=pl.BlockSpec((None, tokens, width), lambda core, *_: (core, 0, 0)),
             scratch_shapes=[pltpu.VMEM((tokens, width), down.dtype)],
@@ -174,7 +183,7 @@ def _decode(
 
 
 def _decode_body(
-    cores: int,
+    blocks: int,
     chosen_ref: Any,  # [at most E] the chosen experts
     count_ref: Any,  # [1] how many they are
     hidden_ref: Any,  # [T, D]
@@ -183,7 +192,7 @@ def _decode_body(
     gate_ref: Any,  # [D, block]
     up_ref: Any,  # [D, block]
     down_ref: Any,  # [block, D]
-    out_ref: Any,  # float32 [T, D], stays in VMEM for all of the core's experts
+    out_ref: Any,  # float32 [T, D], stays in VMEM for all of the core's blocks
     x_ref: Any,  # [T, D] hidden in the weights' dtype
 ) -> None:
     core, turn, step = (pl.program_id(axis) for axis in range(3))
@@ -193,29 +202,27 @@ def _decode_body(
         out_ref[...] = jnp.zeros_like(out_ref)
         x_ref[...] = hidden_ref[...].astype(x_ref.dtype)
 
-    number = _number(core, turn, cores, count_ref[0])
-
-    @pl.when(number < count_ref[0])
+    @pl.when((turn < count_ref[0]) & (core * pl.num_programs(2) + step < blocks))
     def _():
         x = x_ref[...]
         activation = jax.nn.silu(_dot(x, gate_ref[...])) * _dot(x, up_ref[...])
         out = _dot(activation.astype(x.dtype), down_ref[...])
-        chose = index_ref[...] == chosen_ref[number]
+        chose = index_ref[...] == chosen_ref[turn]
         share = jnp.sum(jnp.where(chose, weights_ref[...], 0), axis=1, keepdims=True)
         is_mine = jnp.sum(chose.astype(jnp.int32), axis=1, keepdims=True) > 0
         out_ref[...] += jnp.where(is_mine, share * out, 0)  # 0 * inf would be NaN
 
 
-def _prefill_tiles(width: int, inner: int, dtype: Any, chip: Chip) -> Tiles | None:
+def _prefill_tiles(width: int, inner: int, dtype: Any, tpu_spec: TpuSpec) -> Tiles | None:
     """The largest tiles that fit into VMEM; None if none does.
 
-    `rows` first: a tile's rows are the flops that a byte of weights does. Then `block`: where it is all of F, the tiles
+    `rows` first: a tile's rows are the flops per byte of weights. Then `block`: where it is all of F, the tiles
     of one expert follow each other without fetching its weights again.
     """
     for rows in (512, 256, 128):
         for block in _blocks(inner):
-            tiles = Tiles(rows, min(rows, chip.matrix_unit), block)
-            if _prefill_bytes(width, tiles, dtype) <= _room(chip):
+            tiles = Tiles(rows, min(rows, tpu_spec.matrix_unit), block)
+            if _prefill_bytes(width, tiles, dtype) <= _room(tpu_spec):
                 return tiles
     return None
 
@@ -235,13 +242,13 @@ def _prefill(
     top_k_index: jax.Array,
     top_k_weights: jax.Array,
     *,
-    chip: Chip,
+    cores: int,
     tiles: Tiles,
     max_rows: int = PREFILL_ROWS,
 ) -> jax.Array:
     """Runs equal parts of the tokens one after another, each of at most `max_rows` rows."""
     tokens, top_k = top_k_index.shape
-    run = partial(_prefill_part, chip=chip, tiles=tiles)
+    run = partial(_prefill_part, cores=cores, tiles=tiles)
     parts = pl.cdiv(tokens, max_rows // top_k)
     if parts == 1:
         return run(hidden, gate_up, down, top_k_index, top_k_weights)
@@ -252,7 +259,7 @@ def _prefill(
 
     out = jax.lax.map(
         lambda part: run(part[0], gate_up, down, part[1], part[2]),
-        (split(hidden, 0), split(top_k_index, -1), split(top_k_weights, 0)),  # expert -1 is none
+        (split(hidden, 0), split(top_k_index, -1), split(top_k_weights, 0)),
     )
     return out.reshape(-1, hidden.shape[1])[:tokens]
 
@@ -264,24 +271,28 @@ def _prefill_part(
     top_k_index: jax.Array,
     top_k_weights: jax.Array,
     *,
-    chip: Chip,
+    cores: int,
     tiles: Tiles,
 ) -> jax.Array:
     (tokens, width), (experts, inner, _), top_k = hidden.shape, down.shape, top_k_index.shape[1]
     stride = pl.cdiv(tokens, 8) * 8  # so that [k * stride, D] is [k, stride, D] without a copy
     order, expert_of, rows_before, tiles_before = _sorted(top_k_index, experts, tiles.rows)
-    x = tpu.in_words(hidden, down.dtype)
+    x = tpu.pack_bf16_pairs(hidden, down.dtype)
 
-    def expert_at(core: Any, turn: Any, order_ref: Any, expert_ref: Any, rows_ref: Any, tiles_ref: Any) -> Any:
-        return expert_ref[_at_most_last(_number(core, turn, chip.cores, tiles_ref[experts]), tiles_ref[experts])]
+    def block_at(
+        core: Any, turn: Any, step: Any, order_ref: Any, expert_ref: Any, rows_ref: Any, tiles_ref: Any
+    ) -> tuple[Any, Any]:
+        count = tiles_ref[experts]
+        tile = jnp.clip(_tile_of(core, turn, cores, count), 0, jnp.maximum(count - 1, 0))
+        return expert_ref[tile], jnp.where(count > 0, step, 0)
 
     out = pl.pallas_call(
-        partial(_prefill_body, chip.cores, tiles, stride),
+        partial(_prefill_body, cores, tiles, stride),
         out_shape=sharded.result((top_k * stride, width), jnp.float32, x, order, gate_up, down),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
-            grid=(chip.cores, _turns(chip.cores, tiles_before[experts]), inner // tiles.block),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY), *_weight_specs(expert_at, width, inner, tiles.block)],
+            grid=(cores, jnp.maximum(pl.cdiv(tiles_before[experts], cores), 1), inner // tiles.block),
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY), *_weight_specs(block_at, width, inner, tiles.block)],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 pltpu.VMEM((2, tiles.rows, x.shape[1]), x.dtype),
@@ -295,7 +306,8 @@ def _prefill_part(
     )(order, expert_of, rows_before, tiles_before, x, gate_up, gate_up, down)
     out = out.reshape(top_k, stride, width)[:, :tokens]
     # rows of no expert were never written; the routing weights are free here, where memory sets the pace
-    share, is_expert = (x.T[..., None] for x in (top_k_weights.astype(jnp.float32), _is_expert(top_k_index, experts)))
+    is_expert = routing.is_expert(top_k_index, experts)
+    share, is_expert = (x.T[..., None] for x in (top_k_weights.astype(jnp.float32), is_expert))
     return jnp.sum(jnp.where(is_expert, share * out, 0), axis=0).astype(hidden.dtype)
 
 
@@ -308,7 +320,7 @@ def _sorted(top_k_index: jax.Array, experts: int, rows: int) -> tuple[jax.Array,
         rows_before, tiles_before: [E + 1], rows and tiles of the experts before each one, and of all.
     """
     tokens = top_k_index.shape[0]
-    index = jnp.where(_is_expert(top_k_index, experts), top_k_index, experts).astype(jnp.int32).T.reshape(-1)
+    index = routing.nowhere_last(top_k_index, experts).T.reshape(-1)
     # sorting single words is cheaper than sorting pairs; PREFILL_ROWS leaves 16 bits to the row
     row = jnp.sort(index << 16 | jnp.arange(index.size, dtype=jnp.int32), stable=False) & 0xFFFF
     order = (row // tokens) << 16 | row % tokens
@@ -318,10 +330,6 @@ def _sorted(top_k_index: jax.Array, experts: int, rows: int) -> tuple[jax.Array,
     tile = jnp.arange(min(index.size, index.size // rows + experts), dtype=jnp.int32)
     expert_of = jnp.sum(tiles_before[1:] <= tile[:, None], axis=1, dtype=jnp.int32)
     return order, jnp.minimum(expert_of, experts - 1), rows_before, tiles_before
-
-
-def _is_expert(top_k_index: jax.Array, experts: int) -> jax.Array:
-    return (top_k_index >= 0) & (top_k_index < experts)
 
 
 def _prefill_body(
@@ -344,7 +352,7 @@ def _prefill_body(
 ) -> None:
     core, turn, step = (pl.program_id(axis) for axis in range(3))
     count = tiles_before[tiles_before.shape[0] - 1]
-    tile, end = _number(core, turn, cores, count), jnp.minimum(_number(core + 1, 0, cores, count), count)
+    tile, end = _tile_of(core, turn, cores, count), jnp.minimum(_tile_of(core + 1, 0, cores, count), count)
     slot = jax.lax.rem(turn, 2)
 
     def rows_of(tile: Any) -> tuple[Any, Any]:
@@ -389,7 +397,7 @@ def _prefill_body(
         @pl.loop(0, pl.cdiv(count, tiles.step))
         def _(i: Any):
             rows = pl.ds(pl.multiple_of(i * tiles.step, tiles.step), tiles.step)
-            columns = [x.astype(down_ref.dtype) for x in tpu.columns_of(x_ref[slot, rows])]
+            columns = [x.astype(down_ref.dtype) for x in tpu.unpack_bf16_pairs(x_ref[slot, rows])]
             activation = jax.nn.silu(_dot_of_columns(columns, gate_ref)) * _dot_of_columns(columns, up_ref)
             out = _dot(activation.astype(down_ref.dtype), down_ref[...])
             total_ref[slot, rows] = out + jnp.where(step == 0, 0, total_ref[slot, rows])
@@ -441,31 +449,29 @@ def _dot_of_columns(columns: list[jax.Array], weights_ref: Any) -> jax.Array:
     return first + rest[0] if rest else first
 
 
-def _weight_specs(expert_at: Callable[..., Any], width: int, inner: int, block: int) -> list[pl.BlockSpec]:
-    """Blocks of gate, up and down of the expert that expert_at(core, turn, *scalars) names, for the grid's last axis.
+def _weight_specs(block_at: Callable[..., tuple[Any, Any]], width: int, inner: int, block: int) -> list[pl.BlockSpec]:
+    """Blocks of gate, up and down: of the expert, and of its F, that block_at(*grid indices, *scalars) names.
 
     Gate and up are blocks of the same array. A block that stays the same from step to step isn't fetched again.
     """
-    steps = inner // block
+
+    def columns(first: int) -> Callable[..., tuple[Any, ...]]:
+        def index(*args: Any) -> tuple[Any, ...]:
+            expert, number = block_at(*args)
+            return expert, 0, first + number
+
+        return index
+
     return [
-        pl.BlockSpec((None, width, block), lambda core, turn, step, *s: (expert_at(core, turn, *s), 0, step)),
-        pl.BlockSpec((None, width, block), lambda core, turn, step, *s: (expert_at(core, turn, *s), 0, steps + step)),
-        pl.BlockSpec((None, block, width), lambda core, turn, step, *s: (expert_at(core, turn, *s), step, 0)),
+        pl.BlockSpec((None, width, block), columns(0)),
+        pl.BlockSpec((None, width, block), columns(inner // block)),
+        pl.BlockSpec((None, block, width), lambda *args: (*block_at(*args), 0)),
     ]
 
 
-def _turns(cores: int, count: Any) -> Any:
-    """Turns of each core over `count` experts or tiles: a grid may be empty of work, not of turns."""
-    return jnp.maximum(pl.cdiv(count, cores), 1)
-
-
-def _number(core: Any, turn: Any, cores: int, count: Any) -> Any:
-    """Which of `count` experts or tiles a core takes at its turn; `count` and more are none."""
+def _tile_of(core: Any, turn: Any, cores: int, count: Any) -> Any:
+    """Which of `count` tiles a core takes at its turn; `count` and more are none."""
     return core * pl.cdiv(count, cores) + turn
-
-
-def _at_most_last(number: Any, count: Any) -> Any:
-    return jnp.clip(number, 0, jnp.maximum(count - 1, 0))
 
 
 def _compiler_params(vmem: int) -> pltpu.CompilerParams:
