@@ -1,8 +1,8 @@
-"""Answers from prompts: `forward`, `generate` and its streaming form."""
+"""Answers from prompts: `forward`, `generate` and its streaming form, by an engine that lives as long as the call."""
 
 import reprlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,17 +12,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.config import ModelConfig
-from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.processing.batch import Batch, VisionInput, bucket, prepare_batch
+from deepstack_jax.encoding import encode_rows
+from deepstack_jax.engine.core import Engine, Failed, NewTokens
+from deepstack_jax.engine.options import default_chunk
+from deepstack_jax.engine.request import GenerationPlan, Request
+from deepstack_jax.engine.shape import EngineShape
+from deepstack_jax.processing.batch import Batch, bucket, prepare_batch
 from deepstack_jax.processing.images import ImageSource
 from deepstack_jax.processing.processor import UserPrompt
 from deepstack_jax.processing.videos import VideoSource
-from deepstack_jax.programs import PromptArrays, all_logits, decode_loop, encode_vision, prefill, write_rows
+from deepstack_jax.programs import DECODE_BUFFER, PromptArrays, all_logits
 from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.sampling_options import SamplingOptions
 
-ENCODE_TOGETHER = 4  # images that one run of the encoder takes at most
+WIDTHS = (1, 2, 4, 8, 16, 32)  # rows of the decode program where nobody says how many
 
 
 @dataclass
@@ -119,6 +122,7 @@ def generate(
     seed: int | Sequence[int] = 0,
     eos_token_id: int | Sequence[int] | None = None,
     sampling: SamplingOptions | None = None,
+    slots: int | None = None,
 ) -> GenerateOutput:
     """Answers prompts; the arrays are those of `forward`. A row's answer depends on nothing else of its batch.
 
@@ -126,6 +130,8 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, seed, eos_token_id: as
             `SamplingOptions` says.
         sampling: all of them together, in place of the single ones.
+        slots: rows of the decode program, on which bits depend: a server's number gives that server's bits. None takes
+            the smallest of 1, 2, 4, 8, 16 and 32 that holds the prompts; more than 32 take turns.
 
     Raises:
         ValueError: arrays that don't fit, an option out of its range, or single options beside `sampling`.
@@ -143,26 +149,16 @@ def generate(
         eos_token_id=eos_token_id,
     )
     options = _one_of(sampling, options)
-    started = time.perf_counter()
-    timings: dict[str, float] = {}
-
-    def lap(stage: str, result: object) -> None:
-        nonlocal started
-        jax.block_until_ready(result)
-        timings[stage] = time.perf_counter() - started
-        started = time.perf_counter()
-
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
     batch = prepare_batch(model.config, input_ids, attention_mask, *visuals)
-    plan = plan_generation(model, batch, options)
-    lap("prepare", None)
-    prompt = encode_prompt(model, batch)
-    lap("encode", prompt.rows)
-    state = prefill(model.config, plan.capacity, model.text_params, prompt, plan.sampling)
-    lap("prefill", state)
-    state = decode_loop(model.config, model.text_params, state, plan.sampling, np.int32(plan.max_new_tokens))
-    lap("decode", state)
-    return GenerateOutput(np.asarray(state.tokens)[:, : plan.max_new_tokens], np.asarray(state.lengths), timings)
+    requests = _requests(model, batch, options)
+    tokens = np.full((len(requests), options.max_new_tokens), model.pad_token_id, np.int32)
+    lengths = np.zeros(len(requests), np.int32)
+    engine = engine_for(model, requests, slots)
+    for row, new in _run(engine, requests):
+        tokens[row, lengths[row] : lengths[row] + len(new)] = new
+        lengths[row] += len(new)
+    return GenerateOutput(tokens, lengths, _timings(engine, requests))
 
 
 def stream(
@@ -170,6 +166,7 @@ def stream(
     inputs: Mapping[str, ArrayLike] | None = None,
     *,
     sampling: SamplingOptions | None = None,
+    slots: int | None = None,
     **named: Any,
 ) -> Iterator[np.ndarray]:
     """`generate` token by token: yields int32 [B], -1 for rows that have ended.
@@ -183,13 +180,46 @@ def stream(
     names = [field.name for field in fields(SamplingOptions)]
     options = _one_of(sampling, SamplingOptions(**{name: named.pop(name) for name in names if name in named}))
     batch = prepare_batch(model.config, **(inputs or {}), **named)
-    plan = plan_generation(model, batch, options)
+    requests = _requests(model, batch, options)
 
     def tokens() -> Iterator[np.ndarray]:
-        for piece in generate_steps(model, encode_prompt(model, batch), plan):
-            yield piece[:, 0]
+        waiting: list[deque[int]] = [deque() for _ in requests]
+        for row, new in _run(engine_for(model, requests, slots, decode_steps=1), requests):
+            waiting[row].extend(new)
+            while any(waiting) and all(
+                queue or each.finish_reason for queue, each in zip(waiting, requests, strict=True)
+            ):
+                yield np.array([queue.popleft() if queue else -1 for queue in waiting], np.int32)
 
     return tokens()
+
+
+def _requests(model: Model, batch: Batch, options: SamplingOptions) -> list[Request]:
+    plan = plan_generation(model, batch, options)
+    return [Request.of_row(batch, plan, row) for row in range(len(batch.lengths))]
+
+
+def _run(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """(row, its next tokens) until all answers are whole."""
+    rows = {id(request): row for row, request in enumerate(requests)}
+    for event in engine.run():
+        if isinstance(event, Failed):
+            raise event.error
+        assert isinstance(event, NewTokens)
+        yield rows[id(event.request)], event.tokens
+
+
+def _has_next(waiting: deque[int], request: Request) -> bool:
+    """Whether the next token of a row is known: that there is none, for one that has ended."""
+    return bool(waiting) or request.finish_reason is not None
+
+
+def _timings(engine: Engine, requests: Sequence[Request]) -> dict[str, float]:
+    """Seconds of encoding, from the start to the last first token without them, and from then to the last token."""
+    start = min(request.submitted for request in requests)
+    first, last = (max(times) for times in zip(*((r.first_token_at, r.last_token_at) for r in requests), strict=True))
+    encode = engine.encode_seconds
+    return {"encode": encode, "prefill": first - start - encode, "decode": last - first}
 
 
 def _one_of(sampling: SamplingOptions | None, single: SamplingOptions) -> SamplingOptions:
@@ -204,15 +234,6 @@ def _one_of(sampling: SamplingOptions | None, single: SamplingOptions) -> Sampli
     return sampling
 
 
-@dataclass(frozen=True)
-class GenerationPlan:
-    """How a prompt is answered, checked against the model: what the compiled programs take beside the prompt."""
-
-    sampling: SamplingParams
-    capacity: int  # slots of the cache, a row
-    max_new_tokens: int
-
-
 def plan_generation(model: Model, prompt: Batch | PromptArrays, options: SamplingOptions) -> GenerationPlan:
     """Checks the options against the model and a prompt, before any work on the device.
 
@@ -224,82 +245,40 @@ def plan_generation(model: Model, prompt: Batch | PromptArrays, options: Samplin
     ends = model.eos_token_ids if named is None else (named,) if isinstance(named, int) else named
     rows = len(np.asarray(prompt.lengths))
     sampling = SamplingParams.of(rows, options, end_token_ids=ends, pad_token_id=model.pad_token_id)
-    return GenerationPlan(sampling, _capacity(model, prompt, options.max_new_tokens), options.max_new_tokens)
-
-
-def generate_steps(
-    model: Model, prompt: PromptArrays, plan: GenerationPlan, step: Callable[[], int] = lambda: 1
-) -> Iterator[np.ndarray]:
-    """The tokens of `generate` in pieces: yields int32 [B, n], -1 for rows that have ended.
-
-    `step` says before each run of the decode program how many tokens it makes; the first piece is one token. The
-    pieces together don't depend on it.
-    """
-    state = prefill(model.config, plan.capacity, model.text_params, prompt, plan.sampling)
-    made, tokens = 1, np.array(state.last)[:, None]
-    while True:
-        yield tokens
-        # copies, here and above: the state is donated to the next run, and on CPU an array's view is its buffer
-        if made == plan.max_new_tokens or np.array(state.done).all():
-            return
-        until = min(made + max(step(), 1), plan.max_new_tokens)
-        state = decode_loop(model.config, model.text_params, state, plan.sampling, np.int32(until))
-        columns = np.arange(made, made := int(state.step))  # fewer than asked for where all rows have ended
-        tokens = np.where(columns < np.array(state.lengths)[:, None], np.array(state.tokens)[:, columns], -1)
-
-
-def encode_images(model: Model, visuals: Sequence[VisionInput]) -> list[jax.Array]:
-    """Rows [bucket of m, (1+N)*D] of each image and video; those of one bucket run together, up to ENCODE_TOGETHER.
-
-    The number that runs together is a power of two, so that programs stay few; no image's bits depend on it.
-    """
-    rows: dict[int, jax.Array] = {}
-    waiting: dict[int, list[int]] = {}
-    for i, visual in enumerate(visuals):
-        waiting.setdefault(len(visual.pixel_values), []).append(i)
-    for numbers in waiting.values():
-        while numbers:
-            size = min(ENCODE_TOGETHER, 1 << (len(numbers).bit_length() - 1))
-            group, numbers[:] = numbers[:size], numbers[size:]
-            items = [(visuals[i].pixel_values, visuals[i].geometry) for i in group]
-            # one alone needs no copy of its pixels
-            stacked = jax.tree.map(lambda *arrays: np.stack(arrays) if arrays[1:] else arrays[0][None], *items)
-            rows |= zip(group, encode_vision(model.config, model.vision_params, *stacked), strict=True)
-    return [rows[i] for i in range(len(visuals))]
-
-
-def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
-    """The visual rows of a batch, a bucket of them, or None where it has no image and no video."""
-    if not batch.visuals:
-        return None
-    return concat_rows(model.config, encode_images(model, batch.visuals), batch.visuals)
-
-
-def concat_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[VisionInput]) -> VisualRows:
-    """The rows of one image after another, filled up with zeros to a bucket."""
-    height = bucket(sum(visual.num_rows for visual in visuals))
-    width, levels = config.text.hidden_size, config.num_deepstack_levels
-    widths = (width, levels * width) if levels else (width,)
-    rows = VisualRows(*(jnp.zeros((height, each), parts[0].dtype) for each in widths))
-    first = 0
-    for part, visual in zip(parts, visuals, strict=True):
-        rows = write_rows(config, rows, part, np.int32(first), np.int32(visual.num_rows))
-        first += visual.num_rows
-    return rows
+    _check_context(model, prompt, options.max_new_tokens)
+    return GenerationPlan(sampling, options.max_new_tokens)
 
 
 def encode_prompt(model: Model, batch: Batch) -> PromptArrays:
-    """What the prefill program takes, the visual rows encoded."""
+    """A batch with its visual rows encoded."""
     rows = encode_rows(model, batch)
     return PromptArrays(batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows)
 
 
-def _capacity(model: Model, prompt: Batch | PromptArrays, max_new_tokens: int) -> int:
-    """Slots a row: a function of the prompt's bucket and of max_new_tokens, so that prompts share programs."""
+def engine_for(
+    model: Model, requests: Sequence[Request], slots: int | None = None, decode_steps: int = DECODE_BUFFER
+) -> Engine:
+    """An engine that has room for these requests, with all of them in line.
+
+    Args:
+        slots: rows of the decode program; None takes the smallest of `WIDTHS` that holds all requests.
+        decode_steps: tokens of a row between two looks at the results.
+    """
+    slots = slots or next((width for width in WIDTHS if width >= len(requests)), WIDTHS[-1])
+    shape = EngineShape(slots, default_chunk(), decode_steps=decode_steps, steps_beside_prefill=0)
+    needed = sorted(shape.pages_of(each.length + each.plan.max_new_tokens - 1) for each in requests)
+    ends = max(each.plan.sampling.end_token_ids.shape[1] for each in requests)
+    pages = 1 + bucket(sum(needed[-slots:]))
+    engine = Engine(model, shape, pages, max_waiting=len(requests), prefix_cache=False, end_tokens=ends)
+    for request in requests:
+        engine.add(request)
+    return engine
+
+
+def _check_context(model: Model, prompt: Batch | PromptArrays, max_new_tokens: int) -> None:
     longest, limit = int(np.max(prompt.lengths)), model.config.text.max_position_embeddings
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"{longest} prompt tokens and max_new_tokens {max_new_tokens} exceed the model's {limit} positions: "
             f"shorten the prompt or ask for at most {max(limit - longest, 0)}"
         )
-    return bucket(np.shape(prompt.input_ids)[1] + max_new_tokens)

@@ -1,8 +1,8 @@
-"""The compiled programs: encode, prefill, decode, and logits of whole prompts.
+"""The compiled programs: vision encoding, prefill chunks, decoding, and logits of whole prompts.
 
-Each is a pure function of `(config, params)` and arrays in bucketed shapes. A server compiles one encode program per
-bucket of patches, one prefill program per bucket of prompt (and of visual tokens) and one decode program per bucket of
-cache. Whole and split serving run the same programs.
+Each is a pure function of `(config, params)` and arrays of fixed shapes. An engine compiles one encode program per
+bucket of patches, one prefill program per width of a prompt's pieces, and one decode program. The library, whole
+servers and split ones run the same programs.
 """
 
 from contextlib import AbstractContextManager
@@ -17,9 +17,12 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.param import AnyArray
 from deepstack_jax.models.parameters import Params, merge_params, model_dtype
-from deepstack_jax.models.qwen3_moe import KVCache
+from deepstack_jax.models.qwen3_moe import PagedKVCache
 from deepstack_jax.models.vision import PatchGeometry, VisualRows, separate_deepstack_embeds
-from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
+from deepstack_jax.rounding import cdiv
+from deepstack_jax.sampling import END_TOKENS, GENERATED, SamplingParams, mark_seen, sample
+
+DECODE_BUFFER = 64  # steps of one decode call at most
 
 
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well
@@ -39,18 +42,49 @@ class PromptArrays:
 @no_type_check  # the same
 @jax.tree_util.register_dataclass
 @dataclass
-class DecodeState:
-    """Everything that decoding carries from token to token; donated to `decode_loop` and returned by it."""
+class PromptChunk:
+    """Pieces of R prompts, padded at the end to W tokens, and what becomes of the row of each that ends here."""
 
-    cache: KVCache
-    tokens: Int[Array, "B S"]  # the answers, filled up with the pad token
-    lengths: Int[Array, " B"]  # tokens of each answer, its end token included
+    input_ids: Int[AnyArray, "R W"]
+    position_ids: Int[AnyArray, "3 R W"]
+    starts: Int[AnyArray, " R"]  # slot of each piece's first token, a multiple of the page
+    counts: Int[AnyArray, " R"]  # tokens of each piece, 0 for a row that isn't used
+    page_table: Int[AnyArray, "R P"]
+    rows: Int[AnyArray, " R"]  # the decode row that takes over a prompt whose last piece this is, else B
+    rope_deltas: Int[AnyArray, " R"]
+    limits: Int[AnyArray, " R"]  # tokens of each answer at most
+    seen: UInt8[AnyArray, "R V"]  # sampling.IN_PROMPT for each token of the whole prompt; read for last pieces only
+    sampling: SamplingParams  # of R rows
+    visual_index: Int[AnyArray, "R W"] | None = None  # None for text models
+    visual_rows: VisualRows | None = None  # of the pieces' visual tokens
+
+
+@no_type_check  # the same
+@jax.tree_util.register_dataclass
+@dataclass
+class EngineState:
+    """What an engine keeps on the device: KV pages and B decode rows. Donated to each program and returned by it."""
+
+    cache: PagedKVCache  # with the page table of the decode rows
     last: Int[Array, " B"]  # the newest token, not yet in the cache
-    slots: Int[Array, " B"]  # where `last` goes in the cache
+    lengths: Int[Array, " B"]  # tokens in the cache
+    made: Int[Array, " B"]  # tokens of the answer
+    limits: Int[Array, " B"]
     rope_deltas: Int[Array, " B"]
     done: Bool[Array, " B"]
     seen: UInt8[Array, "B V"]  # bits of sampling.IN_PROMPT and sampling.GENERATED
-    step: Int[Array, ""]  # tokens made so far
+    sampling: SamplingParams
+
+    @staticmethod
+    def empty(config: ModelConfig, rows: int, num_pages: int, page: int, end_tokens: int = END_TOKENS) -> "EngineState":
+        """Zeros: rows that have ended, and pages that were never written."""
+        last, lengths, made, limits, deltas = (jnp.zeros(rows, jnp.int32) for _ in range(5))
+        table = jnp.zeros((rows, cdiv(config.text.max_position_embeddings, page)), jnp.int32)
+        sampling = jax.tree.map(jnp.asarray, SamplingParams.of(rows, end_token_ids=[-1] * end_tokens))
+        cache = PagedKVCache.empty(config.text, num_pages, page, table, model_dtype(config))
+        seen = jnp.zeros((rows, config.text.vocab_size), jnp.uint8)
+        done = jnp.ones(rows, bool)
+        return EngineState(cache, last, lengths, made, limits, deltas, done, seen, sampling)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -76,15 +110,30 @@ def encode_vision(
 def write_rows(
     config: ModelConfig,
     rows: VisualRows,
-    part: Float[Array, "m R"],
+    part: Float[Array, "m R"] | VisualRows,
     first: Int[Array, ""],
+    skip: Int[Array, ""],
     count: Int[Array, ""],
 ) -> VisualRows:
-    """`rows` with rows `first` to `first + count` taken from the start of `part`, as `encode_vision` returned it."""
-    source = jnp.arange(len(rows.embeds)) - first
-    inside = ((source >= 0) & (source < count))[:, None]
-    taken = part[jnp.clip(source, 0, len(part) - 1)]
-    return jax.tree.map(partial(jnp.where, inside), separate_deepstack_embeds(taken, config.num_deepstack_levels), rows)
+    """`rows` with rows `first` to `first + count` taken from row `skip` of `part` on."""
+    place = jnp.arange(len(rows.embeds)) - first
+    inside = ((place >= 0) & (place < count))[:, None]
+
+    def taken(source: jax.Array) -> jax.Array:
+        return source[jnp.clip(place + skip, 0, len(source) - 1)]
+
+    if isinstance(part, VisualRows):
+        new = jax.tree.map(taken, part)
+    else:
+        new = separate_deepstack_embeds(taken(part), config.num_deepstack_levels)
+    return jax.tree.map(partial(jnp.where, inside), new, rows)
+
+
+def empty_rows(config: ModelConfig, height: int) -> VisualRows:
+    """`height` visual rows of zeros."""
+    width, levels = config.text.hidden_size, config.num_deepstack_levels
+    widths = (width, levels * width) if levels else (width,)
+    return VisualRows(*(jnp.zeros((height, each), model_dtype(config)) for each in widths))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -94,55 +143,86 @@ def all_logits(config: ModelConfig, params: Params, prompt: PromptArrays) -> Flo
         return merge_params(config, params).language_model(**language_inputs(prompt))[0]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def prefill(
-    config: ModelConfig, capacity: int, params: Params, prompt: PromptArrays, sampling: SamplingParams
-) -> DecodeState:
-    """Runs the prompt, fills a new cache of `capacity` slots a row and draws the first token."""
-    batch = prompt.input_ids.shape[0]
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def prefill_chunk(
+    config: ModelConfig, params: Params, state: EngineState, chunk: PromptChunk
+) -> tuple[EngineState, Int[Array, " R"]]:
+    """Writes the keys and values of R pieces of prompts into their pages.
+
+    A prompt whose last piece is here draws its first token and takes over its decode row.
+
+    Returns:
+        the state, and the first token of each prompt that ended (of the others, any).
+    """
+    counts, rows = jnp.asarray(chunk.counts), jnp.asarray(chunk.rows)
+    column = jnp.arange(chunk.input_ids.shape[1])
+    slots = jnp.where(column < counts[:, None], jnp.asarray(chunk.starts)[:, None] + column, -1)
+    embeds, deepstack = chunk.visual_rows or (None, None)
+    model = merge_params(config, params).language_model
     with precision_of(config):
-        cache = KVCache.empty(config.text, batch, capacity, model_dtype(config))
-        model = merge_params(config, params).language_model
-        hidden, cache = model.model(cache=cache, **language_inputs(prompt))
-        assert cache is not None
-        lengths = jnp.asarray(prompt.lengths)
-        at_end = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        logits = model.logits(at_end)
-    in_row = jnp.arange(prompt.input_ids.shape[1]) < lengths[:, None]
-    seen = jnp.zeros((batch, config.text.vocab_size), jnp.uint8)
-    state = DecodeState(
-        cache=cache,
-        tokens=jnp.broadcast_to(jnp.asarray(sampling.pad_token_id), (batch, capacity)),
-        lengths=jnp.zeros(batch, jnp.int32),
-        last=jnp.zeros(batch, jnp.int32),
-        slots=lengths - 1,
-        rope_deltas=jnp.asarray(prompt.rope_deltas),
-        done=jnp.zeros(batch, bool),
-        seen=mark_seen(seen, jnp.where(in_row, jnp.asarray(prompt.input_ids), -1), IN_PROMPT),
-        step=jnp.zeros((), jnp.int32),
-    )
-    return _append(state, logits, sampling)
+        hidden, cache = model.model(
+            jnp.asarray(chunk.input_ids),
+            jnp.asarray(chunk.position_ids),
+            slots=slots,
+            cache=replace(state.cache, page_table=jnp.asarray(chunk.page_table)),
+            input_embeds=embeds,
+            input_deepstack_embeds=deepstack,
+            visual_index=None if chunk.visual_index is None else jnp.asarray(chunk.visual_index),
+        )
+        assert isinstance(cache, PagedKVCache)
+        state = replace(state, cache=replace(cache, page_table=state.cache.page_table))
+        at_end = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+
+        def first_tokens() -> jax.Array:
+            return sample(model.logits(at_end), jnp.asarray(chunk.seen), chunk.sampling, jnp.int32(0))
+
+        ending = jnp.any(rows < len(state.last))
+        tokens = jax.lax.cond(ending, first_tokens, lambda: jnp.zeros(len(rows), jnp.int32))
+    return _begin_rows(state, chunk, tokens), tokens
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode_loop(
-    config: ModelConfig, params: Params, state: DecodeState, sampling: SamplingParams, limit: Int[Array, ""]
-) -> DecodeState:
-    """Goes on until every answer has `limit` tokens or its end token. One loop on the device, the cache in place."""
+    config: ModelConfig,
+    params: Params,
+    state: EngineState,
+    running: Bool[AnyArray, " B"],
+    steps: Int[AnyArray, ""],
+    leave_on_end: Bool[AnyArray, ""],
+) -> tuple[EngineState, Int[Array, "B N"]]:
+    """Makes up to `steps` tokens, at most DECODE_BUFFER, in each of the `running` rows that have not ended.
 
-    def unfinished(state: DecodeState) -> jax.Array:
-        return (state.step < limit) & ~jnp.all(state.done)
+    One loop on the device, the pages updated in place. It leaves when all rows have ended, or with `leave_on_end` as
+    soon as one has.
 
-    def next_token(state: DecodeState) -> DecodeState:
-        slots = state.slots[:, None]
+    Returns:
+        the state, and the tokens of each row from column 0 on, -1 where it made none.
+    """
+    model = merge_params(config, params).language_model
+
+    def unfinished(carry: tuple[jax.Array, jax.Array, EngineState]) -> jax.Array:
+        step, _, state = carry
+        live = jnp.asarray(running) & ~state.done
+        whole = jnp.any(live) & (~jnp.asarray(leave_on_end) | (step == 0) | jnp.all(live == began))
+        return (step < steps) & whole
+
+    def next_token(carry: tuple[jax.Array, jax.Array, EngineState]) -> tuple[jax.Array, jax.Array, EngineState]:
+        step, tokens, state = carry
+        live = jnp.asarray(running) & ~state.done
+        slots = jnp.where(live, state.lengths, -1)[:, None]
         positions = jnp.broadcast_to(slots + state.rope_deltas[:, None], (3, *slots.shape))
-        model = merge_params(config, params).language_model
         hidden, cache = model.model(state.last[:, None], positions, slots=slots, cache=state.cache)
-        assert cache is not None
-        return _append(replace(state, cache=cache), model.logits(hidden[:, 0]), sampling)
+        assert isinstance(cache, PagedKVCache)
+        token = sample(model.logits(hidden[:, 0]), state.seen, state.sampling, state.made)
+        state = _append(replace(state, cache=cache), token, live)
+        column = jnp.where(live, token, -1)[:, None]
+        return step + 1, jax.lax.dynamic_update_slice_in_dim(tokens, column, step, axis=1), state
 
+    began = jnp.asarray(running) & ~state.done
+    tokens = jnp.full((len(state.last), DECODE_BUFFER), -1, jnp.int32)
     with precision_of(config):
-        return jax.lax.while_loop(unfinished, next_token, state)
+        _, tokens, state = jax.lax.while_loop(unfinished, next_token, (jnp.int32(0), tokens, state))
+    return state, tokens
 
 
 def language_inputs(prompt: PromptArrays) -> dict[str, Any]:
@@ -162,18 +242,38 @@ def precision_of(config: ModelConfig) -> AbstractContextManager[object]:
     return jax.default_matmul_precision("highest" if model_dtype(config) == jnp.float32 else "default")
 
 
-def _append(state: DecodeState, logits: jax.Array, sampling: SamplingParams) -> DecodeState:
-    """Draws each row's next token and records it, unless the row has ended."""
-    token = sample(logits, state.seen, sampling, state.step)
-    token = jnp.where(state.done, sampling.pad_token_id, token)
-    running = ~state.done
+def _begin_rows(state: EngineState, chunk: PromptChunk, tokens: jax.Array) -> EngineState:
+    """The state in which each prompt that ended in a chunk has its decode row, with its first token made."""
+    new = replace(
+        state,
+        cache=replace(state.cache, keys=(), values=(), page_table=chunk.page_table),
+        last=tokens,
+        lengths=jnp.asarray(chunk.starts) + jnp.asarray(chunk.counts),
+        made=jnp.ones_like(tokens),
+        limits=chunk.limits,
+        rope_deltas=chunk.rope_deltas,
+        done=_ends(tokens, chunk.sampling) | (jnp.asarray(chunk.limits) <= 1),
+        seen=mark_seen(jnp.asarray(chunk.seen), tokens[:, None], GENERATED),
+        sampling=chunk.sampling,
+    )
+    old = replace(state, cache=replace(state.cache, keys=(), values=()))
+    rows = jnp.asarray(chunk.rows)
+    begun = jax.tree.map(lambda old, new: old.at[rows].set(jnp.asarray(new), mode="drop"), old, new)
+    return replace(begun, cache=replace(state.cache, page_table=begun.cache.page_table))
+
+
+def _append(state: EngineState, tokens: jax.Array, live: jax.Array) -> EngineState:
+    """The state after each live row made its token."""
+    made = state.made + live
     return replace(
         state,
-        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
-        lengths=state.lengths + running,
-        last=token,
-        slots=state.slots + 1,
-        done=state.done | jnp.isin(token, sampling.end_token_ids),
-        seen=mark_seen(state.seen, jnp.where(running, token, -1)[:, None], GENERATED),
-        step=state.step + 1,
+        last=jnp.where(live, tokens, state.last),
+        lengths=state.lengths + live,
+        made=made,
+        done=state.done | (live & (_ends(tokens, state.sampling) | (made >= state.limits))),
+        seen=mark_seen(state.seen, jnp.where(live, tokens, -1)[:, None], GENERATED),
     )
+
+
+def _ends(tokens: jax.Array, sampling: SamplingParams) -> jax.Array:
+    return jnp.any(tokens[:, None] == jnp.asarray(sampling.end_token_ids), axis=1)

@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from deepstack_jax.rounding import cdiv
 from deepstack_jax.sampling_options import SamplingOptions
 
 IN_PROMPT, GENERATED = 1, 2  # bits of `seen`
+END_TOKENS = 16  # end tokens of a row, up to a multiple of this
 _SMALLEST = float(np.finfo(np.float32).tiny)  # of the normal numbers: XLA on CPU and TPU takes smaller ones for 0
 _STEEP = 2.0**14  # above it, a logit over the temperature rounds the Gumbel noise added to it to less than 10 bits
 _DEFAULTS = SamplingOptions()
@@ -37,8 +39,8 @@ class SamplingParams:
     repetition_penalty: np.ndarray  # float32 [B], divides positive logits of tokens in prompt or answer
     presence_penalty: np.ndarray  # float32 [B], subtracted from logits of tokens in the answer
     seed: np.ndarray  # uint32 [B]
-    end_token_ids: np.ndarray  # int32 [E], filled up with -1
-    pad_token_id: np.ndarray  # int32 []
+    end_token_ids: np.ndarray  # int32 [B, E], filled up with -1
+    pad_token_id: np.ndarray  # int32 [B]
 
     @staticmethod
     def of(
@@ -57,8 +59,8 @@ class SamplingParams:
             ValueError: another number of seeds than rows.
         """
         ends = list(end_token_ids)
-        # room for eight end tokens, so that naming other ones compiles nothing
-        ends += [-1] * (-len(ends) % 8 or (8 if not ends else 0))
+        # room for some, so that naming other ones compiles nothing
+        ends += [-1] * (max(cdiv(len(ends), END_TOKENS), 1) * END_TOKENS - len(ends))
 
         def rows(value: float, dtype: type) -> np.ndarray:
             return np.full(batch, value, dtype)
@@ -68,15 +70,18 @@ class SamplingParams:
             **{name: rows(max(x, _SMALLEST) if x > 0 else x, np.float32) for name, x in numbers.items()},
             top_k=rows(min(options.top_k, np.iinfo(np.int32).max), np.int32),
             seed=np.array(options.seeds(batch), np.uint32),
-            end_token_ids=np.asarray(ends, np.int32),
-            pad_token_id=np.asarray(pad_token_id, np.int32),
+            end_token_ids=np.tile(np.asarray(ends, np.int32), (batch, 1)),
+            pad_token_id=rows(pad_token_id, np.int32),
         )
 
 
 def sample(
-    logits: Float[Array, "B V"], seen: UInt8[Array, "B V"], params: SamplingParams, step: Int[Array, ""]
+    logits: Float[Array, "B V"], seen: UInt8[Array, "B V"], params: SamplingParams, step: Int[Array, "*B"]
 ) -> Int[Array, "B"]:
-    """The token of every row at `step` of its answer: a function of the row's logits, seed and step only."""
+    """The token of every row at `step` of its answer: a function of the row's logits, options, seed and step only.
+
+    `step` is one for all rows, or one per row.
+    """
     logits, unit = _penalise(logits, seen, params)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     highest = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
@@ -86,7 +91,8 @@ def sample(
         scale = _scaling(highest, jnp.maximum(temperature * unit, _SMALLEST))
         truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
         kept = jax.lax.cond(jnp.any(truncates), lambda: _truncate(logits, scale, params), lambda: scale(logits))
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(params.seed)
+        steps = jnp.broadcast_to(step, len(logits))
+        keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(params.seed, steps)
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(temperature[:, 0] > 0, drawn, greedy)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deepstack_jax as dsj
-from deepstack_jax.generation import encode_images, encode_rows
+from deepstack_jax.encoding import encode_images, encode_rows
 from deepstack_jax.models.parameters import init_params
 from deepstack_jax.models.registry import parse_config
 from deepstack_jax.processing.batch import Batch, bucket, prepare_batch

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 
 import deepstack_jax as dsj
 from deepstack_jax.models.parameters import abstract_params
-from deepstack_jax.processing.batch import bucket
-from deepstack_jax.programs import PromptArrays, decode_loop, prefill
-from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.programs import EngineState, decode_loop, prefill_chunk
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.cases import IMAGE, batch_of
 from tests.torch_reference import load_reference, reference_tokens
@@ -41,15 +39,13 @@ def text(*lengths: int, seed: int = 0) -> dict[str, np.ndarray]:
     return batch_of(tiny_config(), [[length] for length in lengths], seed=seed)
 
 
-def test_ten_prompts_compile_one_program_a_bucket_and_a_second_call_none(model: dsj.Model):
+def test_ten_prompts_compile_one_program_per_width_and_a_second_call_none(model: dsj.Model):
     prompts = [text(length) for length in (5, 9, 16, 17, 20, 23, 30, 31, 40, 47)]
-    prompt_buckets = {bucket(prompt["input_ids"].shape[1]) for prompt in prompts}
-    cache_buckets = {bucket(size + 7) for size in prompt_buckets}
-    assert (len(prompt_buckets), len(cache_buckets)) == (4, 4)
 
-    compiled.clear()
+    programs = prefill_chunk._cache_size(), decode_loop._cache_size()
     first = [dsj.generate(model, **prompt, max_new_tokens=7).tokens for prompt in prompts]
-    assert len(compiled) == len(prompt_buckets) + len(cache_buckets)  # prefill programs and decode programs
+    assert prefill_chunk._cache_size() - programs[0] == 2  # pieces of up to 32 tokens, and of up to 64
+    assert decode_loop._cache_size() - programs[1] == 1
 
     compiled.clear()
     options = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 4}
@@ -62,20 +58,20 @@ def test_ten_prompts_compile_one_program_a_bucket_and_a_second_call_none(model: 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_temporary_memory_of_decode_does_not_grow_with_the_cache_or_the_experts(model: dsj.Model, dtype: jnp.dtype):
-    def memory(capacity: int, experts: int):
-        config = replace(model.config, vision=None, text=replace(model.config.text, num_experts=experts))
+    def memory(num_pages: int, experts: int):
+        config = replace(model.config, vision=None, dtype=jnp.dtype(dtype).name)
+        config = replace(config, text=replace(config.text, num_experts=experts))
         params = abstract_params(config, dtype)
-        prompt = PromptArrays(*(np.zeros(shape, np.int32) for shape in ((2, 16), (3, 2, 16), (2,), (2,))))
-        sampling = SamplingParams.of(2)
-        state = jax.eval_shape(lambda p, q: prefill(config, capacity, p, q, sampling), params, prompt)
+        state = jax.eval_shape(lambda: EngineState.empty(config, 2, num_pages, 128))
         cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
-        return decode_loop.lower(config, params, state, sampling, np.int32(1)).compile().memory_analysis(), cache
+        limits = np.ones(2, bool), np.int32(1), np.bool_(False)
+        return decode_loop.lower(config, params, state, *limits).compile().memory_analysis(), cache
 
-    (small, _), (long, cache), (many, _) = memory(2048, 8), memory(8192, 8), memory(2048, 64)
+    (small, _), (long, cache), (many, _) = memory(16, 8), memory(64, 8), memory(16, 64)
     assert long.temp_size_in_bytes <= small.temp_size_in_bytes + 4096
     # the router's logits, float32 [2, experts], are all that may grow
     assert many.temp_size_in_bytes <= small.temp_size_in_bytes + 4 * 2 * 4 * 64
-    assert long.alias_size_in_bytes >= cache  # the donated cache is the returned one
+    assert long.alias_size_in_bytes >= cache  # the donated pages are the returned ones
 
 
 def test_an_answer_stops_at_its_end_token_and_its_neighbours_go_on(model: dsj.Model):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deepstack_jax as dsj
-from deepstack_jax.generation import encode_rows
+from deepstack_jax.encoding import encode_rows
 from deepstack_jax.models.parameters import merge_params
 from deepstack_jax.processing.batch import prepare_batch
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import deepstack_jax as dsj
-from deepstack_jax.generation import encode_rows
+from deepstack_jax.encoding import encode_rows
 from deepstack_jax.processing.batch import prepare_batch
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import IMAGE, VIDEO, batch_of, mrope, side_by_side

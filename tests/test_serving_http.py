@@ -28,6 +28,7 @@ from PIL import Image
 
 import deepstack_jax as dsj
 from deepstack_jax.cli import main
+from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.runner import Chunk
 from deepstack_jax.serving import http as serving_http
 from deepstack_jax.serving.http import Node, create_app
@@ -89,7 +90,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def node(model: dsj.Model, policy: MediaPolicy) -> Iterator[Watched]:
-    node = TextNode(model, policy, name="tiny")
+    node = TextNode(model, policy, name="tiny", engine=EngineOptions(slots=2, decode_steps=1))
     yield Watched(node)
     node.stop(0)
     asyncio.run(node.close())
@@ -494,7 +495,6 @@ def test_health_and_models(client: httpx.Client):
 def test_a_client_that_goes_away_ends_its_work(client: httpx.Client, node: Watched, stream: bool):
     node.ended.clear()
     body = {"text": "Who is there?", "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True}, "stream": stream}
-    node._node.runner.step_seconds = 0
     if stream:
         with client.stream("POST", "/generate", json=body) as response:
             next(response.iter_lines())
@@ -502,7 +502,6 @@ def test_a_client_that_goes_away_ends_its_work(client: httpx.Client, node: Watch
         with pytest.raises(httpx.ReadTimeout):
             client.post("/generate", json=body, timeout=httpx.Timeout(60, read=0.2))
     until(lambda: node.ended)
-    node._node.runner.step_seconds = 0.03
     count, finish = node.ended[0]
     assert finish is None
     assert count < LONG
@@ -510,7 +509,6 @@ def test_a_client_that_goes_away_ends_its_work(client: httpx.Client, node: Watch
 
 
 def test_too_many_requests_get_503_and_slow_ones_504(node: Watched, policy: MediaPolicy):
-    node._node.runner.step_seconds = 0
     body = {"text": "Who is there?", "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True}}
     with serving(node, policy, max_requests=2, timeout=0.4) as client, ThreadPoolExecutor(6) as pool:
         responses = list(pool.map(lambda _: client.post("/generate", json=body), range(6)))
@@ -531,7 +529,6 @@ def test_too_many_requests_get_503_and_slow_ones_504(node: Watched, policy: Medi
                 *_, last, done = events_of(response.iter_lines())
                 assert last["error"]["code"] == "deadline"
                 assert done == "[DONE]"
-    node._node.runner.step_seconds = 0.03
 
 
 def test_a_node_that_stops_says_so(model: dsj.Model, policy: MediaPolicy):

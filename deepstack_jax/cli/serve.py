@@ -16,6 +16,7 @@ from deepstack_jax.bundled import existing_checkpoint
 
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model
+    from deepstack_jax.engine.options import EngineOptions
     from deepstack_jax.serving.http import Node
     from deepstack_jax.serving.policy import MediaPolicy
 
@@ -75,6 +76,17 @@ def run(
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds from a request to its last token")] = 600.0,
     max_waiting: Annotated[int, typer.Option(min=1, help="requests in line; more get a 503")] = 64,
     max_context: Annotated[int | None, typer.Option(min=2, help="tokens of prompt and answer; the model's own")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="requests that run at once; 4 on CPU, 32 on a chip by default")
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=128, help="tokens of a prefill chunk; 256 on CPU, 1024 on a chip by default")
+    ] = None,
+    kv_bytes: Annotated[
+        int | None, typer.Option(min=1, help="memory for keys and values; 1 GiB on CPU, most of a chip's rest")
+    ] = None,
+    decode_steps: Annotated[int, typer.Option(min=1, max=64, help="tokens per stream between two events")] = 8,
+    prefix_cache: Annotated[bool, typer.Option(help="keep prompts' keys and values for those that begin alike")] = True,
     grace: Annotated[float, typer.Option(min=0, help="seconds for running requests to end after SIGTERM")] = 20.0,
     name: Annotated[str | None, typer.Option(help="the model's name; the directory's by default")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
@@ -110,6 +122,7 @@ def run(
     with _bind(host, port) as listener:  # before the weights are read: a port in use is told at once
         if not _is_loopback(listener):
             print(f"warning: {host} is open to others, and this server has no authentication", file=sys.stderr)
+        from deepstack_jax.engine.options import EngineOptions
         from deepstack_jax.serving.http import create_app
 
         split = SplitOptions(
@@ -126,12 +139,14 @@ def run(
             encode_here,
         )
         _check_split(role, split)
+        engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache)
         model = _load(role, checkpoint, dtype, expert_layout, encode_here)
         name = name or checkpoint.resolve().name
 
         async def serve() -> None:
             # in the loop that runs it: ZeroMQ's authenticator answers in the loop in which it was made
-            node = make_node(role, model, policy, split, name=name, max_waiting=max_waiting, max_context=max_context)
+            limits = NodeLimits(max_waiting, max_context, engine)
+            node = make_node(role, model, policy, split, limits, name=name)
             app = create_app(node, policy, max_requests=2 * max_waiting, timeout=timeout)
             await _serve(node, app, listener, grace)
 
@@ -155,21 +170,29 @@ class SplitOptions:
     encode_here: bool
 
 
+@dataclass(frozen=True)
+class NodeLimits:
+    """What a node with the text model takes at once; as the options say."""
+
+    max_waiting: int = 64
+    max_context: int | None = None
+    engine: "EngineOptions | None" = None
+
+
 def make_node(
     role: Role,
     model: "Model",
     policy: "MediaPolicy",
     split: SplitOptions,
+    limits: NodeLimits,
     *,
     name: str,
-    max_waiting: int,
-    max_context: int | None,
 ) -> "Node":
     """The node of a role, in a running event loop."""
     from deepstack_jax.serving.text_node import TextNode
 
     if role == "unified":
-        return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context)
+        return TextNode(model, policy, name=name, **vars(limits))
 
     from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
     from deepstack_jax.disagg.wire.control import read_key
@@ -198,7 +221,7 @@ def make_node(
         http_url=split.http_url,
         transport=transport,
     )
-    return TextNode(model, policy, name=name, max_waiting=max_waiting, max_context=max_context, encoders=links)
+    return TextNode(model, policy, name=name, encoders=links, **vars(limits))
 
 
 def _load(role: Role, checkpoint: Path, dtype: str | None, expert_layout: str | None, encode_here: bool) -> "Model":

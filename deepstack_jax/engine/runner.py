@@ -1,8 +1,8 @@
-"""A single thread owns the device. Requests are queued, run one at a time, and stream their tokens.
+"""A single thread owns the device: it takes requests from other threads and gives out their tokens.
 
-It runs the programs of `generation.py` in the same buckets, so the tokens are those of `generate` bit for bit. The
-visual rows of a request may be there already (`programs.PromptArrays`), or its pixels are still to be encoded
-(`processing.batch.Batch`). An error in one request ends only that request.
+The thread drives an `Engine` turn by turn. Requests may be cancelled at any time and have deadlines, which every turn
+honours. An error in one request ends only that request, unless a program failed on the device: then all that ran in it
+fail, and the next ones find an empty engine.
 """
 
 import asyncio
@@ -10,38 +10,40 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
+from deepstack_jax.engine import core
+from deepstack_jax.engine.options import EngineOptions
+from deepstack_jax.engine.request import GenerationPlan
+from deepstack_jax.engine.request import Request as EngineRequest
 from deepstack_jax.errors import one_line
-from deepstack_jax.generation import GenerationPlan, encode_prompt, generate_steps, plan_generation
 from deepstack_jax.processing.batch import Batch, prepare_batch
 from deepstack_jax.programs import PromptArrays
+from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.sampling_options import SamplingOptions
 
-STEP_SECONDS = 0.03  # of decoding between two looks at the world: cancellations, deadlines, tokens given out
-MAX_STEP_TOKENS = 64
 PROBE_TOKENS = 4
 MANY_FAILURES = 3
+STALLED_SECONDS = 0.02  # between two turns that find nothing to launch: requests wait for rows
 
 _log = logging.getLogger(__name__)
 
 
 class RequestFailed(Exception):
-    """Request that ended without an answer; the message is one line."""
+    """A request that ended without an answer; the message is one line."""
 
 
 class QueueFullError(RequestFailed):
-    """As much work as allowed is waiting already."""
+    """As many requests as allowed are waiting already."""
 
 
 class DeadlineError(RequestFailed):
-    """The work's deadline passed before its answer was whole."""
+    """The request's deadline passed before its answer was whole."""
 
 
 class StoppingError(RequestFailed):
@@ -57,6 +59,8 @@ class Chunk:
     finish_reason: Literal["stop", "length"] | None = None  # at an end token (included) or at max_new_tokens
     timings: dict[str, float] = field(default_factory=dict)  # seconds of queue, encode, prefill, decode
     transfer_stats: dict[str, Any] | None = None  # where rows came from an encode node: how, for `meta_info`
+    cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    engine_shape: str = ""  # the sizes on which its bits depend
 
 
 Event = Chunk | RequestFailed
@@ -64,75 +68,85 @@ Event = Chunk | RequestFailed
 
 @dataclass(eq=False)
 class Request:
-    """One prompt in the runner's hands."""
+    """A request in the runner's hands."""
 
-    prompt: Batch | PromptArrays
-    plan: GenerationPlan
-    deadline: float  # on time.monotonic()'s clock
+    prompt: EngineRequest
     emit: Callable[[Event], None]  # called in the runner's thread
-    submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
     def cancel(self) -> None:
-        """Ends the work at the next look: nobody waits for its tokens any more."""
+        """Ends the request at the next turn: its tokens are not needed any more."""
         self.cancelled = True
 
 
 class Runner:
-    """Runs work in the order in which it came, one piece at a time.
+    """Runs requests on an engine of its own, in a thread of its own.
 
     Attributes:
         last_run: time.monotonic() when a program last came back from the device, None before the first.
-        error: the line of the failure that ended the newest work which came to the device, None if that went well.
+        error: the line of the failure that ended the newest request, None if that went well.
     """
 
-    def __init__(self, model: Model, max_waiting: int = 64, step_seconds: float = STEP_SECONDS):
+    def __init__(
+        self, model: Model, max_waiting: int = 64, options: EngineOptions | None = None, max_context: int | None = None
+    ):
         """
         Args:
-            model: what `load` returned; its vision parameters are needed for work with pixels alone.
-            max_waiting: pieces of work in line, the running one not counted.
-            step_seconds: about how long decoding goes on between two looks at cancellations and deadlines.
+            model: what `load` returned; its vision parameters are needed for requests with pixels only.
+            max_waiting: requests in line, those in slots not counted.
+            options: the engine's sizes.
+            max_context: tokens of prompt and answer of a request at most; None takes the model's positions.
         """
-        self.model = model
         self.max_waiting = max_waiting
-        self.step_seconds = step_seconds
+        self.engine = (options or EngineOptions()).build(model, max_context, max_waiting)
+        self._shape = self.engine.shape.name()
         self.last_run: float | None = None
         self.error: str | None = None
         self._failures = 0  # since the model last ran
         self._testing = asyncio.Lock()
         self._probe_tokens: tuple[int, ...] | None = None
         self._busy_since: float | None = None
-        self._waiting: deque[Request] = deque()
-        self._running: Request | None = None
+        self._inbox: deque[Request] = deque()
+        self._requests: dict[EngineRequest, Request] = {}  # those that the engine has
         self._stop_at: float | None = None
+        self._warm_up: threading.Event | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
         self._thread.start()
 
     def submit(
-        self, prompt: Batch | PromptArrays, plan: GenerationPlan, deadline: float, emit: Callable[[Event], None]
+        self,
+        prompt: Batch | PromptArrays,
+        plan: GenerationPlan,
+        deadline: float,
+        emit: Callable[[Event], None],
+        tenant: str = "",
     ) -> Request:
         """Puts one prompt (a batch of one row) in line.
 
         `emit` is called in the runner's thread with each chunk, the last of which has a `finish_reason`, or with one
-        `RequestFailed` in the end. Nothing more is emitted once the work is cancelled.
+        `RequestFailed` in the end. Nothing more is emitted once the request is cancelled.
 
         Raises:
-            QueueFullError, StoppingError: the work was not taken.
+            QueueFullError, StoppingError: the request was not taken.
+            ValueError: the prompt doesn't fit the engine.
         """
-        request = Request(prompt, plan, deadline, emit)
+        request = Request(EngineRequest.of_row(prompt, plan, deadline=deadline, tenant=tenant), emit)
+        self.engine.check(request.prompt)
         with self._changed:
             if self._stop_at is not None or not self._thread.is_alive():
                 raise StoppingError("the server is stopping: send the request to another one")
             # what was cancelled gives back its place, and its pixels
-            self._waiting = deque(other for other in self._waiting if not other.cancelled)
-            if len(self._waiting) >= self.max_waiting:
+            self._inbox = deque(other for other in self._inbox if not other.cancelled)
+            if len(self._inbox) + self.engine.waiting >= self.max_waiting + self.engine.free_slots:
                 raise QueueFullError(f"{self.max_waiting} requests are waiting already: try again later")
-            self._waiting.append(request)
+            self._inbox.append(request)
             self._changed.notify_all()
         return request
 
-    async def run(self, prompt: Batch | PromptArrays, plan: GenerationPlan, deadline: float) -> AsyncGenerator[Chunk]:
+    async def run(
+        self, prompt: Batch | PromptArrays, plan: GenerationPlan, deadline: float, tenant: str = ""
+    ) -> AsyncGenerator[Chunk]:
         """`submit` for asyncio: the chunks of the answer. Closing it, or cancelling its task, ends the request.
 
         Raises:
@@ -143,10 +157,10 @@ class Runner:
         def emit(event: Event) -> None:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the loop is closed: nobody waits
+            except RuntimeError:  # the loop is closed
                 request.cancel()
 
-        request = self.submit(prompt, plan, deadline, emit)
+        request = self.submit(prompt, plan, deadline, emit, tenant)
         del prompt  # its pixels are let go once they are encoded
         try:
             while True:
@@ -154,7 +168,7 @@ class Runner:
                     # a little later than the thread, whose message says more
                     event = await asyncio.wait_for(events.get(), max(deadline - time.monotonic(), 0) + 0.1)
                 except TimeoutError:
-                    raise DeadlineError(_deadline_message("waiting for the device", request)) from None
+                    raise DeadlineError(_deadline_message("waiting for the device", request.prompt)) from None
                 if isinstance(event, RequestFailed):
                     raise event
                 yield event
@@ -163,14 +177,29 @@ class Runner:
         finally:
             request.cancel()
 
+    def warm_up(self) -> None:
+        """Compiles every language program, in the runner's thread, before the first request.
+
+        Raises:
+            ValueError: one of them failed.
+        """
+        done = threading.Event()
+        with self._changed:
+            self._warm_up = done
+            self._changed.notify_all()
+        done.wait()
+        if self.error is not None:
+            raise ValueError(f"the engine could not start: {self.error}")
+
     async def self_test(self, timeout: float) -> str | None:
-        """Runs a tiny prompt through every program this model has; gives the reason where that fails, else None.
+        """Runs a tiny prompt with an image, if the model encodes; gives the reason if that fails, otherwise None.
 
         The same tokens have to come each time: a device that computes something else than before is not able.
         """
         try:
             prompt = tiny_prompt(self.model)
-            plan = plan_generation(self.model, prompt, SamplingOptions(max_new_tokens=PROBE_TOKENS, eos_token_id=[]))
+            options = SamplingOptions(max_new_tokens=PROBE_TOKENS, eos_token_id=[])
+            plan = GenerationPlan(SamplingParams.of(1, options), PROBE_TOKENS)
             tokens: tuple[int, ...] = ()
             async for chunk in self.run(prompt, plan, time.monotonic() + timeout):
                 tokens += chunk.tokens
@@ -184,14 +213,14 @@ class Runner:
         return None
 
     async def health(self, stuck_after: float = 300.0, idle_after: float = 30.0, timeout: float = 10.0) -> str | None:
-        """None where the thread lives and the model has run of late, else the reason.
+        """None if the thread lives and the model has run recently, otherwise the reason.
 
         Args:
-            stuck_after: seconds for which one program may run, its compilation included.
+            stuck_after: seconds for which one turn may run, compilation included.
             idle_after: an idle model that has not run for so many seconds, or failed last, is tested first.
             timeout: of that test, in seconds.
         """
-        async with self._testing:  # who asks at the same time waits for the same test
+        async with self._testing:  # callers at the same time wait for the same test
             if not self.alive:
                 return "the server is stopping" if self._stop_at is not None else "the device's thread has ended"
             if self.busy_seconds > stuck_after:
@@ -204,24 +233,29 @@ class Runner:
             return "the model has not run yet" if self.last_run is None else None
 
     @property
+    def model(self) -> Model:
+        """What the engine runs."""
+        return self.engine.model
+
+    @property
     def alive(self) -> bool:
-        """Whether the thread runs and takes request."""
+        """Whether the thread runs and takes requests."""
         return self._thread.is_alive() and self._stop_at is None
 
     @property
     def busy_seconds(self) -> float:
-        """How long the program that runs now has been running; 0 when none does."""
+        """How long the turn that runs now has been running; 0 when none does."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
     @property
     def waiting(self) -> int:
-        """Pieces of work in line and running."""
+        """Requests in line and in slots."""
         with self._changed:
-            return len(self._waiting) + (self._running is not None)
+            return len(self._inbox) + len(self._requests)
 
     def stop(self, grace: float = 0.0) -> None:
-        """Takes no more work; what has not ended in `grace` seconds ends with `StoppingError`. Returns at once."""
+        """Takes no more requests; those that don't end in `grace` seconds get `StoppingError`. Returns at once."""
         with self._changed:
             at = time.monotonic() + grace
             self._stop_at = at if self._stop_at is None else min(at, self._stop_at)
@@ -233,79 +267,85 @@ class Runner:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while (request := self._next()) is not None:
-            last: Event | None = None
-            try:
-                last = self._answer(request)
-            except RequestFailed as error:
-                last = error.with_traceback(None)  # a traceback would keep the work's cache alive
-            except BaseException as error:
-                # nothing that one piece of work meets may end the thread
-                _log.exception("a request failed")
-                self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
-                self._failures += 1
-                last = RequestFailed(f"the model failed on this request ({self.error}): try again, or a smaller one")
-            with self._changed:
-                self._running = self._busy_since = None
-            if last is not None:  # only now: its receiver must find the place free
+        while self._take():
+            self._busy_since = time.monotonic()
+            self._cancel()
+            ended = []
+            for event in self.engine.step():
+                ended += self._hear(event)
+            self._busy_since = None
+            for request, last in ended:  # only now: its receiver must find the place free
                 _emit(request, last)
 
-    def _next(self) -> Request | None:
-        """The first in line, or None once the runner is stopped and the line is empty."""
+    def _take(self) -> bool:
+        """Waits for something to do and takes what came in; False once the runner is stopped and nothing is left."""
         with self._changed:
-            while not self._waiting:
+            while not self._inbox and self._warm_up is None:
+                if self._requests:
+                    if self.engine.stalled:
+                        self._changed.wait(STALLED_SECONDS)
+                    break
                 if self._stop_at is not None:
-                    return None
+                    return False
                 self._changed.wait()
-            self._running = self._waiting.popleft()
-            return self._running
-
-    def _answer(self, request: Request) -> Event | None:
-        """Emits all chunks but the last, which it returns; None where the work was cancelled."""
-        laps = _StageTimer(request.submitted)
-        laps.end("queue")
-        if not self._check_alive(request, "in line"):
-            return None
-        self._busy_since = time.monotonic()
-        prompt = (
-            request.prompt if isinstance(request.prompt, PromptArrays) else encode_prompt(self.model, request.prompt)
-        )
-        jax.block_until_ready(prompt.rows)
-        laps.end("encode")
-        request.prompt = prompt
-        if not self._check_alive(request, "after encoding"):
-            return None
-        pace = _StepSizer(self.step_seconds)
-        stage, made, count = "prefill", 0, int(np.max(prompt.lengths))
-        ends = {token for token in request.plan.sampling.end_token_ids.tolist() if token >= 0}
-        for piece in generate_steps(self.model, prompt, request.plan, pace.next_step):
-            tokens = tuple(token for token in piece[0].tolist() if token >= 0)
-            made += len(tokens)
-            laps.end(stage)
-            stage, self.last_run, self.error, self._failures = "decode", time.monotonic(), None, 0
-            finish = "stop" if tokens[-1] in ends else "length" if made == request.plan.max_new_tokens else None
-            if finish:
-                return Chunk(tokens, count, finish, dict(laps.seconds))
-            if not self._check_alive(request, f"after {made} tokens"):
-                return None
-            _emit(request, Chunk(tokens, count, None, dict(laps.seconds)))
-            self._busy_since = time.monotonic()
-        raise AssertionError("an answer ends with an end token or at max_new_tokens")
-
-    def _check_alive(self, request: Request, where: str) -> bool:
-        """Whether to go on. Raises where a deadline has passed."""
-        if request.cancelled:
-            return False
-        now = time.monotonic()
-        if now >= request.deadline:
-            raise DeadlineError(_deadline_message(where, request))
-        if self._stop_at is not None and now >= self._stop_at:
-            raise StoppingError(f"the server stopped {where}: send the request to another one")
+            taken, self._inbox = self._inbox, deque()
+            for request in taken:
+                self._requests[request.prompt] = request
+        self._start(taken)
         return True
+
+    def _start(self, taken: deque[Request]) -> None:
+        if self._warm_up is not None:
+            self._guarded(self.engine.warm_up)
+            self._warm_up.set()
+            self._warm_up = None
+        for request in taken:
+            if request.cancelled:
+                del self._requests[request.prompt]
+            else:
+                self.engine.add(request.prompt)
+
+    def _cancel(self) -> None:
+        """Passes on what was cancelled, and stops what is left when the grace is over."""
+        stopping = self._stop_at is not None and time.monotonic() >= self._stop_at
+        for request in list(self._requests.values()):
+            if request.cancelled or stopping:
+                self.engine.cancel(request.prompt, "cancelled" if request.cancelled else "stopping")
+
+    def _hear(self, event: core.Event) -> Iterator[tuple[Request, Event]]:
+        """Emits what goes on, and yields what a request ends with."""
+        request = self._requests[event.request]
+        if isinstance(event, core.NewTokens):
+            self.last_run, self.error, self._failures = time.monotonic(), None, 0
+            one = event.request
+            chunk = Chunk(event.tokens, one.length, one.finish_reason, one.timings, cached_tokens=one.cached_tokens, engine_shape=self._shape)
+            if one.finish_reason is None:
+                _emit(request, chunk)
+                return
+            last: Event = chunk
+        elif isinstance(event, core.Stopped):
+            last = _stopped(event)
+        else:
+            last = self._failed(event.error)
+        with self._changed:
+            del self._requests[event.request]
+        yield request, last
+
+    def _failed(self, error: Exception) -> RequestFailed:
+        _log.error("a request failed", exc_info=error)
+        self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
+        self._failures += 1
+        return RequestFailed(f"the model failed on this request ({self.error}): try again, or a smaller one")
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:
+            self._failed(error)
 
 
 def tiny_prompt(model: Model) -> Batch:
-    """A prompt of a few tokens, with a picture of one visual token where the model has the parameters to encode it."""
+    """A prompt of a few tokens, with an image of one visual token if the model has the parameters to encode it."""
     config = model.config
     if config.vision is None or not model.vision_params:
         return prepare_batch(config, np.arange(1, 4)[None])
@@ -315,35 +355,10 @@ def tiny_prompt(model: Model) -> Batch:
     return prepare_batch(config, np.array([ids]), None, pixels, np.array([[1, merge, merge]]))
 
 
-@dataclass
-class _StageTimer:
-    """Seconds of each stage, those of the same name added up."""
-
-    since: float
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def end(self, stage: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.since
-        self.since = now
-
-
-class _StepSizer:
-    """How many tokens to decode at once: as many as fit the time, found by doubling. One call costs what a launch
-    costs, which is a good part of a small model's token."""
-
-    def __init__(self, seconds: float):
-        self._seconds = seconds
-        self._tokens = 1
-        self._since: float | None = None
-
-    def next_step(self) -> int:
-        now = time.monotonic()
-        if self._since is not None:
-            fit = int(self._seconds * self._tokens / max(now - self._since, 1e-9))
-            self._tokens = max(1, min(2 * self._tokens, fit, MAX_STEP_TOKENS))
-        self._since = now
-        return self._tokens
+def _stopped(event: core.Stopped) -> RequestFailed:
+    if event.reason == "deadline":
+        return DeadlineError(_deadline_message(event.where, event.request))
+    return StoppingError(f"the server stopped {event.where}: send the request to another one")
 
 
 def _emit(request: Request, event: Event) -> None:
@@ -352,9 +367,9 @@ def _emit(request: Request, event: Event) -> None:
     try:
         request.emit(event)
     except Exception:
-        _log.exception("the taker of an answer failed")
+        _log.exception("the receiver of an answer failed")
         request.cancel()
 
 
-def _deadline_message(where: str, request: Request) -> str:
+def _deadline_message(where: str, request: EngineRequest) -> str:
     return f"no answer within {request.deadline - request.submitted:.1f} s ({where}): ask for less, or try again later"

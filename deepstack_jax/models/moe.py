@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from deepstack_jax.config import TextConfig
 from deepstack_jax.models.param import Linear, param, scaled_normal
@@ -22,7 +22,10 @@ class DenseMLP(nnx.Module):
         self.up_proj = Linear(inner, hidden, ("mlp", "embed"), bias=False, dtype=dtype, rngs=rngs)
         self.down_proj = Linear(hidden, inner, ("embed", "mlp"), bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, hidden: Float[Array, "B T D"], active: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        del active  # every token costs the same here
         return self.down_proj(jax.nn.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
@@ -74,9 +77,14 @@ class SparseMoE(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights, chosen, logits
 
-    def __call__(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, hidden: Float[Array, "B T D"], active: Bool[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Tokens that are not `active` go to no expert, and get 0."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         weights, chosen, logits = self.route(tokens)
         self.sow(nnx.Intermediate, "router_logits", logits, capture_noop=True)
         self.sow(nnx.Intermediate, "top_k_index", chosen, capture_noop=True)
+        if active is not None:
+            chosen = jnp.where(active.reshape(-1, 1), chosen, -1)
         return self.experts(tokens, chosen, weights).reshape(hidden.shape)

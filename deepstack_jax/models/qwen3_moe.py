@@ -4,7 +4,7 @@ One `Qwen3MoeForCausalLM` serves plain text, vision-language and the language si
 visual rows are given. Reference: transformers' qwen3_moe and qwen3_vl_moe; DeepStack is arXiv:2406.04334.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import no_type_check
 
@@ -15,14 +15,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import TextConfig
-from deepstack_jax.models.attention import ranged_attention
 from deepstack_jax.models.moe import DenseMLP, SparseMoE
 from deepstack_jax.models.norm import RMSNorm
 from deepstack_jax.models.param import Linear, param, product
 from deepstack_jax.models.rope import Rotation, rotate, text_rotation
+from pallas_kernels.attention import paged_attention, ranged_attention
 from pallas_kernels.deepstack_add import deepstack_add
 
-LayerCache = tuple[Float[Array, "B K S h"], Float[Array, "B K S h"]]  # keys and values
+# keys and values of one layer, [B, K, S, h] or in pages [N, K, page, h]
+LayerCache = tuple[Float[Array, "_ K _ h"], Float[Array, "_ K _ h"]]
 
 
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well
@@ -42,6 +43,26 @@ class KVCache:
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
         return KVCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
+
+
+@no_type_check  # the same
+@jax.tree_util.register_dataclass
+@dataclass
+class PagedKVCache:
+    """Keys and values of every layer in pages that rows of any length share; slot s of row b is in page
+    `page_table[b, s // page]`. Page 0 takes what inactive tokens write, and is never read.
+    """
+
+    keys: tuple[Float[Array, "N K page h"], ...]
+    values: tuple[Float[Array, "N K page h"], ...]
+    page_table: Int[Array, "B P"]
+
+    @staticmethod
+    def empty(config: TextConfig, num_pages: int, page: int, page_table: Array, dtype: DTypeLike) -> "PagedKVCache":
+        shape = (num_pages, config.num_key_value_heads, page, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
+        return PagedKVCache(keys, values, page_table)
 
 
 class Attention(nnx.Module):
@@ -65,8 +86,13 @@ class Attention(nnx.Module):
         rotation: Rotation,
         slots: Int[Array, "B T"],
         cached: LayerCache | None,
+        page_table: Int[Array, "B P"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the output and the layer's keys and values, those of `hidden` written at `slots`."""
+        """Returns the output and the layer's keys and values, those of `hidden` written at `slots`.
+
+        With a page table, `cached` is in pages, and tokens at slot -1 are inactive: they write to page 0, read nothing
+        and are read by nobody.
+        """
         query, key, value = (
             proj(hidden).reshape(*hidden.shape[:-1], -1, self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -75,11 +101,15 @@ class Attention(nnx.Module):
         key = rotate(self.k_norm(key), rotation).astype(self.dtype)
         value = value.astype(self.dtype)
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-        if cached is not None:
-            key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, (key, value), strict=True))
         start = jnp.maximum(slots - self.window + 1, 0) if self.window else jnp.zeros_like(slots)
-        attended = ranged_attention(query, key, value, start, slots + 1).reshape(*hidden.shape[:-1], -1)
-        return self.o_proj(attended), (key, value)
+        if page_table is not None and cached is not None:
+            key, value = (_write_pages(*pair, page_table, slots) for pair in zip(cached, (key, value), strict=True))
+            attended = paged_attention(query, key, value, page_table, start, slots + 1)
+        else:
+            if cached is not None:
+                key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, (key, value), strict=True))
+            attended = ranged_attention(query, key, value, start, slots + 1)
+        return self.o_proj(attended.reshape(*hidden.shape[:-1], -1)), (key, value)
 
 
 class DecoderLayer(nnx.Module):
@@ -98,11 +128,16 @@ class DecoderLayer(nnx.Module):
         rotation: Rotation,
         slots: Int[Array, "B T"],
         cached: LayerCache | None = None,
+        page_table: Int[Array, "B P"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the hidden states after the layer, and its keys and values with those of `hidden` at `slots`."""
-        attended, cached = self.self_attn(self.input_layernorm(hidden), rotation, slots, cached)
+        """Returns the hidden states after the layer, and its keys and values with those of `hidden` at `slots`.
+
+        With a page table, tokens at slot -1 are inactive: they attend to nothing and go to no expert.
+        """
+        attended, cached = self.self_attn(self.input_layernorm(hidden), rotation, slots, cached, page_table)
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), cached
+        active = None if page_table is None else slots >= 0
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), active), cached
 
 
 class Embedding(nnx.Module):
@@ -138,11 +173,11 @@ class Qwen3MoeModel(nnx.Module):
         position_ids: Int[Array, "3 B T"],
         *,
         slots: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedKVCache | None = None,
         input_embeds: Float[Array, "M D"] | None = None,
         input_deepstack_embeds: Float[Array, "M ND"] | None = None,
         visual_index: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T D"], KVCache | PagedKVCache | None]:
         """The arguments are those of `Qwen3MoeForCausalLM`.
 
         `nnx.capture` finds the `hidden_states` in it: the embeddings, then those after each layer and its level.
@@ -163,17 +198,19 @@ class Qwen3MoeModel(nnx.Module):
             slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         rotation = text_rotation(self.config.rope, self.config.head_dim, position_ids)
         levels = 0 if input_deepstack_embeds is None else input_deepstack_embeds.shape[1] // width
+        page_table = cache.page_table if isinstance(cache, PagedKVCache) else None
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             cached = None if cache is None else (cache.keys[i], cache.values[i])
-            hidden, (key, value) = layer(hidden, rotation, slots, cached)
+            hidden, (key, value) = layer(hidden, rotation, slots, cached, page_table)
             if input_deepstack_embeds is not None and visual_index is not None and i < levels:
                 flat = hidden.reshape(-1, width)
                 hidden = deepstack_add(flat, input_deepstack_embeds, visual_index.reshape(-1), i).reshape(hidden.shape)
             keys.append(key)
             values.append(value)
             self.sow(nnx.Intermediate, "hidden_states", hidden, capture_noop=True)
-        return self.norm(hidden), None if cache is None else KVCache(tuple(keys), tuple(values))
+        cache = None if cache is None else replace(cache, keys=tuple(keys), values=tuple(values))
+        return self.norm(hidden), cache
 
 
 class Qwen3MoeForCausalLM(nnx.Module):
@@ -199,16 +236,17 @@ class Qwen3MoeForCausalLM(nnx.Module):
         position_ids: Int[Array, "3 B T"],
         *,
         slots: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | PagedKVCache | None = None,
         input_embeds: Float[Array, "M D"] | None = None,
         input_deepstack_embeds: Float[Array, "M ND"] | None = None,
         visual_index: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T V"], KVCache | None]:
+    ) -> tuple[Float[Array, "B T V"], KVCache | PagedKVCache | None]:
         """
         Args:
             input_ids: tokens, each row from its first one on; padding follows them.
             position_ids: M-RoPE positions (time, height, width) of the tokens.
-            slots: where in the cache the tokens stand, consecutive in each row; 0, 1, 2, ... by default.
+            slots: where in the cache the tokens stand, consecutive in each row; 0, 1, 2, ... by default. In a paged
+                cache, more than one token begin at a multiple of a page, and tokens at slot -1 are inactive.
             cache: keys and values of the tokens before; None attends only among `input_ids`.
             input_embeds: embeddings of M visual tokens.
             input_deepstack_embeds: their N deepstack levels, side by side; level i is added after layer i.
@@ -242,3 +280,26 @@ def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
         return new  # a prompt that fills the cache can only start at slot 0
     write_row = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(write_row)(cached, new, first)
+
+
+def _write_pages(pages: jax.Array, new: jax.Array, page_table: jax.Array, slots: jax.Array) -> jax.Array:
+    """`new` [B, K, T, h] at the slots [B, T] of `pages` [N, K, page, h]; what is at slot -1 goes to page 0.
+
+    Several tokens of a row begin at a multiple of a page and are written page by page, inactive ones after the others
+    with them: nothing reads a slot that wasn't written yet.
+    """
+    batch, heads, length, width = new.shape
+    page, first = pages.shape[2], slots[:, 0]
+    if length == 1:
+        where = jnp.where(
+            first < 0, 0, jnp.take_along_axis(page_table, jnp.maximum(first, 0)[:, None] // page, 1)[:, 0]
+        )
+        return pages.at[where, :, jnp.maximum(first, 0) % page].set(new[:, :, 0])
+    height = min(length, page)
+    count = -(-length // height)
+    new = jnp.pad(new, [(0, 0), (0, 0), (0, count * height - length), (0, 0)])
+    blocks = new.reshape(batch, heads, count, height, width).swapaxes(1, 2).reshape(-1, heads, height, width)
+    numbers = jnp.maximum(first, 0)[:, None] // page + jnp.arange(count)
+    where = jnp.take_along_axis(page_table, jnp.minimum(numbers, page_table.shape[1] - 1), axis=1)
+    active = (slots[:, ::height] >= 0) & (numbers < page_table.shape[1])
+    return pages.at[jnp.where(active, where, 0).reshape(-1), :, :height].set(blocks)

@@ -5,7 +5,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.models.qwen3_moe import KVCache, Qwen3MoeForCausalLM
+from deepstack_jax.models.qwen3_moe import KVCache, PagedKVCache, Qwen3MoeForCausalLM
 from deepstack_jax.models.vision import PatchGeometry, VisionEncoder, VisualRows, separate_deepstack_embeds
 
 
@@ -36,8 +36,8 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         geometry: PatchGeometry | None = None,
         visual_index: Int[Array, "B T"] | None = None,
         slots: Int[Array, "B T"] | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T V"], KVCache | None]:
+        cache: KVCache | PagedKVCache | None = None,
+    ) -> tuple[Float[Array, "B T V"], KVCache | PagedKVCache | None]:
         """float32 logits, and the cache with these tokens in it: `Qwen3MoeForCausalLM` behind `get_image_features`.
 
         `visual_index` says which row of the features each visual token takes, -1 for text (processing/positions.py).

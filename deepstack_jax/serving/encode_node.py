@@ -77,7 +77,15 @@ class EncodeNode:
                         meta = event["meta_info"]
                         finish = meta["finish_reason"] and meta["finish_reason"]["type"]
                         timings, split = meta.get("timings", {}), meta.get("split")
-                        yield Chunk(tuple(event["output_ids"]), meta["prompt_tokens"], finish, timings, split)
+                        yield Chunk(
+                            tuple(event["output_ids"]),
+                            meta["prompt_tokens"],
+                            finish,
+                            timings,
+                            split,
+                            meta.get("cached_tokens", 0),
+                            meta.get("engine_shape", ""),
+                        )
                         if finish:
                             return
         except TimeoutError:

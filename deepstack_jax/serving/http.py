@@ -200,6 +200,9 @@ class _Answer:
         if self.ended:
             self._meta["e2e_latency"] = round(time.monotonic() - self._started, 6)
             self._meta["timings"] = {stage: round(seconds, 6) for stage, seconds in chunk.timings.items()}
+            self._meta["cached_tokens"] = chunk.cached_tokens
+            if chunk.engine_shape:
+                self._meta["engine_shape"] = chunk.engine_shape
             if chunk.transfer_stats is not None:
                 self._meta["split"] = chunk.transfer_stats
 

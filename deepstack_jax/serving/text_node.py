@@ -14,9 +14,11 @@ import numpy as np
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool, FetchedPrompt, NoEncoderError, TransferFailedError
 from deepstack_jax.disagg.wire.payload import pack
+from deepstack_jax.engine.options import EngineOptions
+from deepstack_jax.engine.request import GenerationPlan
 from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
 from deepstack_jax.errors import one_line
-from deepstack_jax.generation import GenerationPlan, plan_generation
+from deepstack_jax.generation import plan_generation
 from deepstack_jax.processing.batch import Batch, prepare_batch
 from deepstack_jax.processing.messages import texts_in
 from deepstack_jax.processing.processor import DecodeStream
@@ -42,6 +44,7 @@ class TextNode:
         max_context: int | None = None,
         stuck_after: float = 300.0,
         encoders: EncoderPool | None = None,
+        engine: EngineOptions | None = None,
     ):
         """
         Args:
@@ -51,13 +54,14 @@ class TextNode:
             max_waiting: prompts in line for the device.
             max_context: tokens of prompt and answer together; None takes the model's own bound.
             stuck_after: seconds after which a program that hasn't come back makes the node unhealthy.
+            engine: sizes of the engine.
             encoders: make it a language node; not yet started, closed by `close`.
         """
         self.role = "language" if encoders else "unified"
         self.control: str | None = None
         self._encoders = encoders
         self.model_names: Sequence[str] = [name]
-        self.runner = Runner(model, max_waiting)
+        self.runner = Runner(model, max_waiting, engine, max_context)
         self._model, self._policy, self._stuck_after = model, policy, stuck_after
         most = model.config.text.max_position_embeddings
         self._max_context = most if max_context is None else min(max_context, most)
@@ -111,16 +115,22 @@ class TextNode:
                 await chunks.aclose()
 
     async def start(self) -> None:
-        """Reads the tokenizer and runs a tiny prompt through every program.
+        """Reads the tokenizer, compiles the language programs and runs a tiny prompt.
 
         Raises:
             ValueError: one of them failed; with the reason.
         """
         await asyncio.to_thread(lambda: self._model.processor.tokenizer)
+        await asyncio.to_thread(self.runner.warm_up)
         if (reason := await self.runner.self_test(START_SECONDS)) is not None:
             raise ValueError(reason)
         if self._encoders:
             await self._encoders.start()
+
+    @property
+    def engine_shape(self) -> str:
+        """The sizes on which the bits of answers depend."""
+        return self.runner.engine.shape.name()
 
     async def health(self) -> str | None:
         """None where the node is alive and able, else the reason."""

@@ -14,8 +14,8 @@ import xxhash
 from cachetools import LRUCache
 
 from deepstack_jax.checkpoint import Model
+from deepstack_jax.encoding import concat_rows, encode_images
 from deepstack_jax.errors import one_line
-from deepstack_jax.generation import concat_rows, encode_images
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import VisionInput
 

@@ -1,0 +1,58 @@
+"""Images and videos to visual rows: the encoder over several of one bucket, and their rows one after another."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from deepstack_jax.checkpoint import Model
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.vision import VisualRows
+from deepstack_jax.processing.batch import Batch, VisionInput, bucket
+from deepstack_jax.programs import empty_rows, encode_vision, write_rows
+
+ENCODE_TOGETHER = 4  # images that one run of the encoder takes at most
+
+
+def group_size(count: int) -> int:
+    """How many of `count` images of one bucket run together: a power of two, so that programs stay few."""
+    return min(ENCODE_TOGETHER, 1 << (count.bit_length() - 1))
+
+
+def encode_group(model: Model, visuals: Sequence[VisionInput]) -> jax.Array:
+    """Rows [G, bucket of m, (1+N)*D] of images of one bucket; no image's bits depend on the others."""
+    items = [(visual.pixel_values, visual.geometry) for visual in visuals]
+    # one image needs no copy of its pixels
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays) if arrays[1:] else arrays[0][None], *items)
+    return encode_vision(model.config, model.vision_params, *stacked)
+
+
+def encode_images(model: Model, visuals: Sequence[VisionInput]) -> list[jax.Array]:
+    """Rows [bucket of m, (1+N)*D] of each image and video; those of one bucket run together, up to ENCODE_TOGETHER."""
+    rows: dict[int, jax.Array] = {}
+    waiting: dict[int, list[int]] = {}
+    for i, visual in enumerate(visuals):
+        waiting.setdefault(len(visual.pixel_values), []).append(i)
+    for numbers in waiting.values():
+        while numbers:
+            size = group_size(len(numbers))
+            group, numbers[:] = numbers[:size], numbers[size:]
+            rows |= zip(group, encode_group(model, [visuals[i] for i in group]), strict=True)
+    return [rows[i] for i in range(len(visuals))]
+
+
+def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
+    """The visual rows of a batch, a bucket of them, or None where it has no image and no video."""
+    if not batch.visuals:
+        return None
+    return concat_rows(model.config, encode_images(model, batch.visuals), batch.visuals)
+
+
+def concat_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[VisionInput]) -> VisualRows:
+    """The rows of one image after another, filled up with zeros to a bucket."""
+    rows = empty_rows(config, bucket(sum(visual.num_rows for visual in visuals)))
+    first = 0
+    for part, visual in zip(parts, visuals, strict=True):
+        rows = write_rows(config, rows, part, np.int32(first), np.int32(0), np.int32(visual.num_rows))
+        first += visual.num_rows
+    return rows

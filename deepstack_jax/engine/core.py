@@ -1,0 +1,319 @@
+"""The engine without a thread: requests in, tokens out, one turn per call.
+
+Many requests run at once in one pool of KV pages. A turn is at most one prefill program, one decode call and one run of
+the vision encoder; the next turn is launched before the results of the last one are read. The scheduler decides what
+runs; the answers don't depend on it: a prompt's pieces and programs follow from its own length, a row of a program from
+its own request, and both programs have one shape (`EngineShape`).
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from deepstack_jax.checkpoint import Model
+from deepstack_jax.encoding import encode_group, group_size
+from deepstack_jax.engine.pages import PageLedger
+from deepstack_jax.engine.prefix_cache import PrefixCache
+from deepstack_jax.engine.request import GenerationPlan, Request, chunk_of
+from deepstack_jax.engine.scheduler import Scheduler
+from deepstack_jax.engine.shape import EngineShape
+from deepstack_jax.engine.turn import Decode, Ended, Job, Prefill, Turn
+from deepstack_jax.programs import EngineState, decode_loop, empty_rows, prefill_chunk
+from deepstack_jax.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The next tokens of a request's answer. `request.finish_reason` says whether they are the last."""
+
+    request: Request
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A request that ended without a whole answer: by "deadline", or for the reason given to `cancel`."""
+
+    request: Request
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request whose work raised an error."""
+
+    request: Request
+    error: Exception
+
+
+Event = NewTokens | Stopped | Failed
+
+
+@dataclass
+class _Flight:
+    """What one turn launched and nobody has read yet."""
+
+    prefill: Prefill | None
+    first_tokens: jax.Array | None  # int32 [R]
+    decode: Decode | None
+    tokens: jax.Array | None  # int32 [B, N], -1 where a row made none
+
+
+class Engine:
+    """Requests on one device (or mesh), without a thread.
+
+    Attributes:
+        shape: sizes of the programs, on which bits depend.
+        num_pages: KV pages, page 0 included.
+        prefix_cache: what is kept of prompts that ended.
+        encode_seconds: spent in the vision encoder, waiting for it included where nothing else ran.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        shape: EngineShape,
+        num_pages: int,
+        *,
+        max_waiting: int = 64,
+        prefix_cache: bool = True,
+        end_tokens: int = 16,
+    ):
+        """
+        Args:
+            model: what `load` returned; its vision parameters are needed for requests with pixels only.
+            shape: sizes of the programs.
+            num_pages: KV pages of the pool, page 0 (which nothing reads) included.
+            max_waiting: requests in line at most, those in slots not counted.
+            prefix_cache: whether whole chunks of prompts are kept for those that begin alike.
+            end_tokens: end tokens of a request at most, a multiple of 16.
+        """
+        self.model, self.shape, self.num_pages = model, shape, num_pages
+        self._end_tokens, self._max_waiting, self._cache_prefixes = end_tokens, max_waiting, prefix_cache
+        self._ids = itertools.count()
+        self.encode_seconds = 0.0
+        self._stalled = True
+        vision = model.config.vision is not None
+        self._no_rows = empty_rows(model.config, shape.chunk) if vision else None
+        self._reset()
+
+    def _reset(self) -> None:
+        """Empty pages and rows: at the start, and after a program failed with the state in it."""
+        ledger = PageLedger(self.num_pages)
+        self.prefix_cache = PrefixCache(ledger, self.shape.chunk, self.shape.page, enabled=self._cache_prefixes)
+        self.scheduler = Scheduler(self.shape, ledger, self.prefix_cache, self._max_waiting)
+        self._requests: dict[int, Request] = {}
+        self._flights: deque[_Flight] = deque()
+        self._state = EngineState.empty(
+            self.model.config, self.shape.slots, self.num_pages, self.shape.page, self._end_tokens
+        )
+
+    def warm_up(self) -> None:
+        """Compiles every language program: runs a prompt of each width to its second token, and forgets it."""
+        options = SamplingParams.of(1, end_token_ids=[-1] * self._end_tokens)
+        limit = self.model.config.text.max_position_embeddings
+        for width, _ in self.shape.tail_rows:
+            length = min(width, limit - 2, self.token_capacity - 1)
+            ids = np.zeros(length, np.int32)
+            positions = np.tile(np.arange(length, dtype=np.int32), (3, 1))
+            text = np.full(length, -1, np.int32)
+            self.add(Request(ids, positions, text, 0, [], GenerationPlan(options, 2)))
+            for event in self.run():
+                if isinstance(event, Failed):
+                    raise event.error
+        self.prefix_cache.clear()
+
+    @property
+    def token_capacity(self) -> int:
+        """Tokens that the KV pages hold."""
+        return (self.num_pages - 1) * self.shape.page
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self.scheduler.overtaken)
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no request holds."""
+        return len(self.scheduler.free_slots)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is left."""
+        return self.scheduler.idle and not self._flights
+
+    def check(self, request: Request) -> None:
+        """Refuses what could never run. Any thread may call it.
+
+        Raises:
+            NeverFits: a ValueError: the pages can't hold its prompt and answer.
+            ValueError: more end tokens than a row has room for.
+        """
+        if request.plan.sampling.end_token_ids.shape[1] > self._end_tokens:
+            raise ValueError(f"{len(request.plan.ends)} end tokens: give at most {self._end_tokens}")
+        self.scheduler.check_fits(request.length, request.plan.max_new_tokens)
+
+    def add(self, request: Request, salt: bytes = b"") -> None:
+        """Puts a request in line.
+
+        Raises:
+            ValueError: as `check`.
+            QueueFull: too many requests are in line.
+        """
+        self.check(request)
+        request.id = next(self._ids)
+        keys = request.keys(self.shape, salt) if self._cache_prefixes else ()
+        job = Job(
+            request.id,
+            request.length,
+            request.plan.max_new_tokens,
+            request.deadline,
+            request.tenant,
+            keys,
+            request.ready,
+        )
+        self.scheduler.submit(job)
+        self._requests[request.id] = request
+
+    def cancel(self, request: Request, reason: str = "cancelled") -> None:
+        """Ends a request at the next turn; ignored if it has ended."""
+        self.scheduler.cancel(request.id, reason)
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last turn found nothing to launch or to read: requests wait for rows that others send."""
+        return self._stalled
+
+    def step(self) -> list[Event]:
+        """Launches one turn and reads the results of the one before; of the last one if nothing was left to launch."""
+        events: list[Event] = []
+        turn = self.scheduler.next_turn(time.monotonic())
+        events += self._end(turn.ended)
+        for admitted in turn.admitted:
+            self._requests[admitted.id].begin(admitted.cached_tokens)
+        try:
+            launched = self._launch(turn, events)
+            self._encode(events)
+            self._stalled = not launched and not self._flights
+            while len(self._flights) > launched:
+                events += self._read(self._flights.popleft())
+        except Exception as error:
+            events += self._fail(error)
+        return events
+
+    def run(self) -> Iterator[Event]:
+        """The events of all requests until none is left."""
+        while not self.idle:
+            yield from self.step()
+
+    def _end(self, ended: Sequence[Ended]) -> Iterator[Event]:
+        for each in ended:
+            yield Stopped(self._requests.pop(each.id), each.reason, each.where)
+
+    def _launch(self, turn: Turn, events: list[Event]) -> bool:
+        """Launches the prefill, then the decode call; says whether there was anything to launch."""
+        config, params = self.model.config, self.model.text_params
+        flight = _Flight(turn.prefill, None, turn.decode, None)
+        if turn.prefill:
+            width, table_width = turn.prefill.width, self._state.cache.page_table.shape[1]
+            parts = [(part, self._requests[part.id]) for part in turn.prefill.parts]
+            with self._failing([request for _, request in parts], events):
+                chunk = chunk_of(config, self.shape, width, parts, self._no_rows, table_width)
+                self._state, flight.first_tokens = prefill_chunk(config, params, self._state, chunk)
+            for part, request in parts:
+                request.release_rows(part.start + part.count)
+        if turn.decode:
+            running = np.zeros(self.shape.slots, bool)
+            running[[slot for slot, number in turn.decode.rows if number in self._requests]] = True
+            limits = np.int32(turn.decode.steps), np.bool_(turn.decode.leave_on_end)
+            self._state, flight.tokens = decode_loop(config, params, self._state, running, *limits)
+        if turn.prefill or turn.decode:
+            self._flights.append(flight)
+        return turn.prefill is not None or turn.decode is not None
+
+    def _encode(self, events: list[Event]) -> None:
+        """Runs the vision encoder once, over images of one bucket of the requests that came first."""
+        waiting = [
+            (request, image)
+            for number in self.scheduler.running
+            if (request := self._requests.get(number)) is not None
+            for image in request.to_encode
+        ]
+        if not waiting:
+            return
+        started, pixels = time.monotonic(), waiting[0][1].pixels
+        assert pixels is not None
+        alike = [
+            each for each in waiting if each[1].pixels and len(each[1].pixels.pixel_values) == len(pixels.pixel_values)
+        ]
+        group = alike[: group_size(len(alike))]
+        with self._failing([request for request, _ in group], events):
+            encoded = encode_group(self.model, [image.pixels for _, image in group if image.pixels])
+            if not self._flights:
+                jax.block_until_ready(encoded)
+            for (_, image), rows in zip(group, encoded, strict=True):
+                image.encoded, image.pixels = rows, None
+        seconds = time.monotonic() - started
+        self.encode_seconds += seconds
+        for request in {request.id: request for request, _ in group}.values():
+            request.encode_seconds += seconds
+            self.scheduler.arrived(request.id, request.ready)
+
+    def _read(self, flight: _Flight) -> Iterator[Event]:
+        """Waits for what a turn launched, reports it to the scheduler and gives out the tokens."""
+        if flight.prefill and flight.first_tokens is not None:
+            first = np.asarray(flight.first_tokens).tolist() if any(p.last for p in flight.prefill.parts) else None
+            for row, part in enumerate(flight.prefill.parts):
+                if part.id not in self.scheduler.running:
+                    continue  # a later launch of it failed
+                request = self._requests.get(part.id)
+                tokens = (first[row],) if part.last and first else ()
+                ended = request is not None and bool(tokens) and tokens[0] in request.plan.ends
+                self.scheduler.prefilled(part.id, ended)
+                if request and tokens:
+                    yield self._progress(request, tokens)
+        if flight.decode and flight.tokens is not None:
+            made = np.asarray(flight.tokens)
+            for slot, id in flight.decode.rows:
+                if id not in self.scheduler.running:
+                    continue
+                tokens = tuple(token for token in made[slot].tolist() if token >= 0)
+                request = self._requests.get(id)
+                ended = request is not None and bool(tokens) and tokens[-1] in request.plan.ends
+                self.scheduler.decoded(id, len(tokens), ended)
+                if request and tokens:
+                    yield self._progress(request, tokens)
+
+    def _progress(self, request: Request, tokens: tuple[int, ...]) -> NewTokens:
+        request.add(tokens)
+        if request.finish_reason:
+            del self._requests[request.id]
+        return NewTokens(request, tokens)
+
+    @contextmanager
+    def _failing(self, requests: Sequence[Request], events: list[Event]) -> Iterator[None]:
+        """An error ends these requests, unless it took the state with it."""
+        try:
+            yield
+        except Exception as error:
+            if self._state.last.is_deleted():
+                raise
+            for request in {request.id: request for request in requests}.values():
+                self.scheduler.drop(request.id)
+                del self._requests[request.id]
+                events.append(Failed(request, error))
+
+    def _fail(self, error: Exception) -> Iterator[Event]:
+        """Every request fails with a program that took the state with it."""
+        requests = list(self._requests.values())
+        self._reset()
+        for request in requests:
+            yield Failed(request, error)

@@ -1,0 +1,94 @@
+"""How large a server's engine is: its options, with defaults for the machine that it runs on."""
+
+from dataclasses import dataclass
+
+import jax
+
+from deepstack_jax.checkpoint import Model
+from deepstack_jax.engine.core import Engine
+from deepstack_jax.engine.shape import EngineShape
+from deepstack_jax.rounding import cdiv
+
+CPU_SLOTS, CHIP_SLOTS = 4, 32
+CPU_CHUNK, CHIP_CHUNK = 256, 1024  # a CPU's caches, or a chip's matrix units, are full
+CPU_KV_BYTES = 1 << 30
+FREE_SHARE = 0.8  # of a chip's memory that weights leave; programs' temporaries take the rest
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The options of a server's engine; None takes the default for the machine.
+
+    Attributes:
+        slots: requests that run at once: rows of the decode program.
+        chunk: tokens of a prefill chunk, a multiple of 128.
+        kv_bytes: memory for keys and values; by default 1 GiB on CPU, and on a chip most of what the weights leave.
+        decode_steps: tokens of a row between two looks at the results.
+        prefix_cache: whether whole chunks of prompts are kept for those that begin alike.
+    """
+
+    slots: int | None = None
+    chunk: int | None = None
+    kv_bytes: int | None = None
+    decode_steps: int = 8
+    prefix_cache: bool = True
+
+    def shape(self) -> EngineShape:
+        """The sizes of the programs.
+
+        Raises:
+            ValueError: a size that is not possible.
+        """
+        return EngineShape(
+            self.slots or (CPU_SLOTS if _on_cpu() else CHIP_SLOTS),
+            self.chunk or default_chunk(),
+            decode_steps=self.decode_steps,
+        )
+
+    def build(self, model: Model, max_context: int | None = None, max_waiting: int = 64) -> Engine:
+        """The engine, its KV pages allocated.
+
+        Args:
+            max_context: tokens of prompt and answer of a request at most; None takes the model's positions.
+
+        Raises:
+            ValueError: a size that is not possible, or memory for less than one page.
+        """
+        shape = self.shape()
+        limit = model.config.text.max_position_embeddings
+        longest = limit if max_context is None else min(max_context, limit)
+        kv_bytes = _default_kv_bytes() if self.kv_bytes is None else self.kv_bytes
+        fitting = kv_bytes // page_bytes(model, shape.page)
+        if fitting < 2:
+            raise ValueError(
+                f"kv_bytes {kv_bytes} hold {fitting} KV pages of {page_bytes(model, shape.page)} bytes: "
+                f"pass {2 * page_bytes(model, shape.page)} or more"
+            )
+        most = 1 + shape.slots * cdiv(longest, shape.page)  # more can't be in use
+        in_line = max_waiting + shape.slots  # a slot is free only from the next turn on
+        return Engine(model, shape, min(fitting, most), max_waiting=in_line, prefix_cache=self.prefix_cache)
+
+
+def default_chunk() -> int:
+    """Tokens of a prefill chunk where nobody says otherwise."""
+    return CPU_CHUNK if _on_cpu() else CHIP_CHUNK
+
+
+def page_bytes(model: Model, page: int) -> int:
+    """Bytes of one KV page: keys and values of `page` tokens in all layers."""
+    text = model.config.text
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * page * text.head_dim * model.dtype.itemsize
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _default_kv_bytes() -> int:
+    if _on_cpu():
+        return CPU_KV_BYTES
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    if free <= 0:
+        raise ValueError("the device doesn't say how much memory is free: pass kv_bytes")
+    return int(FREE_SHARE * free)

@@ -1,0 +1,258 @@
+"""A request in an engine: its prompt cut into what chunks take, and which of its images are encoded."""
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.engine.prefix_cache import ImageSpan, chunk_keys
+from deepstack_jax.engine.shape import EngineShape
+from deepstack_jax.engine.turn import Part
+from deepstack_jax.models.vision import VisualRows
+from deepstack_jax.processing.batch import Batch, VisionInput
+from deepstack_jax.programs import PromptArrays, PromptChunk, write_rows
+from deepstack_jax.sampling import IN_PROMPT, SamplingParams
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """How the prompts of a batch are answered, checked against the model."""
+
+    sampling: SamplingParams
+    max_new_tokens: int
+
+    def row(self, row: int) -> "GenerationPlan":
+        """The plan of one row."""
+        return GenerationPlan(jax.tree.map(lambda x: x[row : row + 1], self.sampling), self.max_new_tokens)
+
+    @property
+    def ends(self) -> set[int]:
+        """The end tokens of a plan of one row."""
+        return {token for token in self.sampling.end_token_ids[0].tolist() if token >= 0}
+
+
+@dataclass(eq=False)
+class Image:
+    """One image or video of a prompt, or the rows of several that came together.
+
+    Attributes:
+        first_row: number of its first visual row in the prompt.
+        rows: how many it has.
+        first_token, stop_token: the prompt tokens from its first visual token to after its last one.
+        pixels: until it is encoded.
+        encoded: from then on, until its last row is in the KV pages.
+    """
+
+    first_row: int
+    rows: int
+    first_token: int
+    stop_token: int
+    pixels: VisionInput | None = None
+    encoded: jax.Array | VisualRows | None = None
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and how far its answer has come. `submitted` and the other times are those of time.monotonic()."""
+
+    input_ids: np.ndarray  # int32 [T]
+    position_ids: np.ndarray  # int32 [3, T]
+    visual_index: np.ndarray  # int32 [T], -1 for text
+    rope_delta: int
+    images: list[Image]
+    plan: GenerationPlan
+    deadline: float = float("inf")
+    tenant: str = ""
+    digests: tuple[bytes, ...] | None = None  # of the images, for the prefix cache; None keeps the prompt out of it
+    id: int = -1
+    submitted: float = field(default_factory=time.monotonic)
+    admitted_at: float = 0.0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    encode_seconds: float = 0.0
+    cached_tokens: int = 0
+    made: int = 0
+    finish_reason: Literal["stop", "length"] | None = None  # at an end token (included) or at max_new_tokens
+
+    @staticmethod
+    def of_row(prompt: Batch | PromptArrays, plan: GenerationPlan, row: int = 0, **options: Any) -> "Request":
+        """One row of a batch, whose pixels are still to be encoded, or of a prompt whose visual rows are there.
+
+        The images of a batch stand in the order of its visual rows, which row after row of the batch counts through.
+        """
+        length = int(np.asarray(prompt.lengths)[row])
+        ids = np.asarray(prompt.input_ids)[row, :length].astype(np.int32)
+        index = prompt.visual_index
+        index = np.full(length, -1, np.int32) if index is None else np.asarray(index)[row, :length]
+        images = list(_images_of(prompt, index))
+        return Request(
+            ids,
+            np.asarray(prompt.position_ids)[:, row, :length],
+            index,
+            int(np.asarray(prompt.rope_deltas)[row]),
+            images,
+            plan.row(row),
+            **options,
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.input_ids)
+
+    @property
+    def ready(self) -> int:
+        """Prompt tokens, from the first on, whose embeddings are there."""
+        missing = [image.first_token for image in self.images if image.encoded is None]
+        return max(min(missing, default=self.length), self.cached_tokens)
+
+    @property
+    def to_encode(self) -> list[Image]:
+        """Images whose pixels are here and whose rows aren't; those that the prefix cache covers are not among them."""
+        return [image for image in self.images if image.pixels is not None and image.stop_token > self.cached_tokens]
+
+    def begin(self, cached_tokens: int) -> None:
+        """The request was admitted: images that lie in the cached tokens are let go."""
+        self.admitted_at, self.cached_tokens = time.monotonic(), cached_tokens
+        self.images = [image for image in self.images if image.stop_token > cached_tokens]
+
+    def add(self, tokens: tuple[int, ...]) -> None:
+        """More of the answer was made."""
+        self.last_token_at = time.monotonic()
+        self.first_token_at = self.first_token_at or self.last_token_at
+        self.made += len(tokens)
+        if tokens[-1] in self.plan.ends:
+            self.finish_reason = "stop"
+        elif self.made == self.plan.max_new_tokens:
+            self.finish_reason = "length"
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of each stage, up to the newest token."""
+        begin = self.admitted_at + self.encode_seconds
+        return {
+            "queue": self.admitted_at - self.submitted,
+            "encode": self.encode_seconds,
+            "prefill": self.first_token_at - begin,
+            "decode": self.last_token_at - self.first_token_at,
+        }
+
+    def release_rows(self, prefilled: int) -> None:
+        """Lets go of the rows that lie in the first `prefilled` tokens."""
+        self.images = [image for image in self.images if image.stop_token > prefilled]
+
+    def keys(self, shape: EngineShape, salt: bytes) -> tuple[bytes, ...]:
+        """The keys of the whole chunks in the prefix cache; none if the images' digests aren't known."""
+        digests = self.digests
+        if digests is None and self.length > shape.chunk and all(image.pixels for image in self.images):
+            digests = tuple(_digest(image.pixels) for image in self.images if image.pixels)
+        if digests is None:
+            return ()
+        spans = [ImageSpan(im.first_row, im.rows, digest) for im, digest in zip(self.images, digests, strict=True)]
+        return chunk_keys(self.input_ids, self.visual_index, spans, chunk=shape.chunk, salt=salt, shape=shape.name())
+
+
+def chunk_of(
+    config: ModelConfig,
+    shape: EngineShape,
+    width: int,
+    parts: Sequence[tuple[Part, Request]],
+    no_rows: VisualRows | None,
+    table_width: int,
+) -> PromptChunk:
+    """The arrays of one prefill program: each part in a row of its own, the other rows unused.
+
+    Args:
+        width: the program's tokens per row.
+        parts: at most `shape.rows_of(width)`, each with its request.
+        no_rows: visual rows of a chunk that has none, None for a text model.
+        table_width: P, pages of the longest context.
+    """
+    count = shape.rows_of(width)
+    ids, positions = np.zeros((count, width), np.int32), np.zeros((3, count, width), np.int32)
+    index = np.full((count, width), -1, np.int32)
+    table = np.zeros((count, table_width), np.int32)
+    seen = np.zeros((count, config.text.vocab_size), np.uint8)
+    starts, counts, deltas, limits = (np.zeros(count, np.int32) for _ in range(4))
+    rows = np.full(count, shape.slots, np.int32)
+    visual_rows, taken = no_rows, 0
+    for row, (part, request) in enumerate(parts):
+        piece = slice(part.start, part.start + part.count)
+        ids[row, : part.count] = request.input_ids[piece]
+        positions[:, row, : part.count] = request.position_ids[:, piece]
+        table[row, : len(part.pages)] = part.pages
+        starts[row], counts[row], deltas[row] = part.start, part.count, request.rope_delta
+        limits[row] = request.plan.max_new_tokens
+        if part.last:
+            rows[row] = part.slot
+            seen[row, request.input_ids] = IN_PROMPT
+        for tokens, image, skip in _visual_runs(request, piece):
+            if visual_rows is no_rows:
+                visual_rows = jax.tree.map(jnp.zeros_like, no_rows)
+            assert visual_rows is not None
+            assert image.encoded is not None
+            index[row, tokens] = taken + np.arange(len(tokens))
+            place = (np.int32(x) for x in (taken, skip, len(tokens)))
+            visual_rows = write_rows(config, visual_rows, image.encoded, *place)
+            taken += len(tokens)
+    options = [request.plan.sampling for _, request in parts]
+    options += [options[0]] * (count - len(parts))
+    return PromptChunk(
+        ids,
+        positions,
+        starts,
+        counts,
+        table,
+        rows,
+        deltas,
+        limits,
+        seen,
+        jax.tree.map(lambda *arrays: np.concatenate(arrays), *options),
+        None if no_rows is None else index,
+        visual_rows,
+    )
+
+
+def _visual_runs(request: Request, piece: slice) -> Iterator[tuple[np.ndarray, Image, int]]:
+    """Runs of a piece's visual tokens whose rows follow each other in one image: their places in the piece, the image,
+    and the row of the image that the first of them takes."""
+    local = request.visual_index[piece]
+    tokens = np.flatnonzero(local >= 0)
+    for image in request.images:
+        own = tokens[(local[tokens] >= image.first_row) & (local[tokens] < image.first_row + image.rows)]
+        for run in np.split(own, np.flatnonzero(np.diff(local[own]) != 1) + 1):
+            if len(run):
+                yield run, image, int(local[run[0]]) - image.first_row
+
+
+def _images_of(prompt: Batch | PromptArrays, index: np.ndarray) -> list[Image]:
+    """The images whose rows `index` [T] names, in order."""
+    visual = np.flatnonzero(index >= 0)
+    if not len(visual):
+        return []
+    if isinstance(prompt, PromptArrays):
+        return [Image(0, int(index.max()) + 1, int(visual[0]), int(visual[-1]) + 1, encoded=prompt.rows)]
+    images, first = [], 0
+    for pixels in prompt.visuals:
+        tokens = np.flatnonzero((index >= first) & (index < first + pixels.num_rows))
+        if len(tokens):
+            images.append(Image(first, pixels.num_rows, int(tokens[0]), int(tokens[-1]) + 1, pixels))
+        first += pixels.num_rows
+    return images
+
+
+def _digest(pixels: VisionInput) -> bytes:
+    """SHA-256 of the patches as the encoder takes them, and of where they stand."""
+    hashed = hashlib.sha256()
+    arrays = [pixels.pixel_values, *jax.tree.leaves(pixels.geometry)]
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        hashed.update(f"{array.dtype.name}{array.shape}".encode())
+        hashed.update(array.view(np.uint8).reshape(-1))
+    return hashed.digest()
