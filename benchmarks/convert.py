@@ -5,9 +5,9 @@
 The checkpoint has the widths of Qwen3-VL-30B-A3B in bfloat16 and 8 layers. Each round copies its files with fsync
 and converts it in a fresh process, one after the other, in alternating order. Both start from the same state: the
 source in the page cache, the rest of the memory filled with pages of another file, all written data on disk. (On a
-virtual machine that gives free memory back to its host, a page's first use costs several times as much as writing it;
-with memory left free, whichever comes soon after a large deletion would win.) What they wrote is deleted outside of
-the clock. The first round is a warm-up and not counted.
+virtual machine that returns free memory to its host, the first use of a page costs several times as much as writing
+it; with free memory, whichever runs soon after a large deletion would win.) Deleting what they wrote is not timed. The
+first round is a warm-up and is not counted.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from deepstack_jax.bundled import checkpoint_path
+from deepstack_jax.checkpoints.direct_file import DirectFile
 from deepstack_jax.checkpoints.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite, warn_of_notes
 from deepstack_jax.checkpoints.mapping import Parameter
 from deepstack_jax.checkpoints.orbax_checkpoint import (
@@ -29,18 +30,20 @@ from deepstack_jax.checkpoints.orbax_checkpoint import (
     FORMAT_VERSION,
     Leaf,
     OrbaxError,
-    call_orbax,
     file_sizes,
     groups_of,
-    load_arrays,
 )
 from deepstack_jax.checkpoints.orbax_writer import (
-    ArrayWriter,
+    REMEDY,
     Piece,
+    check_tree,
+    create_arrays,
     layout_difference,
+    load_whole,
     mark_committed,
     orbax_version,
     place_arrays,
+    read_back,
     save_groups,
     save_tree,
 )
@@ -55,9 +58,8 @@ from deepstack_jax.config_values import read_json_object
 
 Progress = Callable[[int, int], None]
 THREADS = 6  # more than cores: most of their time is waiting for the disk
-SAMPLE_BYTES = 32 << 20  # compared at a time
 
-# What stands beside the weights: the tokenizer's, the processor's and the generation's files.
+# The files beside the weights: of the tokenizer, the processor and generation.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -93,10 +95,10 @@ def convert(
     Raises:
         CheckpointError: the checkpoint can't be converted; nothing is written.
         ConfigError: a JSON file of the directory is damaged or holds a wrong value; nothing is written.
-        OSError: the directory exists or can't be written; nothing is left behind.
+        OSError: the directory exists or can't be written, or Orbax reads other values back; nothing is left behind.
 
-    Warns `NonFiniteWarning` for weights that hold NaN or infinity, and `CheckpointWarning` for what is read otherwise
-    than it is stored.
+    Warns `NonFiniteWarning` for weights that hold NaN or infinity, and `CheckpointWarning` for what is read differently
+    from how it is stored and where Orbax has another layout.
     """
     hf_dir, out_dir = checkpoint_path(hf_dir), Path(out_dir).absolute()
     kept = None if dtype is None else np.dtype(dtype)
@@ -128,7 +130,7 @@ def refuse_existing(directory: Path) -> None:
 
 @contextmanager
 def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
-    """A directory to write `nbytes` into that becomes `target`, durably, when the block ends, or else disappears.
+    """A directory to write `nbytes` into. It becomes `target`, durably, when the block ends, or is removed on an error.
 
     What a killed process left is removed first. Raises `OSError` where the disk has no room, is full, or another
     process writes the same target.
@@ -206,11 +208,10 @@ class _Conversion:
     def parameters(self) -> dict[str, Parameter]:
         return {parameter.path: parameter for parameter in self.checkpoint.parameters}
 
-    def read(self, path: str, first: int = 0, count: int | None = None) -> tuple[np.ndarray, bool]:
-        """Rows of a parameter as they are to be written, and whether all of its values are finite."""
-        check = FiniteCheck()
-        values = self.checkpoint.read(self.parameters[path], first, count, self.leaves[path].dtype, check)
-        return values, not check.failed
+    def stream(self, piece: Piece, inspect: Callable[[np.ndarray], None] | None = None) -> Iterator[np.ndarray]:
+        """The values of a piece as they are to be written, in small arrays."""
+        dtype = self.leaves[piece.path].dtype
+        return self.checkpoint.stream(self.parameters[piece.path], piece.first, piece.count, dtype, inspect)
 
     def report(self, path: str, finite: bool) -> None:
         """Warns once of a parameter that is not finite."""
@@ -220,31 +221,41 @@ class _Conversion:
 
 
 def _write_params(conversion: _Conversion) -> None:
-    """Writes `directory/params` and reads a sample of it back."""
-    if difference := _write_pieces(conversion):
+    """Writes `directory/params` and has Orbax read a sample of it back."""
+    directory, leaves = conversion.directory, conversion.leaves
+    pieces = create_arrays(directory, leaves)
+    difference = _write_pieces(conversion, pieces)
+    if difference:
         message = (
-            f"{orbax_version()} has another layout than 0.12.8 ({difference}): whole arrays are written through it, which "
-            "takes longer and more memory"
+            f"{orbax_version()} has another layout than 0.12.8 ({difference}): whole arrays are written through it, "
+            "which takes longer and more memory"
         )
         warnings.warn(message, CheckpointWarning, stacklevel=4)
-        save_groups(conversion.directory, _groups(conversion))
+        save_groups(directory, _groups(conversion))
     else:
-        place_arrays(conversion.directory, conversion.leaves)
-    _check_sample(conversion)
-    mark_committed(conversion.directory)
+        place_arrays(directory, leaves)
+    check_tree(directory, leaves)
+    for piece in _sample(leaves, pieces):
+        leaf = leaves[piece.path]
+        if difference:
+            found = load_whole(directory, piece.path, leaf)[piece.first : piece.first + piece.count]
+        else:
+            found = read_back(directory, piece, leaf)
+        _compare(conversion, piece, found)
+    mark_committed(directory)
 
 
-def _write_pieces(conversion: _Conversion) -> str:
+def _write_pieces(conversion: _Conversion, pieces: list[Piece]) -> str:
     """Writes the arrays beside Orbax's tree, or returns what is unexpected about the tree."""
-    writer, done = ArrayWriter(conversion.directory, conversion.leaves), 0
+    done = 0
     with ThreadPoolExecutor(THREADS, "convert") as pool:
-        writing = [pool.submit(_write_piece, conversion, writer, piece) for piece in writer.pieces]
+        writing = [pool.submit(_write_piece, conversion, piece) for piece in pieces]
         try:
             save_tree(conversion.directory, conversion.leaves)
             if difference := layout_difference(conversion.directory, conversion.leaves):
                 pool.shutdown(cancel_futures=True)
                 return difference
-            for piece, written in zip(writer.pieces, writing, strict=True):
+            for piece, written in zip(pieces, writing, strict=True):
                 nbytes, finite = written.result()
                 conversion.report(piece.path, finite)
                 done += nbytes
@@ -255,11 +266,14 @@ def _write_pieces(conversion: _Conversion) -> str:
     return ""
 
 
-def _write_piece(conversion: _Conversion, writer: ArrayWriter, piece: Piece) -> tuple[int, bool]:
+def _write_piece(conversion: _Conversion, piece: Piece) -> tuple[int, bool]:
     """Writes one piece to disk; returns its bytes and whether all values are finite."""
-    values, finite = conversion.read(piece.path, piece.first, piece.count)
-    writer.write(piece, values)
-    return values.nbytes, finite
+    check, nbytes = FiniteCheck(), 0
+    with DirectFile(piece.staged(conversion.directory)) as file:
+        for values in conversion.stream(piece, check):
+            file.write(values)
+            nbytes += values.nbytes
+    return nbytes, not check.failed
 
 
 def _groups(conversion: _Conversion) -> Iterator[dict[str, np.ndarray]]:
@@ -268,33 +282,30 @@ def _groups(conversion: _Conversion) -> Iterator[dict[str, np.ndarray]]:
     for paths in groups_of({path: leaf.nbytes for path, leaf in conversion.leaves.items()}):
         group = {}
         for path in paths:
-            group[path], finite = conversion.read(path)
-            conversion.report(path, finite)
+            check = FiniteCheck()
+            parameter, dtype = conversion.parameters[path], conversion.leaves[path].dtype
+            group[path] = conversion.checkpoint.read(parameter, dtype, check)
+            conversion.report(path, not check.failed)
         yield group
         done += sum(values.nbytes for values in group.values())
         conversion.progress(done)
 
 
-def _check_sample(conversion: _Conversion) -> None:
-    """Raises `OrbaxError` unless Orbax reads back what was written of the smallest array and one of experts."""
-    for path in _sample(conversion.leaves):
-        leaf = conversion.leaves[path]
-        abstract = {path: np.empty(leaf.shape, leaf.dtype)}
-        stored = call_orbax(lambda abstract=abstract: load_arrays(conversion.directory, abstract))[path]
-        rows = max(1, leaf.shape[0] * SAMPLE_BYTES // leaf.nbytes)
-        for first in range(0, leaf.shape[0], rows):
-            expected, _ = conversion.read(path, first, min(rows, leaf.shape[0] - first))
-            if stored[first : first + rows].tobytes() != expected.tobytes():
-                raise OrbaxError(
-                    f"{orbax_version()} reads {path} back otherwise than it was written: check the disk, or install "
-                    "orbax-checkpoint 0.12.8, and convert again"
-                )
+def _sample(leaves: Mapping[str, Leaf], pieces: Sequence[Piece]) -> list[Piece]:
+    """The first piece of the smallest array, and the middle one of an array of experts where there is one."""
+    smallest = min(leaves, key=lambda path: leaves[path].nbytes)
+    experts = next((path for path in leaves if ".experts." in path), None)
+    of_experts = [piece for piece in pieces if piece.path == experts]
+    return [next(piece for piece in pieces if piece.path == smallest), *of_experts[len(of_experts) // 2 :][:1]]
 
 
-def _sample(leaves: Mapping[str, Leaf]) -> list[str]:
-    """The smallest array, and the smallest of experts where there are some."""
-    by_size = sorted(leaves, key=lambda path: leaves[path].nbytes)
-    return [by_size[0], *[path for path in by_size if ".experts." in path][:1]]
+def _compare(conversion: _Conversion, piece: Piece, found: np.ndarray) -> None:
+    """Raises `OrbaxError` unless `found` holds the bits that the source has for the piece."""
+    flat, done = found.reshape(-1), 0
+    for values in conversion.stream(piece):
+        if flat[done : done + values.size].tobytes() != values.tobytes():
+            raise OrbaxError(f"{orbax_version()} reads other values of {piece.path} than were written: {REMEDY}")
+        done += values.size
 
 
 def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, Any]:
@@ -304,7 +315,7 @@ def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, 
 
 
 def _as_disk_error(error: OSError | OrbaxError, target: Path, nbytes: int) -> OSError:
-    """Finds a full disk behind what the system or Orbax said."""
+    """Recognises a full disk in what the system or Orbax said."""
     if any(sign in str(error) for sign in ("No space left", "Disk quota exceeded", "File too large")):
         return _no_room(target, nbytes, shutil.disk_usage(target.parent).free)
     if isinstance(error, OSError):
@@ -318,7 +329,7 @@ def _no_room(target: Path, nbytes: int, free: int) -> OSError:
 
 
 def _sync(directory: Path) -> None:
-    """Forces to disk what is below `directory`, but for weights, which are there already."""
+    """Forces to disk what is below `directory`, except for weights, which already are."""
     for parent, _, files in os.walk(directory):
         for name in files:
             if not name.startswith("c.") and not name.endswith(".safetensors"):

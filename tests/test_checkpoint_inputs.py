@@ -215,7 +215,7 @@ def test_converted_checkpoints_of_several_dtypes_load_in_one(tmp_path: Path):
         for parameter in checkpoint.parameters
     }
     with hf_to_orbax.new_directory(tmp_path / "ckpt", 0) as directory:
-        hf_to_orbax._write_arrays(directory, checkpoint, leaves, lambda done: None)
+        hf_to_orbax._write_params(hf_to_orbax._Conversion(directory, checkpoint, leaves, lambda done: None))
         hf_to_orbax.copy_companions(source, directory)
         (directory / "deepstack_jax.json").write_text(json.dumps(hf_to_orbax._description(checkpoint, None)))
     for said, expected in (("float32", "float32"), (None, "bfloat16")):

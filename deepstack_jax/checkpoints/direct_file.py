@@ -1,8 +1,8 @@
 """Writing large files past the page cache.
 
-Weights that were just written are not read again soon, and keeping them would push out what is; where memory is nearly
-full, finding pages for them costs more than the writing itself. Needs Linux and a file system that takes O_DIRECT;
-elsewhere the file is written as any other.
+Weights that were just written are not read again soon, and in the cache they would displace what is. Where memory is
+nearly full, finding pages for them costs more than writing them. This needs Linux and a file system that accepts
+O_DIRECT; elsewhere the file is written like any other.
 """
 
 import errno
@@ -16,12 +16,14 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import DTypeLike
 
+from deepstack_jax.rounding import cdiv
+
 _BUFFER = 1 << 20
 _BLOCK = 4096  # a multiple of every disk's block: length and place of a direct write are multiples of it
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An array whose memory starts at a page, so that `DirectFile` writes it as it lies there."""
+    """An array whose memory starts at a page, so that `DirectFile` writes it without a copy."""
     count = math.prod(shape)
     room = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
     return np.frombuffer(room, dtype, count).reshape(shape)
@@ -30,7 +32,7 @@ def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
 class DirectFile:
     """A new file, written in order and forced to disk when it is closed.
 
-    Raises `FileExistsError` where there is one, and `OSError` where writing fails. Left on an error, it is only closed.
+    Raises `FileExistsError` where the file exists, and `OSError` where writing fails. On an error it is only closed.
     """
 
     def __init__(self, file: Path):
@@ -46,7 +48,7 @@ class DirectFile:
         self._filled = self._length = 0
 
     def write(self, values: np.ndarray) -> None:
-        """Appends the bytes of a contiguous array; from `aligned_empty` and of whole blocks they aren't copied."""
+        """Appends the bytes of a contiguous array; whole blocks from `aligned_empty` are not copied."""
         if not self._filled and values.ctypes.data % _BLOCK == 0 and values.nbytes % _BLOCK == 0:
             self._write_all(memoryview(values.reshape(-1).view(np.uint8)))
             self._length += values.nbytes
@@ -76,10 +78,10 @@ class DirectFile:
             self._buffer.close()
 
     def _flush(self) -> None:
-        """Writes what is buffered, filled up to whole blocks; closing cuts the filling off."""
+        """Writes what is buffered, padded to whole blocks; closing cuts the padding off."""
         self._length += self._filled
         with memoryview(self._buffer) as buffer:
-            self._write_all(buffer[: -(-self._filled // _BLOCK) * _BLOCK])
+            self._write_all(buffer[: cdiv(self._filled, _BLOCK) * _BLOCK])
         self._filled = 0
 
     def _write_all(self, data: memoryview) -> None:

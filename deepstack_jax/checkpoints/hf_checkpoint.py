@@ -2,7 +2,7 @@
 
 Takes a single `model.safetensors` or shards with `model.safetensors.index.json`, the expert layouts and names of
 `mapping.py`, and float32, float16 and bfloat16 tensors. Where their dtypes differ, all are read in the one that
-transformers' `from_pretrained` takes; tensors that are not the model's are left out, as there.
+transformers' `from_pretrained` takes; tensors that are not part of the model are left out, as in transformers.
 
 The layout of fused experts is told from the shape of `gate_up_proj`; where 2F == D it has to be given. `down_proj` does
 not settle it: transformers 5 exchanges the axes of each tensor only where its shape demands it, so a checkpoint that
@@ -39,8 +39,9 @@ from deepstack_jax.checkpoints.safetensors_file import (
     CheckpointWarning,
     Entry,
     FiniteCheck,
+    TensorReader,
     read_entries,
-    read_tensor,
+    row_blocks,
 )
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.registry import family_of, read_config
@@ -48,14 +49,16 @@ from deepstack_jax.models.registry import family_of, read_config
 Inspect = Callable[[np.ndarray], None]
 _NAMED = 8  # tensors that are left out, in the line about them
 _AT_ONCE = 1 << 18  # values read together: they stay in the processor's cache for what follows
+_MAPPED = 1 << 24  # values read through one map, as its pages count as memory of this process
+_ROWS, _PAD = 64, 32  # of a transposition
 
 
 @dataclass(frozen=True)
 class HfCheckpoint:
     """A checked directory. `entries` maps today's tensor names to where they lie; `files` keeps the names as found.
 
-    `dtype` is the one that the parameters are read in; `notes` says what a user should know of what is read otherwise
-    than it is stored, in a line each. `mixed` is the line about tensors of other dtypes, empty where there are none.
+    `dtype` is the one that the parameters are read in; `notes` has a line for each thing that is read differently from
+    how it is stored. `mixed` is the line about tensors of other dtypes, empty where there are none.
     """
 
     directory: Path
@@ -99,11 +102,15 @@ class HfCheckpoint:
             yield from self._stream_experts(parameter, range(first, first + count), wanted, inspect)
             return
         entry = self.entries[parameter.tensors[0].name]
-        row = prod(parameter.shape[1:])
-        buffer = aligned_empty((min(_AT_ONCE, count * row),), entry.dtype)
-        for start in range(first * row, (first + count) * row, buffer.size or 1):
-            out = buffer[: (first + count) * row - start]
-            yield _cast(read_tensor(entry, start, out, inspect), wanted, inspect)
+        row, row_on_disk = prod(parameter.shape[1:]), prod(entry.shape[1:])
+        rows = range(first * row // row_on_disk, (first + count) * row // row_on_disk)
+        out = aligned_empty((min(_AT_ONCE, count * row),), wanted)
+        for some in _spans(rows, max(1, _MAPPED // row_on_disk)):
+            with TensorReader() as reader:
+                for index in row_blocks(entry.shape, some, _AT_ONCE):
+                    values = _cast(_inspected(reader.read(entry, index), inspect), wanted, inspect)
+                    out[: values.size] = values.reshape(-1)
+                    yield out[: values.size]
 
     def _stream_experts(
         self, parameter: Parameter, experts: range, dtype: np.dtype, inspect: Inspect | None
@@ -115,12 +122,10 @@ class HfCheckpoint:
             if tensor.index:
                 by_expert.setdefault(cast(int, tensor.index[0]), []).append(tensor)
         for i in experts:
-            for tensor in by_expert.get(i, parameter.tensors):
-                entry = self.entries[tensor.name]
-                matrix = np.empty(entry.shape[-2:], entry.dtype)
-                start = 0 if tensor.index else i * matrix.size
-                read = _cast(read_tensor(entry, start, matrix, inspect), dtype, inspect)
-                _transpose(read, out[tensor.index[1:]])
+            with TensorReader() as reader:
+                for tensor in by_expert.get(i, parameter.tensors):
+                    matrix = reader.read(self.entries[tensor.name], () if tensor.index else (i,))
+                    _transpose(_cast(_inspected(matrix, inspect), dtype, inspect), out[tensor.index[1:]])
             yield out
 
 
@@ -168,7 +173,7 @@ def read_params(
 
     `dtype` converts each array, by default the checkpoint's is kept. `prefixes` limits the reading to paths that
     start with one of them, such as `("visual.",)`. The directory is checked when the first item is asked for; errors
-    are those of `open_checkpoint`, and what is read otherwise than it is stored is warned of.
+    are those of `open_checkpoint`; a warning names each thing that is read differently from how it is stored.
     """
     checkpoint = open_checkpoint(hf_dir, config, expert_layout)
     warn_of_notes(checkpoint, dtype)
@@ -299,11 +304,9 @@ def _take_tied_head(entries: dict[str, Entry], config: ModelConfig, dtype: np.dt
         return
     ours = entries.pop(head)
     theirs = entries.setdefault(embedding, ours)
-    size = prod(ours.shape) if ours is not theirs else 0
-    for start in range(0, size, _AT_ONCE):
-        room = [np.empty(min(_AT_ONCE, size - start), entry.dtype) for entry in (ours, theirs)]
-        read = (read_tensor(entry, start, out) for entry, out in zip((ours, theirs), room, strict=True))
-        one, other = (_cast(values, dtype).tobytes() for values in read)
+    for block in row_blocks(ours.shape, range(ours.shape[0]), _AT_ONCE) if ours is not theirs else ():
+        with TensorReader() as reader:
+            one, other = (_cast(reader.read(entry, block), dtype).tobytes() for entry in (ours, theirs))
         if one != other:
             raise CheckpointError(
                 f"{ours.file}: tensor {ours.name} differs from {theirs.name} although tie_word_embeddings is true: "
@@ -320,13 +323,13 @@ def _check_tensors(
     if missing := [name for name in expected if name not in entries and not (tied and name == embedding)]:
         raise CheckpointError(why_missing(directory, config, missing, entries, left_out))
     for name, entry in entries.items():
+        _ = entry.dtype  # raises where it is not read
         shape = expected[embedding if name == head else name]
         if entry.shape != shape:
             raise CheckpointError(
                 f"{entry.file}: tensor {entry.name} has shape {list(entry.shape)}, expected {list(shape)}: "
                 "the weights do not belong to this config.json"
             )
-        _ = entry.dtype  # raises where it is not read
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, inspect: Inspect | None = None) -> np.ndarray:
@@ -340,10 +343,26 @@ def _cast(values: np.ndarray, dtype: np.dtype, inspect: Inspect | None = None) -
     return cast
 
 
+def _spans(rows: range, most: int) -> Iterator[range]:
+    for start in range(0, len(rows), most):
+        yield rows[start : start + most]
+
+
+def _inspected(values: np.ndarray, inspect: Inspect | None) -> np.ndarray:
+    if inspect:
+        inspect(values)
+    return values
+
+
 def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:
     """Writes the transpose of `matrix [n, m]` into `out [m, n]` of the same dtype."""
     bits = np.dtype(f"u{matrix.itemsize}")  # numpy moves integers faster than bfloat16
     matrix, out = matrix.view(bits), out.view(bits)
-    rows = 8  # at a time: ten times as fast as all at once, whose strided writes miss the processor's cache
-    for i in range(0, matrix.shape[0], rows):
-        out[:, i : i + rows] = matrix[i : i + rows].T
+    count, columns = matrix.shape
+    # some rows at a time, so that each cache line of `out` is filled at once; the rows' copies lie a cache line further
+    # apart than a power of two, where they would take each other's place in the processor's cache
+    copies = np.empty((_ROWS, columns + _PAD), bits)[:, :columns]
+    for i in range(0, count, _ROWS):
+        rows = copies[: min(_ROWS, count - i)]
+        rows[...] = matrix[i : i + _ROWS]
+        out[:, i : i + _ROWS] = rows.T

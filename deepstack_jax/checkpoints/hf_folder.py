@@ -1,4 +1,4 @@
-"""What a Hugging Face directory holds: which of its files are read, and why one that can't be read is none."""
+"""What a Hugging Face directory holds: which of its files are read, and why a directory can't be read."""
 
 import json
 import re
@@ -15,7 +15,7 @@ SINGLE = "model.safetensors"
 # Weights in other formats, and what training leaves beside them.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.h5", "*.msgpack", "*.npz", "*.onnx")
 _NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler")
-# Names that only quantised weights have, and what made them; the first that fits is told.
+# Names that only quantised weights have, and the tool that made them; the first match is reported.
 _QUANTIZED = (
     (re.compile(r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$|\.SCB$"), "bitsandbytes"),
     (re.compile(r"\.g_idx$"), "GPTQ"),
@@ -28,7 +28,7 @@ _ADAPTER = re.compile(r"\.lora_(A|B|embedding_[AB]|magnitude_vector)\b|\.base_la
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The files to read: the whole one before the shards of an index, as transformers has it.
+    """The files to read: the whole one before the shards of an index, as in transformers.
 
     Raises `CheckpointError` where there is neither, or where the index is damaged or names what does not exist.
     """
@@ -169,7 +169,7 @@ def _damaged(index: Path, error: Exception) -> CheckpointError:
 
 
 def _why_no_weights(directory: Path) -> str:
-    """What there is in the place of the two files that are looked for."""
+    """The error of a directory that has neither of the two files, by what it holds instead."""
     if shard := min((file.name for file in directory.glob("*.safetensors")), default=None):
         if re.search(r"-of-\d+\.safetensors$", shard):
             return f"{directory} holds {shard} without {INDEX}, which says what its files hold: download {INDEX} too"

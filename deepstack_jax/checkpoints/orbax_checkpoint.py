@@ -1,23 +1,16 @@
 """A converted checkpoint: the parameters as one Orbax tree in `params/`, beside the files of the tokenizer and so on.
 
-The tree's keys are the parameters' dotted paths, split at the dots. Orbax writes the tree; its arrays, which are Zarr
-(version 3) without compression, are filled here piece by piece: Orbax takes whole arrays only, and an array of experts
-has gigabytes. A piece is a file of some rows: an expert, or a part of a large matrix. So a device reads what it holds,
-pieces are written and forced to disk side by side, and converting needs the memory of a few of them.
+The tree's keys are the parameters' dotted paths, split at the dots. `orbax_writer.py` writes it; here it is read.
 """
 
 import gc
 import json
 import logging
-import os
-import shutil
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,9 +27,6 @@ FORMAT_FILE = "deepstack_jax.json"
 PARAMS = "params"
 FORMAT_VERSION = 2
 GROUP_BYTES = 256 << 20  # arrays are read through Orbax together: a call costs a twentieth of a second
-PIECE_BYTES = 32 << 20
-SMALLEST_EXPERT = 1 << 20  # bytes; smaller ones share pieces
-_STAGE, _ZARR = "arrays", "zarr.json"
 _Keys = tuple[str, ...]
 
 
@@ -49,7 +39,7 @@ class OrbaxError(RuntimeError):
 
 
 def read_format(directory: str | Path) -> dict[str, Any]:
-    """The contents of a converted checkpoint's deepstack_jax.json; raises `CheckpointError` where it is none."""
+    """The contents of a converted checkpoint's deepstack_jax.json; raises `CheckpointError` for any other directory."""
     file = Path(directory) / FORMAT_FILE
     try:
         found = json.loads(file.read_text())
@@ -102,80 +92,18 @@ class Leaf(NamedTuple):
         return self.size * self.dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Piece:
-    """`count` rows of the first axis of parameter `path`, from row `first`, and the file that holds nothing else."""
-
-    path: str
-    first: int
-    count: int
-    file: Path
-
-
-def create_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> list[Piece]:
-    """Makes empty arrays (dotted path -> shape and dtype) and says which pieces to fill them with.
-
-    A piece's file is to be created with the rows' values, little-endian, in C order.
-    """
-    pieces = []
-    for path, leaf in leaves.items():
-        array = directory / _STAGE / path
-        array.mkdir(parents=True)
-        rows = _rows_of_a_piece(path, leaf)
-        chunk = {"name": "regular", "configuration": {"chunk_shape": [rows, *leaf.shape[1:]]}}
-        description = {
-            "zarr_format": 3,
-            "node_type": "array",
-            "shape": list(leaf.shape),
-            "data_type": leaf.dtype.name,
-            "chunk_grid": chunk,
-            # flat names: no directory for every piece
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "fill_value": 0.0,
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        }
-        (array / _ZARR).write_text(json.dumps(description))
-        for first in range(0, leaf.shape[0], rows):
-            name = ".".join(["c", str(first // rows), *["0"] * (len(leaf.shape) - 1)])
-            pieces.append(Piece(path, first, rows, array / name))
-    return pieces
-
-
-def save_tree(directory: Path, leaves: Mapping[str, Leaf]) -> None:
-    """Has Orbax write `directory/params`, a tree with one value in the place of each array."""
-    from orbax.checkpoint import v1 as ocp
-
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    context.array.saving.use_ocdbt = False
-    with context:
-        _call(lambda: ocp.save(_params(directory), _nested({p: np.zeros(1, leaf.dtype) for p, leaf in leaves.items()})))
-
-
-def place_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> None:
-    """Puts the filled arrays into the tree that `save_tree` made."""
-    state = directory / PARAMS / "state"
-    for path in leaves:
-        if not (state / path / _ZARR).exists():
-            raise OrbaxError(
-                f"Orbax {version('orbax-checkpoint')} keeps arrays elsewhere than 0.12.8: install that one"
-            )
-        shutil.rmtree(state / path)
-        os.rename(directory / _STAGE / path, state / path)
-    (directory / _STAGE).rmdir()
-
-
 def stored_params(directory: str | Path) -> dict[str, Leaf]:
     """Shape and dtype of every parameter that `directory/params` holds, by dotted path."""
     check_files(directory)
+    return _guarded(directory, lambda: load_leaves(directory))
 
-    def read() -> dict[str, Leaf]:
-        from orbax.checkpoint import v1 as ocp
 
-        tree = ocp.metadata(_params(directory)).metadata
-        return {path: Leaf(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flat(tree)}
+def load_leaves(directory: str | Path) -> dict[str, Leaf]:
+    """Shape and dtype of every array in `directory/params`, by dotted path; raises Orbax's errors."""
+    from orbax.checkpoint import v1 as ocp
 
-    return _guarded(directory, read)
+    tree = ocp.metadata(params_path(directory)).metadata
+    return {path: Leaf(tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in _flat(tree)}
 
 
 def restore_params(
@@ -197,7 +125,7 @@ def restore_params(
         progress: called with (bytes restored, bytes in all).
 
     Raises:
-        CheckpointError: no converted checkpoint, damaged, or of another model than `config`'s.
+        CheckpointError: it is not a converted checkpoint, is damaged, or holds another model than `config`'s.
     """
     import jax
 
@@ -212,14 +140,14 @@ def restore_params(
         if path not in stored or stored[path].shape != shape:
             found = list(stored[path].shape) if path in stored else "nothing"
             raise CheckpointError(
-                f"{_params(directory)} holds {found} for {path}, expected {list(shape)}: "
+                f"{params_path(directory)} holds {found} for {path}, expected {list(shape)}: "
                 "the config.json is of another model"
             )
         wanted[path] = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings[path] if shardings else device)
     nbytes = {path: Leaf(leaf.shape, leaf.dtype).nbytes for path, leaf in wanted.items()}
     restored: dict[str, jax.Array] = {}
     done = 0
-    for group in _groups(nbytes):
+    for group in groups_of(nbytes):
         restored |= _load(directory, {path: wanted[path] for path in group})
         done += sum(nbytes[path] for path in group)
         if progress:
@@ -228,7 +156,7 @@ def restore_params(
 
 
 def _one_dtype(directory: str | Path, config: ModelConfig, stored: Mapping[str, Leaf]) -> np.dtype:
-    """The dtype of the parameters. Earlier conversions kept several: config.json's then, or else the most frequent."""
+    """The dtype of the parameters. Where an earlier conversion kept several, config.json's or the most frequent one."""
     counts = Counter(stored[path].dtype for path in canonical_shapes(config) if path in stored)
     if len(counts) < 2:
         return next(iter(counts), np.dtype(np.float32))
@@ -243,15 +171,15 @@ def read_orbax_params(directory: str | Path, paths: Sequence[str] | None = None)
     """Reads a converted checkpoint as (dotted path, numpy array) in the order of `paths` (by default, as stored)."""
     stored = stored_params(directory)
     wanted = {path: stored[path] for path in (paths if paths is not None else stored)}
-    for group in _groups({path: leaf.nbytes for path, leaf in wanted.items()}):
+    for group in groups_of({path: leaf.nbytes for path, leaf in wanted.items()}):
         # an empty array costs no memory before it is written to: Orbax only looks at its type, shape and dtype
         loaded = _load(directory, {path: np.empty(wanted[path].shape, wanted[path].dtype) for path in group})
         for path in group:
             yield path, loaded.pop(path)
 
 
-def _groups(nbytes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Gathers paths in order into groups of at most `GROUP_BYTES`; what is larger stands alone."""
+def groups_of(nbytes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Gathers paths (path -> bytes) in order into groups of at most `GROUP_BYTES`; a larger array is its own group."""
     group: list[str] = []
     held = 0
     for path, size in nbytes.items():
@@ -264,36 +192,32 @@ def _groups(nbytes: Mapping[str, int]) -> Iterator[list[str]]:
         yield group
 
 
-def _rows_of_a_piece(path: str, leaf: Leaf) -> int:
-    """Rows of the first axis that one file holds: a divisor of their number."""
-    rows = leaf.shape[0]
-    if ".experts." in path and leaf.nbytes // rows >= SMALLEST_EXPERT:
-        return 1
-    most = max(1, PIECE_BYTES * rows // max(1, leaf.nbytes))
-    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
-
-
 def _load(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    return _guarded(directory, lambda: load_arrays(directory, abstract))
+
+
+def load_arrays(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Loads the arrays at the dotted paths of `abstract` through Orbax, as what stands there; raises Orbax's errors."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        loaded = dict(_flat(_guarded(directory, lambda: ocp.load(_params(directory), _nested(abstract)))))
+        loaded = dict(_flat(ocp.load(params_path(directory), nested(abstract))))
     return {path: loaded[path] for path in abstract}
 
 
 def _guarded[T](directory: str | Path, read: Callable[[], T]) -> T:
     """What `read` returns; its errors tell which checkpoint to convert again."""
     try:
-        return _call(read)
+        return call_orbax(read)
     except OrbaxError as error:
-        message = f"{_params(directory)} is incomplete or damaged ({error.first_line}): convert again"
+        message = f"{params_path(directory)} is incomplete or damaged ({error.first_line}): convert again"
         raise CheckpointError(message) from None
 
 
-def _call[T](function: Callable[[], T]) -> T:
-    """What `function` returns; turns Orbax's many kinds of errors into one and says nothing on stderr."""
+def call_orbax[T](function: Callable[[], T]) -> T:
+    """What `function` returns; turns Orbax's many kinds of errors into `OrbaxError` and prints nothing on stderr."""
     with _quiet():
         try:
             return function()
@@ -301,13 +225,13 @@ def _call[T](function: Callable[[], T]) -> T:
             raise
         except Exception as error:
             failure = OrbaxError(f"{type(error).__name__}: {error}")
-        gc.collect()  # arrays that failed beside it complain when they are collected: here, where nobody hears it
+        gc.collect()  # arrays that failed beside it complain when they are collected: here they do so unheard
         raise failure
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps what fails inside Orbax from being told twice: as an error here, and with tracebacks on stderr."""
+    """Keeps Orbax from printing tracebacks of what becomes an error here."""
     loggers, before = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     disabled = [logger.disabled for logger in loggers]
 
@@ -327,11 +251,11 @@ def _quiet() -> Iterator[None]:
             logger.disabled = value
 
 
-def _params(directory: str | Path) -> str:
+def params_path(directory: str | Path) -> str:
     return str(Path(directory).absolute() / PARAMS)
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     root: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split(".")

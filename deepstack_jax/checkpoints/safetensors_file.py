@@ -1,24 +1,28 @@
-"""Reading and writing one safetensors file with plain reads and writes, a tensor at a time.
+"""Reading and writing safetensors files, a tensor or some of its rows at a time.
 
-The format: eight bytes with the header's length, the header as JSON (name -> dtype, shape, range of bytes), the data.
-Plain reads are used in place of a memory map, whose pages would count as this process's memory.
+The safetensors library reads, through a memory map; it writes only whole files. The format: eight bytes with the
+header's length, the header as JSON (name -> dtype, shape, range of bytes), the data.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_LONGEST_HEADER = 100 << 20  # as the safetensors library has it
 _LFS_POINTER = b"version https://git-lfs"
+_NOT_A_HEADER = ("header too small", "header too large", "invalid header length")  # safetensors' words
+_NOT_COVERED = "file not fully covered"
+
+Rows = tuple[int | slice, ...]
 
 
 class CheckpointError(ValueError):
@@ -26,21 +30,17 @@ class CheckpointError(ValueError):
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint is read otherwise than it is stored."""
+    """A checkpoint is read, or converted, in another way than a user would expect."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor inside a file: `offset` is the first byte of its data from the start of the file.
-
-    `code` is the dtype as the file spells it, which may be one that is not read here.
-    """
+    """A tensor inside a file. `code` is the dtype as the file spells it, which may be one that is not read here."""
 
     name: str
     file: Path
     code: str
     shape: tuple[int, ...]
-    offset: int
 
     @property
     def dtype(self) -> np.dtype:
@@ -68,74 +68,87 @@ def read_entries(file: Path) -> dict[str, Entry]:
     """Reads and checks the header of `file`; raises `CheckpointError` where the file can't hold what it promises."""
     try:
         refuse_lfs_pointer(file)
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-                raise CheckpointError(
-                    f"{file} is not a safetensors file or is truncated "
-                    f"(header of {length} bytes in a file of {size}): download it again"
-                )
-            header = json.loads(stream.read(length))
+        with _opened(file) as tensors:
+            names: list[str] = tensors.keys()
+            found = {name: tensors.get_slice(name) for name in names}
+            return {name: Entry(name, file, one.get_dtype(), tuple(one.get_shape())) for name, one in found.items()}
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist: download the missing file") from None
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a damaged header ({error}): download it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{file} has a damaged header (not an object): download it again")
-    header.pop("__metadata__", None)
-    return {name: _entry(file, name, value, 8 + length, size) for name, value in header.items()}
 
 
-def _entry(file: Path, name: str, value: Any, data: int, size: int) -> Entry:
-    try:
-        code, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        if type(code) is not str or not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
-            raise ValueError
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{file} has a damaged header (tensor {name}: {value!r}): download it again") from None
-    entry = Entry(name, file, code, shape, data + start)
-    needed = prod(shape) * DTYPES[code].itemsize if code in DTYPES else end - start
-    if (given := end - start) != needed:
-        raise CheckpointError(
-            f"{file} has a damaged header (tensor {name}: {given} bytes for {code} {list(shape)}): download it again"
-        )
-    if data + end > size:
-        raise CheckpointError(
-            f"{file} is truncated: tensor {name} ends at byte {data + end}, the file at {size}: download it again"
-        )
-    return entry
+class TensorReader:
+    """Reads rows of tensors. The files that it opens stay mapped until the `with` block ends.
 
-
-def read_tensor(
-    entry: Entry,
-    start: int = 0,
-    out: np.ndarray | None = None,
-    inspect: Callable[[np.ndarray], None] | None = None,
-) -> np.ndarray:
-    """Reads a whole tensor into a new array, or into `out` as many values as it holds, from value `start` on.
-
-    `out` is contiguous, of the tensor's dtype and of any shape. `inspect` is called with what was read.
+    Pages of a map count as memory of this process until then, so a block should read megabytes rather than a model.
     """
-    if out is None:
-        out = np.empty(entry.shape, entry.dtype)
-    buffer = memoryview(out.reshape(-1).view(np.uint8))
-    position, done = entry.offset + start * entry.dtype.itemsize, 0
-    with entry.file.open("rb", buffering=0) as stream:
-        while done < len(buffer):
-            got = os.preadv(stream.fileno(), [buffer[done:]], position + done)
-            if not got:
-                raise CheckpointError(f"{entry.file} ended while tensor {entry.name} was read: it changed meanwhile")
-            done += got
-    if inspect:
-        inspect(out)
-    return out
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._files: dict[Path, safe_open] = {}
+
+    def read(self, entry: Entry, rows: Rows = ()) -> np.ndarray:
+        """The tensor's values at the index `rows`, a new contiguous array; raises `CheckpointError`.
+
+        An index is a tuple of integers and slices of step 1, for the first axes.
+        """
+        tensors = self._files.get(entry.file)
+        if tensors is None:
+            tensors = self._files[entry.file] = self._stack.enter_context(_opened(entry.file))
+        try:
+            found = tensors.get_slice(entry.name)
+            if found.get_dtype() == entry.code and tuple(found.get_shape()) == entry.shape:
+                return np.ascontiguousarray(found[rows or ...])
+        except SafetensorError:
+            pass
+        raise CheckpointError(f"{entry.file} changed while it was read (tensor {entry.name}): convert or load again")
+
+    def __enter__(self) -> "TensorReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.clear()
+        self._stack.close()
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[safe_open]:
+    """The file as safetensors opens it; raises `CheckpointError` for what safetensors refuses."""
+    try:
+        tensors = safe_open(file, "numpy")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} {_why_refused(str(error), file.stat().st_size)}: download it again") from None
+    with tensors:
+        yield tensors
+
+
+def _why_refused(said: str, size: int) -> str:
+    """What is wrong with a file of `size` bytes of which safetensors said `said`."""
+    reason = " ".join(said.rsplit("deserializing header: ", 1)[-1].split())[:200]
+    if any(sign in reason for sign in _NOT_A_HEADER):
+        return f"is not a safetensors file or is truncated ({reason}, in a file of {size} bytes)"
+    if _NOT_COVERED in reason:
+        return f"is truncated, or longer than its tensors ({reason}, in a file of {size} bytes)"
+    return f"has a damaged header ({reason})"
+
+
+def row_blocks(shape: tuple[int, ...], rows: range, most: int) -> Iterator[Rows]:
+    """Indices that cover `rows` of a tensor's first axis in order, each with at most `most` values.
+
+    A block is a power of two of rows, so that it has whole pages wherever a row has a part of one, or a part of one row
+    where that has more values.
+    """
+    if (row := prod(shape[1:])) <= most:
+        step = 1 << ((most // row).bit_length() - 1)
+        for start in range(rows.start, rows.stop, step):
+            yield (slice(start, min(start + step, rows.stop)),)
+        return
+    for i in rows:
+        for rest in row_blocks(shape[1:], range(shape[1]), most):
+            yield (i, *rest)
 
 
 class FiniteCheck:
-    """Watches float32, float16 and bfloat16 values for NaN and infinity: all bits of the exponent set."""
+    """Finds NaN and infinity in float32, float16 and bfloat16 values: all bits of the exponent are set."""
 
     def __init__(self) -> None:
         self.failed = False
@@ -162,7 +175,7 @@ class FileWriter:
     def __init__(self, file: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
         # widest items first, so that every tensor starts at a multiple of its item size
         order = sorted(tensors, key=lambda name: -tensors[name][0].itemsize)
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Mapping[str, object]] = {"__metadata__": {"format": "pt"}}
         self._file, self._offsets, self._expected = file, {}, {}
         position = 0
         for name in order:

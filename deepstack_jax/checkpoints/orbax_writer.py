@@ -1,0 +1,203 @@
+"""Writing the parameters of a converted checkpoint as one Orbax tree, a piece of an array at a time.
+
+Orbax takes only whole arrays, and an array of experts has gigabytes. Therefore Orbax writes the tree with a stand-in of
+one value for each array, the arrays are written beside it, and they take the places of the stand-ins. They are Zarr
+(version 3) without compression, as Orbax's own, but in pieces: a piece is a file of some rows, such as an expert or a
+part of a large matrix. A device then reads only what it holds, pieces are written and forced to disk side by side, and
+converting needs the memory of a few of them.
+
+Where Orbax keeps a tree in another way than expected (`layout_difference`), it writes the whole arrays itself. In both
+cases it has to read back some of what was written.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from deepstack_jax.checkpoints.orbax_checkpoint import (
+    PARAMS,
+    Leaf,
+    OrbaxError,
+    call_orbax,
+    load_arrays,
+    load_leaves,
+    nested,
+    params_path,
+)
+
+PIECE_BYTES = 32 << 20
+SMALLEST_EXPERT = 1 << 20  # bytes; smaller ones share pieces
+REMEDY = "check the disk, or install orbax-checkpoint 0.12.8, and convert again"
+ARRAY_OPTIONS = {"use_compression": False, "use_ocdbt": False}  # of Orbax, when it saves
+_STAGE, _SAMPLE, _STATE, _ZARR, _CHUNKS = "arrays", "sample", "state", "zarr.json", "c"
+_TREE = "_METADATA"  # what Orbax keeps beside the arrays
+_COMMITTED = "commit_success.txt"
+_TOP = {"_CHECKPOINT_METADATA", "orbax.checkpoint", _COMMITTED, _STATE}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`count` rows of the first axis of parameter `path`, from row `first`; the file `name` holds nothing else."""
+
+    path: str
+    first: int
+    count: int
+    name: str
+
+    def staged(self, directory: Path) -> Path:
+        """The file to create with the rows' values, little-endian, in C order."""
+        return directory / _STAGE / self.path / self.name
+
+
+def create_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> list[Piece]:
+    """Makes empty arrays (dotted path -> shape and dtype) and returns the pieces to fill them with."""
+    pieces = []
+    for path, leaf in leaves.items():
+        array = directory / _STAGE / path
+        array.mkdir(parents=True)
+        rows = _rows_of_a_piece(path, leaf)
+        (array / _ZARR).write_text(json.dumps(_zarr(leaf, rows)))
+        pieces += [
+            Piece(path, first, rows, _chunk_name(first // rows, leaf)) for first in range(0, leaf.shape[0], rows)
+        ]
+    return pieces
+
+
+def save_tree(directory: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Has Orbax write `directory/params`, a tree with one value in the place of each array."""
+    from orbax.checkpoint import v1 as ocp
+
+    stand_ins = nested({path: np.zeros(1, leaf.dtype) for path, leaf in leaves.items()})
+    with _saving():
+        call_orbax(lambda: ocp.save(params_path(directory), stand_ins))
+
+
+def layout_difference(directory: Path, leaves: Mapping[str, Leaf]) -> str:
+    """How the tree that `save_tree` made differs from what `place_arrays` expects; empty where it does not."""
+    root = directory / PARAMS
+    expected = {root: _TOP, root / _STATE: {*leaves, _TREE}}
+    expected |= {root / _STATE / path: {_ZARR, _CHUNKS} for path in leaves}
+    for folder, names in expected.items():
+        found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+        if lacking := names - found - {_COMMITTED}:  # Orbax marks what it committed since 0.12.3
+            return f"{folder.relative_to(directory)} lacks {min(lacking)}"
+        if other := found - names:
+            return f"{folder.relative_to(directory)} holds {min(other)}"
+    return ""
+
+
+def place_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Puts the arrays that are written into the tree that `save_tree` made."""
+    for path in leaves:
+        place = directory / PARAMS / _STATE / path
+        shutil.rmtree(place)
+        os.rename(directory / _STAGE / path, place)
+    (directory / _STAGE).rmdir()
+
+
+def save_groups(directory: Path, groups: Iterable[Mapping[str, np.ndarray]]) -> None:
+    """Has Orbax write `directory/params` anew, from whole arrays by dotted path, a group of them at a time."""
+    from orbax.checkpoint import v1 as ocp
+
+    for left in (PARAMS, _STAGE):
+        shutil.rmtree(directory / left)
+    with _saving():
+        for group in groups:
+            call_orbax(partial(ocp.partial.save, params_path(directory), nested(group)))
+        call_orbax(lambda: ocp.partial.finalize(params_path(directory)))
+
+
+def check_tree(directory: Path, leaves: Mapping[str, Leaf]) -> None:
+    """Raises `OrbaxError` unless Orbax finds all arrays in the tree, in their shapes and dtypes."""
+    found = call_orbax(lambda: load_leaves(directory))
+    if wrong := [path for path, leaf in leaves.items() if found.get(path) != leaf]:
+        path = wrong[0]
+        raise OrbaxError(f"{orbax_version()} finds {found.get(path)} at {path}, expected {leaves[path]}: {REMEDY}")
+
+
+def read_back(directory: Path, piece: Piece, leaf: Leaf) -> np.ndarray:
+    """What Orbax reads of a piece of `directory/params`, an array `[piece.count, ...]`; raises `OrbaxError`.
+
+    Orbax reads only whole arrays, so it reads a copy of the tree in which the piece is the whole array.
+    """
+    sample = directory / _SAMPLE
+    array, shown = directory / PARAMS / _STATE / piece.path, sample / PARAMS / _STATE / piece.path
+    shutil.copytree(directory / PARAMS, sample / PARAMS, ignore=_arrays)
+    try:
+        shown.mkdir()
+        window = Leaf((piece.count, *leaf.shape[1:]), leaf.dtype)
+        (shown / _ZARR).write_text(json.dumps(json.loads((array / _ZARR).read_text()) | {"shape": list(window.shape)}))
+        shutil.copyfile(array / piece.name, shown / _chunk_name(0, leaf))
+        return load_whole(sample, piece.path, window)
+    finally:
+        shutil.rmtree(sample)
+
+
+def load_whole(directory: Path, path: str, leaf: Leaf) -> np.ndarray:
+    """The array at a dotted path of `directory/params` as Orbax reads it; raises `OrbaxError`."""
+    return call_orbax(lambda: load_arrays(directory, {path: np.empty(leaf.shape, leaf.dtype)}))[path]
+
+
+def mark_committed(directory: Path) -> None:
+    """Replaces Orbax's mark of a whole checkpoint, where it wrote one: it names a directory that will not exist."""
+    mark = directory / PARAMS / _COMMITTED
+    if mark.exists():
+        mark.write_text("Checkpoint commit was successful\n")
+
+
+def orbax_version() -> str:
+    """The installed version, for messages."""
+    return f"Orbax {version('orbax-checkpoint')}"
+
+
+@contextmanager
+def _saving() -> Iterator[None]:
+    """Has Orbax save with `ARRAY_OPTIONS`."""
+    from orbax.checkpoint import v1 as ocp
+
+    context = ocp.Context()
+    for option, value in ARRAY_OPTIONS.items():
+        setattr(context.array.saving, option, value)
+    with context:
+        yield
+
+
+def _arrays(folder: str, names: list[str]) -> list[str]:
+    """The arrays among the entries of a folder of a tree."""
+    return [name for name in names if (Path(folder) / name / _ZARR).exists()]
+
+
+def _zarr(leaf: Leaf, rows: int) -> dict[str, object]:
+    """The description of an array in pieces of `rows` rows."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(leaf.shape),
+        "data_type": leaf.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, *leaf.shape[1:]]}},
+        # flat names: no directory for each piece
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0.0,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+
+
+def _chunk_name(number: int, leaf: Leaf) -> str:
+    return ".".join([_CHUNKS, str(number), *["0"] * (len(leaf.shape) - 1)])
+
+
+def _rows_of_a_piece(path: str, leaf: Leaf) -> int:
+    """Rows of the first axis that one file holds: a divisor of their number."""
+    rows = leaf.shape[0]
+    if ".experts." in path and leaf.nbytes // rows >= SMALLEST_EXPERT:
+        return 1
+    most = max(1, PIECE_BYTES * rows // max(1, leaf.nbytes))
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= most)
