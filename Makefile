@@ -17,7 +17,7 @@ PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
 WORKERS ?= 2
 PYTEST = $(PLATFORM_TESTS) $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-exhaustive test-aot docs lint types clean
+.PHONY: demo test test-exhaustive test-newest-orbax test-aot docs lint types clean
 
 demo: .venv/demo-ready
 	@$(BIN)/deepstack-jax demo
@@ -28,6 +28,20 @@ test: .venv/test-ready
 # The largest searches through the states of a transfer, and 100,000 schedules of the engine, side by side
 test-exhaustive: .venv/test-ready
 	$(PYTEST) --dist load -m exhaustive --durations 0 tests/test_disagg_protocol.py tests/test_engine_schedules.py
+
+# What conversion asks of Orbax, with the newest Orbax that can be installed, whatever pyproject.toml allows
+NEWEST_ORBAX = build/newest-orbax
+test-newest-orbax: .venv/test-ready
+	rm -rf $(NEWEST_ORBAX)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(NEWEST_ORBAX) orbax-checkpoint
+	@version='from importlib.metadata import version; print(version("orbax-checkpoint"))'; \
+	installed=$$($(BIN)/python -c "$$version"); newest=$$(PYTHONPATH=$(NEWEST_ORBAX) $(BIN)/python -c "$$version"); \
+	if test "$$installed" = "$$newest"; then \
+		echo "skipped: the newest orbax-checkpoint, $$newest, is the installed one, which make test covers"; \
+	else \
+		echo "orbax-checkpoint $$newest in place of $$installed:"; \
+		PYTHONPATH=$(NEWEST_ORBAX) $(PYTEST) --dist loadfile tests/test_conversion.py tests/test_conversion_orbax.py; \
+	fi
 
 # Compiles for TPUs and NVIDIA's Hopper without having one; their compilers live apart from what users run
 test-aot: .venv-aot/ready
