@@ -43,6 +43,7 @@ from deepstack_jax.processing.batch import bucket
 from deepstack_jax.programs import PromptArrays
 
 REPLY_MARGIN_S = 0.1  # a fetch ends this long before its deadline, so that the caller can still report why
+TIMER_RETRY_S = 1.0  # after a failure, timers are checked again after this long
 
 _log = logging.getLogger(__name__)
 
@@ -289,13 +290,13 @@ class EncoderPool:
         copy.add_done_callback(ended)
 
     def _fetched_prompt(self, fetch: _Fetch) -> FetchedPrompt:
-        """The prompt as the prefill program takes it: in the buckets in which `prepare_batch` would have put it."""
+        """Returns the prompt as the prefill program takes it, padded to the same buckets as by `prepare_batch`."""
         incoming, prepared, config = fetch.incoming, fetch.prepared, self._config
         assert incoming is not None
         ids, index, aux = incoming.fill_ids, incoming.visual_index, incoming.aux_datas
         count, rows = len(ids), incoming.visual_rows
         if (aux[AUX_FORMAT_VERSION], aux[AUX_TOTAL_TOKENS], aux[AUX_VISUAL_ROWS]) != (FORMAT_VERSION, count, rows):
-            raise ValueError(f"aux_datas {aux[:4].tolist()} for {count} tokens and {rows} rows")
+            raise ValueError(f"aux_datas {aux[:4].tolist()} contradict {count} tokens and {rows} rows")
         if not ((ids >= 0) & (ids < config.text.vocab_size)).all() or int((index >= 0).sum()) != rows:
             raise ValueError(
                 "token ids outside the vocabulary, or a number of visual tokens that differs from the rows"
@@ -320,7 +321,7 @@ class EncoderPool:
                 due = self.receiver.next_timer()
             except Exception:  # deadlines depend on this loop
                 _log.exception("the timers failed")
-                due = time.monotonic() + 1.0
+                due = time.monotonic() + TIMER_RETRY_S
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), None if due is None else max(due - time.monotonic(), 0))
