@@ -5,6 +5,8 @@ other rows: the sizes of all products are constants of the shapes, the turns sta
 a turn leaves the state of a query that reads none of its keys as it was.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -36,29 +38,29 @@ def paged_attention(
     pages = max((DECODE_TURN if length == 1 else TURN) // page, 1)
     page_table = jnp.pad(page_table, [(0, 0), (0, -page_table.shape[1] % pages)])
 
-    def attend(queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _attend(*queries, key_pages, value_pages, page_table, pages)
+    def attend(query: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
+        return _attend(query, start, stop, key_pages, value_pages, page_table, pages)
 
-    if length <= BLOCK:
-        out = attend((grouped, start, stop))
-    else:
-        blocks = jax.lax.map(attend, _query_blocks(grouped, start, stop))
-        out = jnp.moveaxis(blocks, 0, 3).reshape(*grouped.shape[:3], -1, head_dim)
-    return out[:, :, :groups, :length].reshape(batch, heads, length, head_dim).swapaxes(1, 2)
+    out = _by_blocks(attend, grouped, start, stop)
+    return out[:, :, :groups].reshape(batch, heads, length, head_dim).swapaxes(1, 2)
 
 
-def _query_blocks(query: jax.Array, start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three split along T into blocks of one length, stacked; the queries that fill the last one read nothing."""
+def _by_blocks(attend: Callable[..., jax.Array], query: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
+    """`attend` on blocks of at most BLOCK queries, one after another; what fills the last block reads nothing."""
     length = query.shape[3]
+    if length <= BLOCK:
+        return attend(query, start, stop)
     rows = even_block(length)
     padding = -length % rows
     query = jnp.pad(query, [(0, 0)] * 3 + [(0, padding), (0, 0)])
     start, stop = (jnp.pad(bound, [(0, 0), (0, padding)]) for bound in (start, stop))
-    return (
-        jnp.moveaxis(query.reshape(*query.shape[:3], -1, rows, query.shape[4]), 3, 0),
-        jnp.moveaxis(start.reshape(len(start), -1, rows), 1, 0),
-        jnp.moveaxis(stop.reshape(len(stop), -1, rows), 1, 0),
-    )
+
+    def attend_block(i: jax.Array) -> jax.Array:
+        bounds = (jax.lax.dynamic_slice_in_dim(bound, i * rows, rows, axis=1) for bound in (start, stop))
+        return attend(jax.lax.dynamic_slice_in_dim(query, i * rows, rows, axis=3), *bounds)
+
+    out = jax.lax.map(attend_block, jnp.arange(query.shape[3] // rows))
+    return jnp.moveaxis(out, 0, 3).reshape(query.shape)[:, :, :, :length]
 
 
 def _attend(
