@@ -107,9 +107,8 @@ class TestPlainForms:
 
 
 @pytest.mark.parametrize("form", ON_CHIPS)
-@pytest.mark.parametrize("tokens", [9, 14])
-def test_bits_are_the_rows_own_on_chips(tokens: int, form: str):
-    assert_bits_are_the_rows_own(ON_CHIPS[form], replace(TILED, tokens=tokens), "bfloat16")
+def test_bits_are_the_rows_own_on_chips(form: str):
+    assert_bits_are_the_rows_own(ON_CHIPS[form], replace(TILED, tokens=13), "bfloat16")
 
 
 def summed_by_place(
