@@ -56,12 +56,8 @@ def logical_axes(config: ModelConfig) -> dict[str, tuple[str | None, ...]]:
 
 def init_params(config: ModelConfig, seed: int = 0, dtype: DTypeLike = jnp.float32) -> Params:
     """Random parameters, as each one's declaration says."""
-
-    @jax.jit
-    def init() -> Params:
-        return flat_params(build_module(config, dtype=dtype, rngs=nnx.Rngs(seed)))
-
-    return init()
+    # One operation after another: a program for all parameters takes longer to compile than these take to run.
+    return flat_params(build_module(config, dtype=dtype, rngs=nnx.Rngs(seed)))
 
 
 @lru_cache(maxsize=32)
