@@ -1,11 +1,13 @@
 """Every test runs on the CPU, offline, with the shape annotations of models and kernels checked.
 
 A session's processes share what they compile: the test processes, and the servers and commands that tests start.
+Compilation takes most of the tests' time: modules that assert no numbers of their own leave most optimisations out.
 """
 
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +29,11 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook(["deepstack_jax.models", "deepstack_jax.programs"], "beartype.beartype")
 
+# What these assert of numbers holds at every optimisation: the same answer in several ways, answers with a wide margin.
+QUICKLY_COMPILED = {"test_cli", "test_docs", "test_public_surface"}
+# They take longest, with few tests in each: begun last, one of them would run while the other processes have ended.
+FIRST = ("test_disagg_faults", "test_tiny_vl", "test_docs", "test_cli", "test_kernels", "test_real_widths")
+
 
 def pytest_unconfigure() -> None:
     if programs:
@@ -34,12 +41,30 @@ def pytest_unconfigure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the exhaustive tests unless `-m` names them."""
+    """Puts the longest files first; leaves out the exhaustive tests unless `-m` names them."""
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
     if "exhaustive" in config.option.markexpr:
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _children_without_pytorch() -> None:
+    """Not set for the worker processes themselves, which have begun."""
+    folders = [str(Path(__file__).parent / "child_processes"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compile_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """For the process itself and for those that it starts."""
+    quickly = request.path.stem in QUICKLY_COMPILED
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True, scope="module")
