@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -42,7 +43,7 @@ TEMPLATE = (
 )
 
 
-def model_config(text_only: bool = False) -> ModelConfig:
+def raw_config(text_only: bool = False) -> dict[str, Any]:
     text = {
         "vocab_size": 263,
         "hidden_size": 32,
@@ -52,7 +53,7 @@ def model_config(text_only: bool = False) -> ModelConfig:
         "head_dim": 16,
     }
     if text_only:
-        return parse_config({"model_type": "qwen3", **text})
+        return {"model_type": "qwen3", **text}
     vision = {
         "depth": 1,
         "hidden_size": 16,
@@ -61,15 +62,17 @@ def model_config(text_only: bool = False) -> ModelConfig:
         "out_hidden_size": 32,
         "deepstack_visual_indexes": [0],
     }
-    return parse_config(
-        {
-            "model_type": "qwen3_vl",
-            "image_token_id": SPECIAL_TOKENS["<|image_pad|>"],
-            "video_token_id": SPECIAL_TOKENS["<|video_pad|>"],
-            "text_config": text | {"rope_scaling": {"mrope_section": [4, 2, 2]}},
-            "vision_config": vision,
-        }
-    )
+    return {
+        "model_type": "qwen3_vl",
+        "image_token_id": SPECIAL_TOKENS["<|image_pad|>"],
+        "video_token_id": SPECIAL_TOKENS["<|video_pad|>"],
+        "text_config": text | {"rope_scaling": {"mrope_section": [4, 2, 2]}},
+        "vision_config": vision,
+    }
+
+
+def model_config(text_only: bool = False) -> ModelConfig:
+    return parse_config(raw_config(text_only))
 
 
 def hf_processor() -> Qwen3VLProcessor:
@@ -307,17 +310,17 @@ def test_a_template_that_knows_text_alone_gets_the_placeholders_written_out(dire
 def test_the_tokenizer_is_read_from_the_directory_alone(directory: Path):
     """In a process of its own, since the tests themselves run with transformers' offline switch."""
     code = (
-        "import socket, sys\n"
+        "import json, socket, sys\n"
         "def refuse(*args, **kwargs): raise AssertionError('the network was asked')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from deepstack_jax.models.registry import parse_config\n"
         "from deepstack_jax.processing.processor import Processor\n"
-        "from tests.test_processing_prompts import model_config\n"
-        "print(Processor.from_directory(sys.argv[1], model_config()).prepare('Hi')['input_ids'].shape)\n"
+        "config = parse_config(json.loads(sys.argv[2]))\n"
+        "print(Processor.from_directory(sys.argv[1], config).prepare('Hi')['input_ids'].shape)\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    command = [sys.executable, "-c", code, str(directory)]
-    root = Path(__file__).parents[1]
-    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root)
+    command = [sys.executable, "-c", code, str(directory), json.dumps(raw_config())]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert run.stdout == "(1, 21)\n"
 
 
