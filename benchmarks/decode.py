@@ -35,11 +35,16 @@ from flax import nnx
 from measured import bandwidth, best_rate, chip_name
 
 from deepstack_jax.checkpoint import Model, load
-from deepstack_jax.generation import encode_prompt, encode_rows
+from deepstack_jax.encoding import encode_rows
+from deepstack_jax.engine.options import default_chunk
+from deepstack_jax.engine.request import GenerationPlan, Request, chunk_of
+from deepstack_jax.engine.shape import EngineShape
+from deepstack_jax.engine.turn import Part
+from deepstack_jax.generation import encode_prompt
 from deepstack_jax.models.parameters import abstract_params, merge_params
 from deepstack_jax.models.registry import parse_config
-from deepstack_jax.processing.batch import prepare_batch
-from deepstack_jax.programs import decode_loop, language_inputs, prefill
+from deepstack_jax.processing.batch import bucket, prepare_batch
+from deepstack_jax.programs import EngineState, decode_loop, empty_rows, language_inputs, prefill_chunk
 from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 
@@ -190,24 +195,29 @@ def timed(run: Callable[[], Any]) -> float:
 
 def our_decode(model: Model, ids: np.ndarray) -> float:
     state = started(model, ids)
-    return timed(
-        lambda: decode_loop(model.config, model.text_params, state, sampling_of(ids), np.int32(NEW_TOKENS + 1))
-    )
+    running, until = np.ones(len(ids), bool), np.int32(NEW_TOKENS)
+    return timed(lambda: decode_loop(model.config, model.text_params, state, running, until, np.bool_(False)))
 
 
 def our_prefill(model: Model, ids: np.ndarray) -> float:
     return timed(lambda: started(model, ids))
 
 
-def started(model: Model, ids: np.ndarray) -> Any:
-    batch = prepare_batch(model.config, ids)
-    capacity = ids.shape[1] + NEW_TOKENS * 2
-    state = prefill(model.config, capacity, model.text_params, encode_prompt(model, batch), sampling_of(ids))
+def started(model: Model, ids: np.ndarray) -> EngineState:
+    """The engine's state after the prompts, each with its first token drawn: `generate` up to its decode calls."""
+    batch, plan = prepare_batch(model.config, ids), GenerationPlan(SamplingParams.of(len(ids)), 2 * NEW_TOKENS)
+    shape = EngineShape(len(ids), default_chunk())
+    each = shape.pages_of(ids.shape[1] + plan.max_new_tokens)
+    state = EngineState.empty(model.config, len(ids), 1 + bucket(each * len(ids)), shape.page)
+    no_rows, table_width = empty_rows(model.config, shape.chunk), state.cache.page_table.shape[1]
+    for row in range(len(ids)):
+        request, pages = Request.of_row(batch, plan, row), tuple(range(1 + row * each, 1 + (row + 1) * each))
+        for start in range(0, request.length, shape.chunk):
+            count = min(shape.chunk, request.length - start)
+            part = Part(row, row, start, count, start + count == request.length, pages)
+            chunk = chunk_of(model.config, shape, shape.width_of(count), [(part, request)], no_rows, table_width)
+            state, _ = prefill_chunk(model.config, model.text_params, state, chunk)
     return jax.block_until_ready(state)
-
-
-def sampling_of(ids: np.ndarray) -> SamplingParams:
-    return SamplingParams.of(len(ids))
 
 
 def our_vision(model: Model, pixels: np.ndarray, grid: np.ndarray) -> float:

@@ -189,15 +189,24 @@ def decode_loop(
     running: Bool[AnyArray, " B"],
     steps: Int[AnyArray, ""],
     leave_on_end: Bool[AnyArray, ""],
-) -> tuple[EngineState, Int[Array, "B N"]]:
+    rows: Int[AnyArray, " b"] | None = None,
+) -> tuple[EngineState, Int[Array, "b N"]]:
     """Makes up to `steps` tokens, at most DECODE_BUFFER, in each of the `running` rows that have not ended.
 
     One loop on the device, the pages updated in place. It leaves when all rows have ended, or with `leave_on_end` as
-    soon as one has.
+    soon as one has. With `rows`, a program of that many rows computes only these, each named once.
 
     Returns:
-        the state, and the tokens of each row from column 0 on, -1 where it made none.
+        the state, and the tokens of each row (of `rows`) from column 0 on, -1 where it made none.
     """
+    if rows is not None:
+        taken = jnp.asarray(rows)
+        whole, part = _rows_of(state), jax.tree.map(lambda x: x[taken], _rows_of(state))
+        part, tokens = decode_loop(
+            config, params, _with_pages(part, state.cache), jnp.asarray(running)[taken], steps, leave_on_end
+        )
+        put = jax.tree.map(lambda old, new: old.at[taken].set(new), whole, _rows_of(part))
+        return _with_pages(put, part.cache), tokens
     model = merge_params(config, params).language_model
 
     def unfinished(carry: tuple[jax.Array, jax.Array, EngineState]) -> jax.Array:
@@ -256,10 +265,19 @@ def _begin_rows(state: EngineState, chunk: PromptChunk, tokens: jax.Array) -> En
         seen=mark_seen(jnp.asarray(chunk.seen), tokens[:, None], GENERATED),
         sampling=chunk.sampling,
     )
-    old = replace(state, cache=replace(state.cache, keys=(), values=()))
     rows = jnp.asarray(chunk.rows)
-    begun = jax.tree.map(lambda old, new: old.at[rows].set(jnp.asarray(new), mode="drop"), old, new)
-    return replace(begun, cache=replace(state.cache, page_table=begun.cache.page_table))
+    begun = jax.tree.map(lambda old, new: old.at[rows].set(jnp.asarray(new), mode="drop"), _rows_of(state), new)
+    return _with_pages(begun, state.cache)
+
+
+def _rows_of(state: EngineState) -> EngineState:
+    """A state's arrays that have a decode row: all but the pages."""
+    return replace(state, cache=replace(state.cache, keys=(), values=()))
+
+
+def _with_pages(rows: EngineState, cache: PagedKVCache) -> EngineState:
+    """`rows` with the pages of `cache`."""
+    return replace(rows, cache=replace(cache, page_table=rows.cache.page_table))
 
 
 def _append(state: EngineState, tokens: jax.Array, live: jax.Array) -> EngineState:

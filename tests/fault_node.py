@@ -234,7 +234,7 @@ async def language_node(options: Options, errors: ErrorLog) -> None:
     )
     inject_message_faults(injector.replace).start()
     policy = MediaPolicy()
-    node = TextNode(model, policy, encoders=encoders)
+    node = TextNode(model, policy, encoders=encoders, warm_up=False)
     await node.start()
     app = create_app(node, policy, timeout=options.timeout)
     config = uvicorn.Config(app, port=0, http="h11", ws="none", lifespan="off", log_config=None, access_log=False)

@@ -110,7 +110,8 @@ class ServeNode:
     """One `deepstack-jax serve` process, and a client for it."""
 
     def __init__(self, checkpoint: Path, *options: str):
-        command = [sys.executable, "-m", "deepstack_jax", "serve", str(checkpoint), "--port", "0", *options]
+        serve = [sys.executable, "-m", "deepstack_jax", "serve", str(checkpoint)]
+        command = [*serve, "--port", "0", "--no-warm-up", *options]
         env = {**os.environ, "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 

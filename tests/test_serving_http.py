@@ -90,7 +90,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def node(model: dsj.Model, policy: MediaPolicy) -> Iterator[Watched]:
-    node = TextNode(model, policy, name="tiny", engine=EngineOptions(slots=2, decode_steps=1))
+    node = TextNode(model, policy, name="tiny", engine=EngineOptions(slots=2, decode_steps=1), warm_up=False)
     yield Watched(node)
     node.stop(0)
     asyncio.run(node.close())

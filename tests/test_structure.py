@@ -14,11 +14,11 @@ MODEL = tuple(
         "checkpoint",
         "checkpoints",
         "config",
-        "generation",
+        "encoding",
         "models",
         "processing",
         "programs",
-        "sampling_options",
+        "sampling",
     )
 )
 # What each part may import of this project. Parts that are not named here may import anything.
@@ -46,8 +46,15 @@ ALLOWED = {
         "deepstack_jax.bundled",
     ),
     "deepstack_jax/disagg": ("deepstack_jax.disagg", *MODEL),
-    "deepstack_jax/engine": ("deepstack_jax.engine", "deepstack_jax.disagg", *MODEL),
-    "deepstack_jax/serving": ("deepstack_jax.serving", "deepstack_jax.engine", "deepstack_jax.disagg", *MODEL),
+    "deepstack_jax/engine": ("deepstack_jax.engine", *MODEL),
+    "deepstack_jax/generation.py": ("deepstack_jax.engine", *MODEL),
+    "deepstack_jax/serving": (
+        "deepstack_jax.serving",
+        "deepstack_jax.generation",
+        "deepstack_jax.engine",
+        "deepstack_jax.disagg",
+        *MODEL,
+    ),
 }
 EVERYWHERE = ("deepstack_jax.errors", "deepstack_jax.rounding")  # they import nothing
 PROJECT = ("deepstack_jax", "pallas_kernels", "converters")

@@ -170,7 +170,7 @@ class ServeProcess:
 @contextlib.contextmanager
 def serve_process(checkpoint: Path, role: str, options: list[str]) -> Iterator[ServeProcess]:
     """A `deepstack-jax serve` of that role with more options, on a free port; it ends with the `with`."""
-    options = ["--role", role, "--port", "0", "--grace", "0", *options]
+    options = ["--role", role, "--port", "0", "--grace", "0", "--no-warm-up", *options]
     command = [sys.executable, "-P", "-c", _RUN, "serve", str(checkpoint), *options]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)

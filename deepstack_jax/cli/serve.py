@@ -86,7 +86,12 @@ def run(
         int | None, typer.Option(min=1, help="memory for keys and values; 1 GiB on CPU, most of a chip's rest")
     ] = None,
     decode_steps: Annotated[int, typer.Option(min=1, max=64, help="tokens per stream between two events")] = 8,
+    decode_widths: Annotated[
+        str | None,
+        typer.Option(help="widths such as 1,8: faster when few run, but bits then depend on how many do"),
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="keep prompts' keys and values for those that begin alike")] = True,
+    warm_up: Annotated[bool, typer.Option(help="compile every language program before it is ready")] = True,
     grace: Annotated[float, typer.Option(min=0, help="seconds for running requests to end after SIGTERM")] = 20.0,
     name: Annotated[str | None, typer.Option(help="the model's name; the directory's by default")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
@@ -139,18 +144,27 @@ def run(
             encode_here,
         )
         _check_split(role, split)
-        engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache)
+        widths = _widths(decode_widths)
+        engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache, widths)
+        engine.shape()  # refuses what can't be, before the weights are read
         model = _load(role, checkpoint, dtype, expert_layout, encode_here)
         name = name or checkpoint.resolve().name
 
         async def serve() -> None:
             # in the loop that runs it: ZeroMQ's authenticator answers in the loop in which it was made
-            limits = NodeLimits(max_waiting, max_context, engine)
+            limits = NodeLimits(max_waiting, max_context, engine, warm_up)
             node = make_node(role, model, policy, split, limits, name=name)
             app = create_app(node, policy, max_requests=2 * max_waiting, timeout=timeout)
             await _serve(node, app, listener, grace)
 
         asyncio.run(serve())
+
+
+def _widths(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in text.split(",")) if text else ()
+    except ValueError:
+        raise ValueError(f"--decode-widths {text} is not a list of whole numbers: give 1,8 for example") from None
 
 
 @dataclass(frozen=True)
@@ -177,6 +191,7 @@ class NodeLimits:
     max_waiting: int = 64
     max_context: int | None = None
     engine: "EngineOptions | None" = None
+    warm_up: bool = True
 
 
 def make_node(

@@ -64,6 +64,7 @@ class _Flight:
     first_tokens: jax.Array | None  # int32 [R]
     decode: Decode | None
     tokens: jax.Array | None  # int32 [B, N], -1 where a row made none
+    rows: np.ndarray | None = None  # the slots of `tokens`, None for all
 
 
 class Engine:
@@ -228,16 +229,26 @@ class Engine:
             with self._failing([request for _, request in parts], events):
                 chunk = chunk_of(config, self.shape, width, parts, self._no_rows, table_width)
                 self._state, flight.first_tokens = prefill_chunk(config, params, self._state, chunk)
-            for part, request in parts:
-                request.release_rows(part.start + part.count)
+                for part, request in parts:
+                    request.release_rows(part.start + part.count)
+                    if not part.last:  # later launches come after it on the device: others may share its pages
+                        self.scheduler.prefilled(part.id)
         if turn.decode:
             running = np.zeros(self.shape.slots, bool)
             running[[slot for slot, number in turn.decode.rows if number in self._requests]] = True
             limits = np.int32(turn.decode.steps), np.bool_(turn.decode.leave_on_end)
-            self._state, flight.tokens = decode_loop(config, params, self._state, running, *limits)
+            flight.rows = self._decode_rows(running)
+            self._state, flight.tokens = decode_loop(config, params, self._state, running, *limits, flight.rows)
         if turn.prefill or turn.decode:
             self._flights.append(flight)
         return turn.prefill is not None or turn.decode is not None
+
+    def _decode_rows(self, running: np.ndarray) -> np.ndarray | None:
+        """The rows that the decode program computes: None for all, otherwise of the smallest width that holds them."""
+        width = self.shape.decode_width(int(running.sum()))
+        if width == self.shape.slots:
+            return None
+        return np.argsort(~running, kind="stable")[:width].astype(np.int32)
 
     def _encode(self, events: list[Event]) -> None:
         """Runs the vision encoder once, over images of one bucket of the requests that came first."""
@@ -270,22 +281,23 @@ class Engine:
     def _read(self, flight: _Flight) -> Iterator[Event]:
         """Waits for what a turn launched, reports it to the scheduler and gives out the tokens."""
         if flight.prefill and flight.first_tokens is not None:
-            first = np.asarray(flight.first_tokens).tolist() if any(p.last for p in flight.prefill.parts) else None
-            for row, part in enumerate(flight.prefill.parts):
-                if part.id not in self.scheduler.running:
+            last = [(row, part.id) for row, part in enumerate(flight.prefill.parts) if part.last]
+            first = np.asarray(flight.first_tokens).tolist() if last else []
+            for row, id in last:
+                if id not in self.scheduler.running:
                     continue  # a later launch of it failed
-                request = self._requests.get(part.id)
-                tokens = (first[row],) if part.last and first else ()
-                ended = request is not None and bool(tokens) and tokens[0] in request.plan.ends
-                self.scheduler.prefilled(part.id, ended)
-                if request and tokens:
-                    yield self._progress(request, tokens)
+                request = self._requests.get(id)
+                self.scheduler.prefilled(id, request is not None and first[row] in request.plan.ends)
+                if request:
+                    yield self._progress(request, (first[row],))
         if flight.decode and flight.tokens is not None:
             made = np.asarray(flight.tokens)
+            slots = range(self.shape.slots) if flight.rows is None else flight.rows.tolist()
+            tokens_of = dict(zip(slots, made.tolist(), strict=True))
             for slot, id in flight.decode.rows:
                 if id not in self.scheduler.running:
                     continue
-                tokens = tuple(token for token in made[slot].tolist() if token >= 0)
+                tokens = tuple(token for token in tokens_of[slot] if token >= 0)
                 request = self._requests.get(id)
                 ended = request is not None and bool(tokens) and tokens[-1] in request.plan.ends
                 self.scheduler.decoded(id, len(tokens), ended)

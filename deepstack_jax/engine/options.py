@@ -24,6 +24,8 @@ class EngineOptions:
         chunk: tokens of a prefill chunk, a multiple of 128.
         kv_bytes: memory for keys and values; by default 1 GiB on CPU, and on a chip most of what the weights leave.
         decode_steps: tokens of a row between two looks at the results.
+        decode_widths: widths of decode programs beside `slots`: fewer rows run faster on a CPU, and an answer's bits
+            then depend on how many others run.
         prefix_cache: whether whole chunks of prompts are kept for those that begin alike.
     """
 
@@ -32,6 +34,7 @@ class EngineOptions:
     kv_bytes: int | None = None
     decode_steps: int = 8
     prefix_cache: bool = True
+    decode_widths: tuple[int, ...] = ()
 
     def shape(self) -> EngineShape:
         """The sizes of the programs.
@@ -39,11 +42,9 @@ class EngineOptions:
         Raises:
             ValueError: a size that is not possible.
         """
-        return EngineShape(
-            self.slots or (CPU_SLOTS if _on_cpu() else CHIP_SLOTS),
-            self.chunk or default_chunk(),
-            decode_steps=self.decode_steps,
-        )
+        slots = self.slots or max(self.decode_widths, default=CPU_SLOTS if _on_cpu() else CHIP_SLOTS)
+        widths = tuple(sorted({*self.decode_widths, slots})) if self.decode_widths else ()
+        return EngineShape(slots, self.chunk or default_chunk(), decode_steps=self.decode_steps, decode_widths=widths)
 
     def build(self, model: Model, max_context: int | None = None, max_waiting: int = 64) -> Engine:
         """The engine, its KV pages allocated.

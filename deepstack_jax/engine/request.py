@@ -118,8 +118,8 @@ class Request:
         return [image for image in self.images if image.pixels is not None and image.stop_token > self.cached_tokens]
 
     def begin(self, cached_tokens: int) -> None:
-        """The request was admitted: images that lie in the cached tokens are let go."""
-        self.admitted_at, self.cached_tokens = time.monotonic(), cached_tokens
+        """The request was admitted, or more of its prompt was found: images in the cached tokens are let go."""
+        self.admitted_at, self.cached_tokens = self.admitted_at or time.monotonic(), cached_tokens
         self.images = [image for image in self.images if image.stop_token > cached_tokens]
 
     def add(self, tokens: tuple[int, ...]) -> None:

@@ -318,7 +318,14 @@ class Runner:
         if isinstance(event, core.NewTokens):
             self.last_run, self.error, self._failures = time.monotonic(), None, 0
             one = event.request
-            chunk = Chunk(event.tokens, one.length, one.finish_reason, one.timings, cached_tokens=one.cached_tokens, engine_shape=self._shape)
+            chunk = Chunk(
+                event.tokens,
+                one.length,
+                one.finish_reason,
+                one.timings,
+                cached_tokens=one.cached_tokens,
+                engine_shape=self._shape,
+            )
             if one.finish_reason is None:
                 _emit(request, chunk)
                 return

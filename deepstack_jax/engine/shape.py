@@ -22,6 +22,8 @@ class EngineShape:
         decode_steps: steps of one decode call at most.
         tail_rows: (width in tokens, requests that share one program of that width), with ascending widths; the last is
             (chunk, 1). By default an eighth, a quarter and a half of a chunk, of one request each, and the chunk.
+        decode_widths: widths of decode programs, ascending; the last is `slots`, which is the only one by default. With
+            several, the smallest that holds the running rows is taken, so bits depend on how many run.
         steps_beside_prefill: steps of a decode call in a turn that prefills too: bounds the gap between two tokens of
             a running stream while others prefill. 0 prefills first, which is for batches that nobody watches.
     """
@@ -31,6 +33,7 @@ class EngineShape:
     page: int = 128
     decode_steps: int = 8
     tail_rows: tuple[tuple[int, int], ...] = ()
+    decode_widths: tuple[int, ...] = ()
     steps_beside_prefill: int = 2
 
     def __post_init__(self) -> None:
@@ -47,6 +50,10 @@ class EngineShape:
         if not self.tail_rows:
             object.__setattr__(self, "tail_rows", _default_tail_rows(self.chunk))
         _check_tail_rows(self.tail_rows, self.chunk)
+        if not self.decode_widths:
+            object.__setattr__(self, "decode_widths", (self.slots,))
+        if list(self.decode_widths) != sorted({*self.decode_widths, self.slots}) or self.decode_widths[0] < 1:
+            raise ValueError(f"decode_widths {self.decode_widths} must ascend from 1 or more to slots {self.slots}")
 
     @property
     def pages_per_chunk(self) -> int:
@@ -71,13 +78,19 @@ class EngineShape:
         """How many requests share one program of a width out of `tail_rows`."""
         return dict(self.tail_rows)[width]
 
+    def decode_width(self, rows: int) -> int:
+        """The smallest width of a decode program that holds `rows` rows."""
+        return next(width for width in self.decode_widths if width >= rows)
+
     def name(self) -> str:
         """What bits depend on, in one line; the steps of a call and the number of pages don't belong to it.
 
         For example `slots=4,chunk=256,page=128,tails=32x8/64x4/128x2`.
         """
         tails = "/".join(f"{width}x{rows}" for width, rows in self.tail_rows[:-1]) or "none"
-        return f"slots={self.slots},chunk={self.chunk},page={self.page},tails={tails}"
+        widths = "/".join(map(str, self.decode_widths))
+        slots = f"slots={self.slots}" + (f",decode={widths}" if self.decode_widths[1:] else "")
+        return f"{slots},chunk={self.chunk},page={self.page},tails={tails}"
 
 
 def _default_tail_rows(chunk: int) -> tuple[tuple[int, int], ...]:

@@ -45,6 +45,7 @@ class TextNode:
         stuck_after: float = 300.0,
         encoders: EncoderPool | None = None,
         engine: EngineOptions | None = None,
+        warm_up: bool = True,
     ):
         """
         Args:
@@ -55,6 +56,7 @@ class TextNode:
             max_context: tokens of prompt and answer together; None takes the model's own bound.
             stuck_after: seconds after which a program that hasn't come back makes the node unhealthy.
             engine: sizes of the engine.
+            warm_up: whether `start` compiles every language program, or each is compiled when it is needed first.
             encoders: make it a language node; not yet started, closed by `close`.
         """
         self.role = "language" if encoders else "unified"
@@ -64,6 +66,7 @@ class TextNode:
         self.runner = Runner(model, max_waiting, engine, max_context)
         self._model, self._policy, self._stuck_after = model, policy, stuck_after
         most = model.config.text.max_position_embeddings
+        self._warm_up = warm_up
         self._max_context = most if max_context is None else min(max_context, most)
         self._prepared = asyncio.Semaphore(MAX_PREPARED)
         # threads of their own: texts never wait for pictures
@@ -121,7 +124,8 @@ class TextNode:
             ValueError: one of them failed; with the reason.
         """
         await asyncio.to_thread(lambda: self._model.processor.tokenizer)
-        await asyncio.to_thread(self.runner.warm_up)
+        if self._warm_up:
+            await asyncio.to_thread(self.runner.warm_up)
         if (reason := await self.runner.self_test(START_SECONDS)) is not None:
             raise ValueError(reason)
         if self._encoders:
