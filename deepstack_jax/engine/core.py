@@ -23,7 +23,7 @@ from deepstack_jax.engine.prefix_cache import PrefixCache
 from deepstack_jax.engine.request import GenerationPlan, Request, chunk_of
 from deepstack_jax.engine.scheduler import Scheduler
 from deepstack_jax.engine.shape import EngineShape
-from deepstack_jax.engine.turn import Decode, Ended, Job, Prefill, Turn
+from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Prefill, Turn
 from deepstack_jax.programs import EngineState, decode_loop, empty_rows, prefill_chunk
 from deepstack_jax.sampling import SamplingParams
 
@@ -199,11 +199,11 @@ class Engine:
         turn = self.scheduler.next_turn(time.monotonic())
         events += self._end(turn.ended)
         for admitted in turn.admitted:
-            self._requests[admitted.id].begin(admitted.cached_tokens)
+            self._begin(admitted)
         try:
             launched = self._launch(turn, events)
-            self._encode(events)
-            self._stalled = not launched and not self._flights
+            encoded = self._encode(events)
+            self._stalled = not (launched or encoded or turn.admitted or self._flights)
             while len(self._flights) > launched:
                 events += self._read(self._flights.popleft())
         except Exception as error:
@@ -214,6 +214,12 @@ class Engine:
         """The events of all requests until none is left."""
         while not self.idle:
             yield from self.step()
+
+    def _begin(self, admitted: Admitted) -> None:
+        """Tells the request what the cache gave it: the images in there are not waited for any more."""
+        request = self._requests[admitted.id]
+        request.begin(admitted.cached_tokens)
+        self.scheduler.arrived(request.id, request.ready)
 
     def _end(self, ended: Sequence[Ended]) -> Iterator[Event]:
         for each in ended:
@@ -250,8 +256,8 @@ class Engine:
             return None
         return np.argsort(~running, kind="stable")[:width].astype(np.int32)
 
-    def _encode(self, events: list[Event]) -> None:
-        """Runs the vision encoder once, over images of one bucket of the requests that came first."""
+    def _encode(self, events: list[Event]) -> bool:
+        """Runs the vision encoder once, over images of one bucket of the requests that came first, if any waits."""
         waiting = [
             (request, image)
             for number in self.scheduler.running
@@ -259,7 +265,7 @@ class Engine:
             for image in request.to_encode
         ]
         if not waiting:
-            return
+            return False
         started, pixels = time.monotonic(), waiting[0][1].pixels
         assert pixels is not None
         alike = [
@@ -277,6 +283,7 @@ class Engine:
         for request in {request.id: request for request, _ in group}.values():
             request.encode_seconds += seconds
             self.scheduler.arrived(request.id, request.ready)
+        return True
 
     def _read(self, flight: _Flight) -> Iterator[Event]:
         """Waits for what a turn launched, reports it to the scheduler and gives out the tokens."""
