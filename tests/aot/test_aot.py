@@ -15,7 +15,7 @@ import pytest
 from deepstack_jax.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.programs import PromptArrays, prefill
+from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, prefill_chunk
 from deepstack_jax.sampling import SamplingParams
 from pallas_kernels import aot
 from pallas_kernels.deepstack_add import arg_specs as add_specs
@@ -24,6 +24,7 @@ from pallas_kernels.fused_moe import arg_specs, fused_moe
 from pallas_kernels.fused_moe.arg_specs import REAL, ArgSpec
 
 MiB = 1 << 20
+PAGE = 128
 MODELS = {"30B-A3B": arg_specs.QWEN3_VL_30B_A3B, "235B-A22B": arg_specs.QWEN3_VL_235B_A22B}
 HEADS = {"30B-A3B": 32, "235B-A22B": 64}
 # libtpu serves one process at a time, so the two kinds can run side by side, each in one process
@@ -87,32 +88,37 @@ class TestWholeModel:
 
     def test_decode(self, model: str, target: str):
         config, params = config_and_params(model, layers_on(target, model))
-        batch, capacity = 8, 4096
-        state = jax.eval_shape(
-            partial(prefill, config, capacity), params, prompt_specs(config, batch, 64), sampling(batch)
-        )
-        limit = jax.ShapeDtypeStruct((), jnp.int32)
-        compiled = aot.compile_for(mesh_of(target), decode, config, params, state, sampling(batch), limit)
-        memory = compiled.memory_analysis()
-        assert memory.alias_size_in_bytes >= size_of(*jax.tree.leaves(state.cache))
+        state = state_specs(config, slots=8, num_pages=256)
+        running, steps, leave = (jax.ShapeDtypeStruct(s, d) for s, d in (((8,), bool), ((), jnp.int32), ((), bool)))
+        compiled = aot.compile_for(mesh_of(target), decode_loop, config, params, state, running, steps, leave)
         # logits, one block of keys and values, the experts' activations
         bound = 64 * MiB
         if target == "tpu7x":  # there XLA lays embeddings out anew for the sparse cores, and attention's weights
             moved = ("embed_tokens.weight", "q_proj.weight", "o_proj.weight")
             bound += size_of(*(leaf for path, leaf in params.items() if path.endswith(moved)))
-        assert memory.temp_size_in_bytes <= bound
+        check_pages_in_place(compiled, state, bound)
         assert copies_of_weights(compiled, MODELS[model]) == []
 
     def test_prefill(self, model: str, target: str):
         config, params = config_and_params(model, layers_on(target, model))
-        length = 1024
-        prompt = prompt_specs(config, 1, length, visual_tokens=640)
-        compiled = aot.compile_for(mesh_of(target), prefill, config, 1536, params, prompt, sampling(1))
-        spec = replace(MODELS[model], tokens=length)
+        state, width = state_specs(config, slots=8, num_pages=256), 1024
+        chunk = chunk_specs(config, state, width)
+        compiled = aot.compile_for(mesh_of(target), prefill_chunk, config, params, state, chunk)
+        spec = replace(MODELS[model], tokens=width)
         # a few float32 arrays of the width of the hidden states for each of a token's experts, and of the heads
-        bound = 4 * length * (3 * spec.top_k * spec.width + 8 * HEADS[model] * 128) + 64 * MiB
-        assert compiled.memory_analysis().temp_size_in_bytes <= bound
+        bound = 4 * width * (3 * spec.top_k * spec.width + 8 * HEADS[model] * 128) + 64 * MiB
+        check_pages_in_place(compiled, state, bound)
         assert copies_of_weights(compiled, spec) == []
+
+
+def check_pages_in_place(compiled: Any, state: EngineState, bound: int) -> None:
+    """The pages that come in are those that go out, none is copied, and temporaries stay below `bound` bytes."""
+    memory = compiled.memory_analysis()
+    pages = size_of(*state.cache.keys, *state.cache.values)
+    assert memory.alias_size_in_bytes >= pages
+    assert memory.temp_size_in_bytes <= bound
+    dims = ",".join(str(n) for n in state.cache.keys[0].shape)
+    assert [line for line in aot.copies(compiled, at_least=MiB) if f"[{dims}]" in line] == []
 
 
 def layers_on(target: str, model: str) -> int:
@@ -153,15 +159,17 @@ def config_and_params(model: str, layers: int) -> tuple[ModelConfig, dict[str, j
     return config, {path: leaf for path, leaf in params.items() if path.startswith("language_model.")}
 
 
-def prompt_specs(config: ModelConfig, batch: int, length: int, visual_tokens: int = 0) -> PromptArrays:
-    shapes = (batch, length), (3, batch, length), (batch,), (batch,)
-    prompt = PromptArrays(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
-    if not visual_tokens:
-        return prompt
-    widths = config.text.hidden_size, config.num_deepstack_levels * config.text.hidden_size
-    rows = VisualRows(*(jax.ShapeDtypeStruct((visual_tokens, width), jnp.bfloat16) for width in widths))
-    return replace(prompt, visual_index=jax.ShapeDtypeStruct((batch, length), jnp.int32), rows=rows)
+def state_specs(config: ModelConfig, slots: int, num_pages: int) -> EngineState:
+    return jax.eval_shape(lambda: EngineState.empty(config, slots, num_pages, PAGE))
 
 
-def sampling(batch: int) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), SamplingParams.of(batch))
+def chunk_specs(config: ModelConfig, state: EngineState, width: int) -> PromptChunk:
+    """A chunk of one prompt, with as many visual rows as tokens."""
+    i32, text = jnp.int32, config.text
+    shapes = (1, width), (3, 1, width), (1,), (1,), (1, state.cache.page_table.shape[1]), (1,), (1,), (1,)
+    arrays = [jax.ShapeDtypeStruct(shape, i32) for shape in shapes]
+    seen = jax.ShapeDtypeStruct((1, text.vocab_size), jnp.uint8)
+    sampling = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), SamplingParams.of(1))
+    widths = text.hidden_size, config.num_deepstack_levels * text.hidden_size
+    rows = VisualRows(*(jax.ShapeDtypeStruct((width, each), jnp.bfloat16) for each in widths))
+    return PromptChunk(*arrays, seen, sampling, jax.ShapeDtypeStruct((1, width), i32), rows)
