@@ -26,7 +26,9 @@ import msgspec
 import psutil
 
 import deepstack_jax as dsj
+from deepstack_jax.disagg.encode import server as encode_server
 from deepstack_jax.disagg.encode.server import EncodeServer
+from deepstack_jax.disagg.language import link
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
 from deepstack_jax.disagg.transports import WriteSegment, mooncake
@@ -52,6 +54,7 @@ class Options(msgspec.Struct):
     seed: int
     timeout: float  # seconds per request
     transfer_timeout: float  # seconds; late writes land within it
+    heartbeat_timeout: float  # seconds, for either side to consider the other gone
     endpoint: str = ""  # control endpoint of an encode node
     encoders: tuple[str, ...] = ()  # encode nodes of a language node
 
@@ -258,6 +261,8 @@ def main() -> None:
     errors = ErrorLog()
     logging.getLogger().addHandler(errors)
     logging.getLogger().addHandler(logging.StreamHandler())
+    link.HEARTBEAT_TIMEOUT_S = options.heartbeat_timeout
+    encode_server.PEER_TIMEOUT_S = 2 * options.heartbeat_timeout
     mooncake.IDLE_TIMEOUT_S = 2.0  # so that idle threads end soon, and any that remain are leaks
     asyncio.run({"encode": encode_node, "language": language_node}[options.role](options, errors))
 

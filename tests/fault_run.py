@@ -26,6 +26,7 @@ import psutil
 from PIL import Image
 
 import deepstack_jax as dsj
+from deepstack_jax.disagg.language.link import HEARTBEAT_TIMEOUT_S
 from deepstack_jax.testing.random_checkpoint import tiny_config
 from tests.fault_node import MESSAGE_RATES, POOL_BLOCKS, WRITE_RATES
 from tests.nodes import NodeProcess, write_image_sensitive_checkpoint
@@ -62,6 +63,7 @@ class Plan:
     pause: float = 1.0  # maximum seconds between two requests of a client
     timeout: float = 8.0  # seconds per request
     transfer_timeout: float = 3.0  # seconds without progress
+    heartbeat_timeout: float = HEARTBEAT_TIMEOUT_S  # seconds; less than `timeout`, so that requests fail over
 
 
 @dataclass
@@ -190,6 +192,7 @@ class _Run:
         self.bodies = {name: _body(name) for name in PROMPTS}
         self.breaking = True
         common = {"checkpoint": str(checkpoint), "timeout": plan.timeout, "transfer_timeout": plan.transfer_timeout}
+        common["heartbeat_timeout"] = plan.heartbeat_timeout
 
         def node(role: str, number: int, **options: Any) -> Node:
             name = f"{role} {number}"

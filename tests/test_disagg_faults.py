@@ -4,9 +4,11 @@ from pathlib import Path
 
 from tests.fault_run import ENCODER_FAULTS, LANGUAGE_FAULTS, Plan, make_checkpoint, run
 
+PLAN = Plan(requests=30, seed=1, pause=0.5, transfer_timeout=2.0, heartbeat_timeout=3.0)
+
 
 def test_every_request_ends_correctly_under_faults_of_processes_messages_and_writes(tmp_path: Path):
-    report = run(Plan(requests=30, seed=1), make_checkpoint(tmp_path), tmp_path)
+    report = run(PLAN, make_checkpoint(tmp_path), tmp_path)
     print(report.table())
     assert not report.failures
     kinds = {f"encode {how} {when}" for how, when in ENCODER_FAULTS}
