@@ -30,7 +30,15 @@ from jaxtyping import install_import_hook  # noqa: E402
 install_import_hook(["deepstack_jax.models", "deepstack_jax.programs"], "beartype.beartype")
 
 # What these assert of numbers holds at every optimisation: the same answer in several ways, answers with a wide margin.
-QUICKLY_COMPILED = {"test_cli", "test_docs", "test_public_surface"}
+QUICKLY_COMPILED = {
+    "test_cli",
+    "test_docs",
+    "test_packaging",
+    "test_public_surface",
+    "test_same_inputs",
+    "test_serving_http",
+    "test_structure",
+}
 # They take longest, with few tests in each: begun last, one of them would run while the other processes have ended.
 FIRST = ("test_disagg_faults", "test_tiny_vl", "test_docs", "test_cli", "test_kernels", "test_real_widths")
 

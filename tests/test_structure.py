@@ -119,7 +119,9 @@ def test_nothing_at_run_time_imports_pytorch():
 
 
 def test_the_demo_runs_where_pytorch_cannot_be_imported():
-    code = "import sys; sys.modules['torch'] = None; from deepstack_jax.cli import main; main(['demo', '--json'])"
+    # the demo of tests/test_cli.py, whose compiled programs it shares
+    args = ["demo", "--json", "--seed=5", "--max-new-tokens=12"]
+    code = f"import sys; sys.modules['torch'] = None; from deepstack_jax.cli import main; main({args})"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     assert '"visual_tokens"' in child.stdout
