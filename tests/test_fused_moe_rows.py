@@ -25,6 +25,7 @@ Interpreter = Callable[[], contextlib.AbstractContextManager[None]]
 # four choices, because a sum of two has only one order
 ODD = ArgSpec(1, width=36, experts=9, top_k=4, inner=20)
 TILED = ArgSpec(1, width=256, experts=9, top_k=4, inner=384)
+NARROW = ArgSpec(1, width=128, experts=9, top_k=4, inner=128)  # the GPU's interpreter takes seconds per call
 WIDE = ArgSpec(1, width=1024, experts=9, top_k=4, inner=384)  # float32 sums differ between products of 2 and 8 rows
 CROWDS = (1, 2, 12, 13, 100)  # tokens that choose the same experts
 
@@ -108,7 +109,8 @@ class TestPlainForms:
 
 @pytest.mark.parametrize("form", ON_CHIPS)
 def test_bits_are_the_rows_own_on_chips(form: str):
-    assert_bits_are_the_rows_own(ON_CHIPS[form], replace(TILED, tokens=13), "bfloat16")
+    spec = NARROW if "mosaic_gpu" in form else TILED
+    assert_bits_are_the_rows_own(ON_CHIPS[form], replace(spec, tokens=13), "bfloat16")
 
 
 def summed_by_place(
