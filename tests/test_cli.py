@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 import deepstack_jax as dsj
 from deepstack_jax.cli import main
+from deepstack_jax.programs import EngineState
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.jpg"
@@ -84,6 +86,20 @@ def test_inspect_counts_every_parameter(folder: Path):
     assert done.returncode == 0, done.stderr
     values = sum(array.size for array in dsj.load(folder / "ckpt").params.values())
     assert f"{values:,}" in done.stdout or str(values) in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["hf", "ckpt"])
+def test_inspect_tells_what_the_pages_of_an_engine_take(folder: Path, capfd: pytest.CaptureFixture[str], kind: str):
+    code, shown = in_process(capfd, "inspect", folder / kind)
+    assert code == 0
+    found = re.search(r"KV cache: ([\d,]+) bytes per token in float32; 1 GiB holds ([\d,]+) tokens in pages", shown)
+    assert found, shown
+    per_token, tokens = (int(number.replace(",", "")) for number in found.groups())
+    cache = EngineState.empty(dsj.load(folder / kind).config, 1, num_pages=3, page=128).cache
+    assert 3 * 128 * per_token == sum(array.nbytes for array in (*cache.keys, *cache.values))
+    # no request gets the first page, and no further page has room
+    assert tokens % 128 == 0
+    assert (tokens + 128) * per_token <= 2**30 < (tokens + 2 * 128) * per_token
 
 
 def test_verify_passes_a_sound_checkpoint_and_fails_one_that_is_read_differently(

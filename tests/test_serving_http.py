@@ -30,6 +30,7 @@ import deepstack_jax as dsj
 from deepstack_jax.cli import main
 from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.runner import Chunk
+from deepstack_jax.programs import EngineState
 from deepstack_jax.serving import http as serving_http
 from deepstack_jax.serving.http import Node, create_app
 from deepstack_jax.serving.policy import MediaPolicy
@@ -553,12 +554,17 @@ def test_the_command_serves_until_it_is_told_to_end(model: dsj.Model, folder: Pa
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     try:
         assert child.stdout is not None
-        line = child.stdout.readline()
-        while line and not line.startswith("ready"):
-            line = child.stdout.readline()
+        before = ""
+        while (line := child.stdout.readline()) and not line.startswith("ready"):
+            before += line
         assert line.startswith("ready: unified node of small on http://127.0.0.1:"), (
             child.stderr and child.stderr.read()
         )
+        # 4 slots of 2000 tokens: 16 pages each, and page 0 beside them
+        pages = EngineState.empty(model.config, 4, num_pages=65, page=128).cache
+        mebibytes = sum(array.nbytes for array in (*pages.keys, *pages.values)) / 2**20
+        size = f"64 KV pages of 128 (8,192 tokens, {mebibytes:.1f} MiB)"
+        assert before == f"engine: 4 slots, chunks of 256 tokens, {size}\n"
         with httpx.Client(base_url=line.split()[-1], timeout=120) as client:
             assert client.get("/health").status_code == 200
             assert client.get("/v1/models").json()["data"][0]["id"] == "small"

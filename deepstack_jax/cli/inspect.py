@@ -1,13 +1,17 @@
 """`deepstack-jax inspect`: what a checkpoint holds."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from deepstack_jax.bundled import existing_checkpoint
-from deepstack_jax.config import ModelConfig
+from deepstack_jax.config import ModelConfig, TextConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class _Leaf(NamedTuple):
@@ -21,15 +25,16 @@ def run(
     checkpoint: Annotated[Path, typer.Argument(help="directory made by convert, or a Hugging Face directory")],
     expert_layout: Annotated[
         Literal["hf4", "hf5"] | None,
-        typer.Option(help="order of a Hugging Face checkpoint's expert weights where shapes can't tell"),
+        typer.Option(help="order of a Hugging Face checkpoint's expert weights; only needed if shapes are ambiguous"),
     ] = None,
 ) -> None:
-    """Prints a checkpoint's configuration, parameters and bytes, reading no weights.
+    """Prints a checkpoint's configuration, the memory that its KV cache takes, and its parameters. Reads no weights.
 
     Example: deepstack-jax inspect ckpt
     """
     checkpoint = existing_checkpoint(checkpoint)
     import jax
+    import numpy as np
     from rich.console import Console
     from rich.table import Table
 
@@ -38,7 +43,7 @@ def run(
 
     jax.config.update("jax_platforms", "cpu")  # looking needs no accelerator
     config = read_config(checkpoint)
-    kind, leaves = _leaves(checkpoint, config, expert_layout)
+    kind, dtype, leaves = _leaves(checkpoint, config, expert_layout)
     table = Table("group", "tensors", "parameters", "dtype", "bytes", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -53,10 +58,12 @@ def run(
     console.print(f"{checkpoint}: {kind}")
     for line in _summary(config):
         console.print(line)
+    console.print(_cache_line(config.text, np.dtype(dtype)))
     console.print(table)
 
 
-def _leaves(checkpoint: Path, config: ModelConfig, expert_layout: str | None) -> tuple[str, list[_Leaf]]:
+def _leaves(checkpoint: Path, config: ModelConfig, expert_layout: str | None) -> tuple[str, str, list[_Leaf]]:
+    """What the checkpoint is, the dtype that `load` gives the model, and the parameters in order."""
     from deepstack_jax.checkpoints.hf_checkpoint import open_checkpoint
     from deepstack_jax.checkpoints.mapping import canonical_shapes
     from deepstack_jax.checkpoints.orbax_checkpoint import FORMAT_FILE, read_format, stored_params
@@ -67,12 +74,28 @@ def _leaves(checkpoint: Path, config: ModelConfig, expert_layout: str | None) ->
         kind = f"converted, from expert layout {source.get('expert_layout')} in {len(source.get('files', ()))} files"
         order = {path: i for i, path in enumerate(canonical_shapes(config))}
         leaves = [_Leaf(p, leaf.size, leaf.dtype.name, leaf.size * leaf.dtype.itemsize) for p, leaf in stored.items()]
-        return kind, sorted(leaves, key=lambda leaf: order.get(leaf.path, len(order)))
+        return kind, _most_used(leaves, config), sorted(leaves, key=lambda leaf: order.get(leaf.path, len(order)))
     found = open_checkpoint(checkpoint, config, expert_layout)
     kind = f"Hugging Face, expert layout {found.expert_layout} in {len(found.files)} files"
     dtypes = {parameter.path: found.dtype_of(parameter) for parameter in found.parameters}
     leaves = [_Leaf(p.path, p.size, dtypes[p.path].name, p.size * dtypes[p.path].itemsize) for p in found.parameters]
-    return kind, leaves
+    return kind, found.dtype.name, leaves
+
+
+def _most_used(leaves: list[_Leaf], config: ModelConfig) -> str:
+    """The dtype of the parameters; if they have several, config.json's or the most frequent one."""
+    counts = Counter(leaf.dtype for leaf in leaves)
+    return config.dtype if config.dtype and counts[config.dtype] else counts.most_common(1)[0][0]
+
+
+def _cache_line(text: TextConfig, dtype: "np.dtype") -> str:
+    """What one token of the KV cache takes, and how many tokens 1 GiB holds, the default of a server on a CPU."""
+    from deepstack_jax.engine.options import CPU_KV_BYTES, token_bytes
+    from deepstack_jax.engine.shape import EngineShape
+
+    each, page = token_bytes(text, dtype), EngineShape.page
+    pages = max(CPU_KV_BYTES // (each * page) - 1, 0)  # no request gets page 0
+    return f"KV cache: {each:,} bytes per token in {dtype}; 1 GiB holds {pages * page:,} tokens in pages of {page}"
 
 
 def _summary(config: ModelConfig) -> Iterator[str]:
@@ -84,7 +107,7 @@ def _summary(config: ModelConfig) -> Iterator[str]:
     )
     if sparse := sum(text.sparse_layers):
         yield (
-            f"experts: {text.num_experts} of width {text.moe_intermediate_size}, {text.num_experts_per_tok} a token, "
+            f"experts: {text.num_experts} of width {text.moe_intermediate_size}, {text.num_experts_per_tok} per token, "
             f"in {sparse} layers"
         )
     if vision:

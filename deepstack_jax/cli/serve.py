@@ -16,6 +16,7 @@ from deepstack_jax.bundled import existing_checkpoint
 
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model
+    from deepstack_jax.engine.core import Engine
     from deepstack_jax.engine.options import EngineOptions
     from deepstack_jax.serving.http import Node
     from deepstack_jax.serving.policy import MediaPolicy
@@ -24,7 +25,7 @@ Role = Literal["unified", "encode", "language"]
 
 
 def _above_zero(value: float) -> float:
-    if not value > 0:  # not a number isn't either
+    if not value > 0:  # NaN isn't above 0 either
         raise typer.BadParameter(f"{value:g} is not above 0")
     return value
 
@@ -35,47 +36,52 @@ def run(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     encoder: Annotated[
-        list[str] | None, typer.Option(help="of a language node: an encode node's control address, tcp://host:port")
+        list[str] | None, typer.Option(help="language node: the control address of an encode node, tcp://host:port")
     ] = None,
     control: Annotated[
-        str, typer.Option(help="of an encode node: where its control socket listens; * takes a free port")
+        str, typer.Option(help="encode node: where its control socket listens; * takes a free port")
     ] = "tcp://127.0.0.1:*",
     key: Annotated[Path | None, typer.Option(help="the cluster's key file, made with deepstack-jax keygen")] = None,
     node_address: Annotated[
         str | None, typer.Option(help="address under which other nodes reach this one; --host by default")
     ] = None,
-    protocol: Annotated[Literal["tcp", "rdma"], typer.Option(help="what Mooncake carries rows over")] = "tcp",
-    device: Annotated[str, typer.Option(help="RDMA devices, with commas between; all by default")] = "",
-    block_size: Annotated[int, typer.Option(min=1, help="tokens a block; the same on all nodes")] = 128,
+    protocol: Annotated[Literal["tcp", "rdma"], typer.Option(help="transport of the rows")] = "tcp",
+    device: Annotated[str, typer.Option(help="RDMA devices, separated by commas; all by default")] = "",
+    block_size: Annotated[int, typer.Option(min=1, help="tokens per block; the same on all nodes")] = 128,
     pool_blocks: Annotated[
-        int | None, typer.Option(min=1, help="of a language node: receive blocks; as many as 256 MB hold by default")
+        int | None, typer.Option(min=1, help="language node: receive blocks; as many as 256 MB hold by default")
     ] = None,
-    cache_bytes: Annotated[int, typer.Option(min=0, help="of an encode node: rows kept for images seen")] = 1 << 30,
+    cache_bytes: Annotated[
+        int, typer.Option(min=0, help="encode node: bytes of rows that are kept for repeated images")
+    ] = 1 << 30,
     encode_here: Annotated[
-        bool, typer.Option(help="a language node loads the vision weights too, and encodes where no encoder is left")
+        bool, typer.Option(help="language node: load the vision weights too, and encode if no encoder is left")
     ] = False,
     allow_domain: Annotated[
         list[str] | None, typer.Option(help="fetch media from here: example.org, '*.example.org', '*'; none by default")
     ] = None,
-    allow_folder: Annotated[Path | None, typer.Option(help="read media under this folder; none by default")] = None,
+    allow_folder: Annotated[Path | None, typer.Option(help="read media from this folder; none by default")] = None,
     allow_network: Annotated[
         list[str] | None, typer.Option(help="allowed domains may have addresses in this private network: 10.1.2.0/24")
     ] = None,
     allow_port: Annotated[list[int] | None, typer.Option(help="ports of URLs; 80 and 443 by default")] = None,
-    max_bytes: Annotated[int, typer.Option(min=1, help="of a request's media, as they come")] = 32 << 20,
-    max_pixels: Annotated[int, typer.Option(min=1, help="of a request's images")] = 64 << 20,
-    max_frames: Annotated[int, typer.Option(min=1, help="of a request's videos, sampled or not")] = 7200,
-    max_seconds: Annotated[float, typer.Option(callback=_above_zero, help="of a request's videos")] = 600.0,
+    max_bytes: Annotated[int, typer.Option(min=1, help="encoded size of a request's media")] = 32 << 20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="pixels of a request's images")] = 64 << 20,
+    max_frames: Annotated[int, typer.Option(min=1, help="frames of a request's videos, sampled or not")] = 7200,
+    max_seconds: Annotated[float, typer.Option(callback=_above_zero, help="length of a request's videos")] = 600.0,
     max_decoded_pixels: Annotated[
-        int, typer.Option(min=1, help="of all frames of a request's videos; about two minutes of 1080p by default")
+        int,
+        typer.Option(min=1, help="pixels of all frames of a request's videos; about two minutes of 1080p by default"),
     ] = 8_000_000_000,
-    max_items: Annotated[int, typer.Option(min=1, help="images and videos of a request")] = 32,
+    max_items: Annotated[int, typer.Option(min=1, help="images and videos per request")] = 32,
     url_timeout: Annotated[
-        float, typer.Option(callback=_above_zero, help="seconds for one URL, redirects included")
+        float, typer.Option(callback=_above_zero, help="seconds per URL, redirects included")
     ] = 20.0,
     timeout: Annotated[float, typer.Option(min=0.1, help="seconds from a request to its last token")] = 600.0,
-    max_waiting: Annotated[int, typer.Option(min=1, help="requests in line; more get a 503")] = 64,
-    max_context: Annotated[int | None, typer.Option(min=2, help="tokens of prompt and answer; the model's own")] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="requests that wait for a slot; more get a 503")] = 64,
+    max_context: Annotated[
+        int | None, typer.Option(min=2, help="tokens of prompt and answer; the model's own limit by default")
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(min=1, help="requests that run at once; 4 on CPU, 32 on a chip by default")
     ] = None,
@@ -83,21 +89,32 @@ def run(
         int | None, typer.Option(min=128, help="tokens of a prefill chunk; 256 on CPU, 1024 on a chip by default")
     ] = None,
     kv_bytes: Annotated[
-        int | None, typer.Option(min=1, help="memory for keys and values; 1 GiB on CPU, most of a chip's rest")
+        int | None,
+        typer.Option(
+            min=1, help="memory for KV pages; by default 1 GiB on CPU, and on a chip 80% of what weights leave"
+        ),
     ] = None,
-    decode_steps: Annotated[int, typer.Option(min=1, max=64, help="tokens per stream between two events")] = 8,
+    decode_steps: Annotated[
+        int, typer.Option(min=1, max=64, help="steps of a decode call: tokens per stream between two events")
+    ] = 8,
     decode_widths: Annotated[
         str | None,
-        typer.Option(help="widths such as 1,8: faster when few run, but bits then depend on how many do"),
+        typer.Option(help="more widths, such as 1,8: faster if few requests run, but bits then depend on how many do"),
     ] = None,
-    prefix_cache: Annotated[bool, typer.Option(help="keep prompts' keys and values for those that begin alike")] = True,
-    warm_up: Annotated[bool, typer.Option(help="compile every language program before it is ready")] = True,
-    grace: Annotated[float, typer.Option(min=0, help="seconds for running requests to end after SIGTERM")] = 20.0,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="keep the KV pages of prompts for later ones with the same beginning")
+    ] = True,
+    warm_up: Annotated[bool, typer.Option(help="compile every language program before the server is ready")] = True,
+    grace: Annotated[float, typer.Option(min=0, help="seconds for running requests to finish after SIGTERM")] = 20.0,
     name: Annotated[str | None, typer.Option(help="the model's name; the directory's by default")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
-    expert_layout: Annotated[Literal["hf4", "hf5"] | None, typer.Option(help="where shapes can't tell")] = None,
+    expert_layout: Annotated[
+        Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
+    ] = None,
 ) -> None:
-    """Answers over HTTP: POST /generate, GET /health, GET /v1/models. Prints one line when it is ready.
+    """Answers over HTTP: POST /generate, GET /health, GET /v1/models.
+
+    Prints the size of its engine, and one line when it is ready.
 
     Example: deepstack-jax serve ckpt --port 8000 --allow-domain upload.wikimedia.org
     """
@@ -124,7 +141,7 @@ def run(
         allowed_networks=tuple(allow_network or ()),
         allowed_ports=tuple(allow_port or (80, 443)),
     )
-    with _bind(host, port) as listener:  # before the weights are read: a port in use is told at once
+    with _bind(host, port) as listener:  # before the weights are read, so that a port in use is an error at once
         if not _is_loopback(listener):
             print(f"warning: {host} is open to others, and this server has no authentication", file=sys.stderr)
         from deepstack_jax.engine.options import EngineOptions
@@ -146,7 +163,7 @@ def run(
         _check_split(role, split)
         widths = _widths(decode_widths)
         engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache, widths)
-        engine.shape()  # refuses what can't be, before the weights are read
+        engine.shape()  # refuses impossible sizes before the weights are read
         model = _load(role, checkpoint, dtype, expert_layout, encode_here)
         name = name or checkpoint.resolve().name
 
@@ -154,6 +171,10 @@ def run(
             # in the loop that runs it: ZeroMQ's authenticator answers in the loop in which it was made
             limits = NodeLimits(max_waiting, max_context, engine, warm_up)
             node = make_node(role, model, policy, split, limits, name=name)
+            from deepstack_jax.serving.text_node import TextNode
+
+            if isinstance(node, TextNode):
+                print(_engine_line(node.runner.engine), flush=True)
             app = create_app(node, policy, max_requests=2 * max_waiting, timeout=timeout)
             await _serve(node, app, listener, grace)
 
@@ -169,7 +190,7 @@ def _widths(text: str | None) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SplitOptions:
-    """What only encode and language nodes need; as the options say."""
+    """The options that only encode and language nodes need."""
 
     encoders: tuple[str, ...]
     control: str
@@ -186,7 +207,7 @@ class SplitOptions:
 
 @dataclass(frozen=True)
 class NodeLimits:
-    """What a node with the text model takes at once; as the options say."""
+    """The options of a node with the text model: what it accepts, and its engine."""
 
     max_waiting: int = 64
     max_context: int | None = None
@@ -237,6 +258,17 @@ def make_node(
         transport=transport,
     )
     return TextNode(model, policy, name=name, encoders=links, **vars(limits))
+
+
+def _engine_line(engine: "Engine") -> str:
+    """How many requests run at once, and how many tokens the KV pages hold."""
+    from deepstack_jax.engine.options import page_bytes
+
+    shape = engine.shape
+    mebibytes = engine.num_pages * page_bytes(engine.model, shape.page) / (1 << 20)
+    pages = f"{engine.num_pages - 1:,} KV pages of {shape.page}"
+    held = f"{engine.token_capacity:,} tokens, {mebibytes:,.1f} MiB"
+    return f"engine: {shape.slots} slots, chunks of {shape.chunk} tokens, {pages} ({held})"
 
 
 def _load(role: Role, checkpoint: Path, dtype: str | None, expert_layout: str | None, encode_here: bool) -> "Model":

@@ -1,10 +1,12 @@
-"""How large a server's engine is: its options, with defaults for the machine that it runs on."""
+"""The options of a server's engine, with defaults for the machine that it runs on."""
 
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from deepstack_jax.checkpoint import Model
+from deepstack_jax.config import TextConfig
 from deepstack_jax.engine.core import Engine
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.rounding import cdiv
@@ -24,9 +26,9 @@ class EngineOptions:
         chunk: tokens of a prefill chunk, a multiple of 128.
         kv_bytes: memory for keys and values; by default 1 GiB on CPU, and on a chip most of what the weights leave.
         decode_steps: tokens of a row between two looks at the results.
-        decode_widths: widths of decode programs beside `slots`: fewer rows run faster on a CPU, and an answer's bits
-            then depend on how many others run.
-        prefix_cache: whether whole chunks of prompts are kept for those that begin alike.
+        decode_widths: widths of more decode programs, below `slots`. Few rows then run faster on a CPU, but the bits
+            of an answer depend on how many requests run.
+        prefix_cache: whether the pages of whole chunks are kept for prompts with the same beginning.
     """
 
     slots: int | None = None
@@ -71,14 +73,18 @@ class EngineOptions:
 
 
 def default_chunk() -> int:
-    """Tokens of a prefill chunk where nobody says otherwise."""
+    """Tokens of a prefill chunk by default: 256 on CPU, 1024 on a chip."""
     return CPU_CHUNK if _on_cpu() else CHIP_CHUNK
+
+
+def token_bytes(text: TextConfig, dtype: np.dtype) -> int:
+    """Bytes that one token takes in the KV cache: its keys and values in all layers."""
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
 
 
 def page_bytes(model: Model, page: int) -> int:
     """Bytes of one KV page: keys and values of `page` tokens in all layers."""
-    text = model.config.text
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * page * text.head_dim * model.dtype.itemsize
+    return page * token_bytes(model.config.text, model.dtype)
 
 
 def _on_cpu() -> bool:
