@@ -124,8 +124,12 @@ class HfCheckpoint:
         for i in experts:
             with TensorReader() as reader:
                 for tensor in by_expert.get(i, parameter.tensors):
-                    matrix = reader.read(self.entries[tensor.name], () if tensor.index else (i,))
-                    _transpose(_cast(_inspected(matrix, inspect), dtype, inspect), out[tensor.index[1:]])
+                    entry, part = self.entries[tensor.name], out[tensor.index[1:]]
+                    rows, columns = entry.shape[-2:]
+                    # some rows at a time: they stay in the processor's cache
+                    for (some,) in row_blocks((rows, columns), range(rows), max(_AT_ONCE, columns)):
+                        block = reader.read(entry, (some,) if tensor.index else (i, some))
+                        _transpose(_cast(_inspected(block, inspect), dtype, inspect), part[:, some])
             yield out
 
 
