@@ -291,10 +291,12 @@ def _write_pages(pages: jax.Array, new: jax.Array, page_table: jax.Array, slots:
     batch, heads, length, width = new.shape
     page, first = pages.shape[2], slots[:, 0]
     if length == 1:
-        where = jnp.where(
-            first < 0, 0, jnp.take_along_axis(page_table, jnp.maximum(first, 0)[:, None] // page, 1)[:, 0]
-        )
-        return pages.at[where, :, jnp.maximum(first, 0) % page].set(new[:, :, 0])
+        place = jnp.maximum(first, 0)
+        where = jnp.take_along_axis(page_table, place[:, None] // page, axis=1)
+        where = jnp.where(first[:, None] < 0, 0, where) * heads + jnp.arange(heads)
+        # as one list of rows, which a TPU scatters into without laying the pages out anew
+        rows = pages.reshape(-1, width).at[(where * page + place[:, None] % page).reshape(-1)]
+        return rows.set(new.reshape(-1, width)).reshape(pages.shape)
     height = min(length, page)
     count = -(-length // height)
     new = jnp.pad(new, [(0, 0), (0, 0), (0, count * height - length), (0, 0)])
