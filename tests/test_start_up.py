@@ -36,7 +36,7 @@ def programs_in(folder: Path) -> set[str]:
 def test_a_second_run_reads_the_programs_of_the_first(tmp_path: Path):
     first = run(*ASK, XDG_CACHE_HOME=str(tmp_path))
     assert first.returncode == 0, first.stderr
-    assert {"jit_prefill", "jit_decode"} <= programs_in(tmp_path / "deepstack-jax")
+    assert {"jit_prefill_chunk", "jit_decode_loop"} <= programs_in(tmp_path / "deepstack-jax")
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*-cache")}
     second = run(*ASK, XDG_CACHE_HOME=str(tmp_path))
     assert second.stdout == first.stdout
