@@ -38,6 +38,7 @@ QUICKLY_COMPILED = {
     "test_same_inputs",
     "test_serving_http",
     "test_structure",
+    "test_tiny_vl_training",
 }
 # They take longest, with few tests in each: begun last, one of them would run while the other processes have ended.
 FIRST = ("test_disagg_faults", "test_tiny_vl", "test_docs", "test_cli", "test_kernels", "test_real_widths")
