@@ -13,7 +13,8 @@ LIBIBVERBS = @PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null | grep -q li
 	{ $$root apt-get update && $$root apt-get install --yes --no-install-recommends libibverbs1; } >/dev/null 2>&1 || \
 	echo "libibverbs.so.1 is missing, so nothing is split: install the package that has it (Debian: libibverbs1)"; }
 PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
-# Processes that share the test files. Each test file stays in one process, as its fixtures start servers.
+# Processes that share the test files, in the order of tests/conftest.py. A file stays in one process, as its fixtures
+# start servers.
 WORKERS ?= 2
 PYTEST = $(PLATFORM_TESTS) $(BIN)/python -m pytest -n $(WORKERS)
 
@@ -23,7 +24,7 @@ demo: .venv/demo-ready
 	@$(BIN)/deepstack-jax demo
 
 test: .venv/test-ready
-	$(PYTEST) --dist loadfile --durations 25
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --durations 25
 
 # The largest searches through the states of a transfer, and 100,000 schedules of the engine, side by side
 test-exhaustive: .venv/test-ready
