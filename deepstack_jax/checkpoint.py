@@ -26,7 +26,7 @@ VISION, TEXT = "visual.", "language_model."
 class Model:
     """A checkpoint in memory. Its parameters are a flat dictionary by dotted path (see models/parameters.py).
 
-    `config.dtype` is that of weights, cache and visual rows: the one that the parameters have, or, where they have
+    `config.dtype` is that of weights, cache and visual rows: the one that the parameters have, or, if they have
     several, the one that it names.
 
     Raises:
@@ -53,7 +53,7 @@ class Model:
     def module(self) -> nnx.Module:
         """The model as a Flax module over these parameters, for optax, LoRA or quantisation.
 
-        Its `language_model` is a `Qwen3MoeForCausalLM`; `visual` is there where the parameters are.
+        Its `language_model` is a `Qwen3MoeForCausalLM`; it has a `visual` if those parameters are loaded.
         """
         return merge_params(self.config, self.params)
 
@@ -98,7 +98,7 @@ def load(
 
     Args:
         path: the directory, or the name of a checkpoint that comes with the package (`tiny-vl`).
-        dtype: float32 or bfloat16; None keeps the checkpoint's. Where its tensors differ, that is the one dtype that
+        dtype: float32 or bfloat16; None keeps the checkpoint's. If its tensors differ, that is the one dtype that
             transformers' from_pretrained takes, and a `CheckpointWarning` says so.
         mesh: places every parameter by its logical axes (sharding.py); None takes the default device.
         expert_layout: hf4 or hf5, for a Hugging Face directory whose layout can't be told from its shapes.
@@ -107,7 +107,7 @@ def load(
 
     Raises:
         ValueError: a directory that is not a checkpoint of the four families, or is damaged, quantised or an adapter;
-            one line says what and where.
+            one line says what is wrong, and where.
 
     Warns `CheckpointWarning` of tensors that are not the model's and left out.
     """

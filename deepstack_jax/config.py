@@ -20,7 +20,7 @@ DTYPE_NAMES = {"float": "float32", "half": "float16"}  # PyTorch's other names
 class TextConfig:
     """The decoder. `sparse_layers[i]` says whether layer i routes to experts; `sliding_windows[i]` is its window.
 
-    `max_position_embeddings` is the context that is allowed: where the rope is scaled, factor x original positions.
+    `max_position_embeddings` is the context that is allowed: if the rope is scaled, factor x original positions.
     """
 
     vocab_size: int
@@ -114,10 +114,10 @@ class FamilyTraits:
         has_vision: text_config and vision_config stand in objects of their own.
         of_vision_language: the decoder is that of a vision-language family: its rope has that default.
         has_experts: layers route to experts.
-        head_dim: where the file has none; None divides hidden_size among the heads.
+        head_dim: used if the file has none; None divides hidden_size among the heads.
         renormalises: the router's weights always add up to one, whatever norm_topk_prob says.
         windows: which layers a sliding window holds for: "none", "all", or "some", by layer_types or max_window_layers.
-        tied: whether embeddings and head are one where the file doesn't say.
+        tied: whether embeddings and head are one if the file doesn't say.
     """
 
     has_vision: bool = False
@@ -132,7 +132,7 @@ class FamilyTraits:
 def read_config_object(path: str | Path) -> dict[str, Any]:
     """The contents of `path` (a config.json or the directory that holds one).
 
-    Raises `ConfigError` for a file that is damaged, with the position, and for a directory that is no checkpoint's.
+    Raises `ConfigError` for a file that is damaged, with the position, and for a directory that is not a checkpoint's.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -149,9 +149,9 @@ def read_config_object(path: str | Path) -> dict[str, Any]:
 
 
 def read_special_tokens(directory: Path, config: ModelConfig) -> tuple[tuple[int, ...], int]:
-    """(end tokens, pad token): generation_config.json's, as transformers' generate takes them, else config.json's.
+    """(end tokens, pad token): generation_config.json's, as transformers' generate takes them, otherwise config.json's.
 
-    Raises `ConfigError` where generation_config.json is damaged or its ids are not token ids.
+    Raises `ConfigError` if generation_config.json is damaged or its ids are not token ids.
     """
     file = directory / "generation_config.json"
     values = Values(read_json_object(file) if file.exists() else {}, str(file))
@@ -204,7 +204,7 @@ def _other_kind(directory: Path) -> str | None:
         if (directory / name).exists():
             return (
                 f"{directory} holds an adapter ({name}): merge it into its base model first (merge_and_unload of "
-                "PEFT, then save_pretrained), or remove the adapter's files where that has been done"
+                "PEFT, then save_pretrained), or remove the adapter's files if that has been done"
             )
     if not (directory / "config.json").exists() and (file := next(directory.glob("*.gguf"), None)):
         return f"{file} is a GGUF file: give the Hugging Face checkpoint in safetensors that it was made from"
@@ -226,7 +226,7 @@ def _refuse_quantized(raw: dict[str, Any]) -> None:
         how = f"with {method or 'an unknown method'}" + (f", {bits} bits" if bits is not None else "")
         raise ConfigError(
             f"{key} says that the weights are quantised {how}, which is not supported: give the checkpoint in "
-            f"bfloat16 that it was made from, or remove {key} where the weights are not quantised"
+            f"bfloat16 that it was made from, or remove {key} if the weights are not quantised"
         )
 
 
@@ -300,7 +300,7 @@ def _refuse_misplaced_rope(raw: dict[str, Any], text_raw: dict[str, Any]) -> Non
 def _sliding_windows(traits: FamilyTraits, values: Values, layers: int) -> tuple[int | None, ...]:
     window = None
     if values.flag("use_sliding_window", False):
-        # null is no window, as in transformers, and not the default one
+        # null means no window, as in transformers, and not the default one
         window = values.integer("sliding_window", None if "sliding_window" in values.raw else 4096)
     if traits.windows != "some":
         return (window if traits.windows == "all" else None,) * layers

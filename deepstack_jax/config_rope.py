@@ -100,7 +100,7 @@ def _scaled(found: RopeConfig, rope: Values, values: Values, positions: int) -> 
 
 
 def _rope_values(values: Values) -> Values:
-    """The object with the rope's keys: rope_scaling, the older name, replaces rope_parameters where both are given."""
+    """The object with the rope's keys: rope_scaling, the older name, replaces rope_parameters if both are given."""
     old, new = values.object("rope_scaling"), values.object("rope_parameters")
     if not old:
         return Values(new, f"{values.where}.rope_parameters")

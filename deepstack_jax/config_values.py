@@ -14,7 +14,7 @@ class ConfigError(ValueError):
 def read_json_object(file: Path) -> dict[str, Any]:
     """The object that a JSON file of a checkpoint holds.
 
-    Raises `ConfigError` where it is damaged, with line and column, and `OSError` where it can't be read.
+    Raises `ConfigError` if it is damaged, with line and column, and `OSError` if it can't be read.
     """
     data = file.read_bytes()
     if data.startswith(b"version https://git-lfs"):
@@ -78,7 +78,7 @@ class Values:
         return self._read(key, default, "a string", lambda value: isinstance(value, str))
 
     def object(self, key: str) -> dict[str, Any]:
-        """An object; empty where it is absent."""
+        """An object; empty if it is absent."""
         return self._read(key, {}, "an object", lambda value: isinstance(value, dict))
 
     def _read(self, key: str, default: Any, expected: str, fits: Callable[[Any], bool]) -> Any:

@@ -1,4 +1,4 @@
-"""Images and videos to visual rows: the encoder over several of one bucket, and their rows one after another."""
+"""Encodes images and videos to visual rows: several of one bucket per run, and their rows concatenated."""
 
 from collections.abc import Sequence
 
@@ -42,14 +42,14 @@ def encode_images(model: Model, visuals: Sequence[VisionInput]) -> list[jax.Arra
 
 
 def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
-    """The visual rows of a batch, a bucket of them, or None where it has no image and no video."""
+    """The visual rows of a batch, padded to a bucket, or None if it has no image and no video."""
     if not batch.visuals:
         return None
     return concat_rows(model.config, encode_images(model, batch.visuals), batch.visuals)
 
 
 def concat_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[VisionInput]) -> VisualRows:
-    """The rows of one image after another, filled up with zeros to a bucket."""
+    """The rows of all images in order, padded with zeros to a bucket."""
     rows = empty_rows(config, bucket(sum(visual.num_rows for visual in visuals)))
     first = 0
     for part, visual in zip(parts, visuals, strict=True):

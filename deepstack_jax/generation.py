@@ -25,7 +25,7 @@ from deepstack_jax.programs import DECODE_BUFFER, PromptArrays, all_logits
 from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.sampling_options import SamplingOptions
 
-WIDTHS = (1, 2, 4, 8, 16, 32)  # rows of the decode program where nobody says how many
+WIDTHS = (1, 2, 4, 8, 16, 32)  # rows of the decode program by default
 
 
 @dataclass
@@ -53,7 +53,7 @@ def prepare(
         videos: paths, or arrays and lists of frames.
         options: `tools`, `chat_template_kwargs` and `enable_thinking` for the chat template; `min_pixels` and
             `max_pixels` of every image, `fps`, `num_frames`, `min_frames`, `max_frames` and `do_sample_frames` of every
-            video, all with transformers' meaning, where the part of a message doesn't say otherwise; `images_kwargs`
+            video, all with transformers' meaning, unless the part of a message says otherwise; `images_kwargs`
             and `videos_kwargs` with the same and more (`ImageOptions`, `VideoOptions`).
 
     Raises:
@@ -223,7 +223,7 @@ def _timings(engine: Engine, requests: Sequence[Request]) -> dict[str, float]:
 
 
 def _one_of(sampling: SamplingOptions | None, single: SamplingOptions) -> SamplingOptions:
-    """`sampling`, or else the options that were given one by one."""
+    """`sampling`, or the options that were given one by one."""
     if sampling is None:
         return single
     if not isinstance(sampling, SamplingOptions):

@@ -29,7 +29,7 @@ DECODE_BUFFER = 64  # steps of one decode call at most
 @jax.tree_util.register_dataclass
 @dataclass
 class PromptArrays:
-    """Tokens of B rows, padded at the end to T, and what places the visual rows among them (None for text alone)."""
+    """Tokens of B rows, padded at the end to T, and what places the visual rows among them (None for text)."""
 
     input_ids: Int[AnyArray, "B T"]
     position_ids: Int[AnyArray, "3 B T"]
@@ -50,7 +50,7 @@ class PromptChunk:
     starts: Int[AnyArray, " R"]  # slot of each piece's first token, a multiple of the page
     counts: Int[AnyArray, " R"]  # tokens of each piece, 0 for a row that isn't used
     page_table: Int[AnyArray, "R P"]
-    rows: Int[AnyArray, " R"]  # the decode row that takes over a prompt whose last piece this is, else B
+    rows: Int[AnyArray, " R"]  # the decode row that takes over a prompt whose last piece this is, otherwise B
     rope_deltas: Int[AnyArray, " R"]
     limits: Int[AnyArray, " R"]  # tokens of each answer at most
     seen: UInt8[AnyArray, "R V"]  # sampling.IN_PROMPT for each token of the whole prompt; read for last pieces only
@@ -93,8 +93,8 @@ def encode_vision(
 ) -> Float[Array, "G M R"]:
     """Rows [G, P / merge^2, (1+N)*D] of G images or videos of one bucket, in the model's dtype.
 
-    Needs the `visual.` parameters alone. Each is computed as if it were alone, so its rows are the same bits whatever
-    comes with it; the geometry's arrays have a leading G as well.
+    Needs only the `visual.` parameters. Each image is computed by itself, so the bits of its rows don't depend on the
+    others; the geometry's arrays have a leading G as well.
     """
 
     def one(item: tuple[jax.Array, PatchGeometry]) -> jax.Array:
@@ -197,7 +197,7 @@ def decode_loop(
     soon as one has. With `rows`, a program of that many rows computes only these, each named once.
 
     Returns:
-        the state, and the tokens of each row (of `rows`) from column 0 on, -1 where it made none.
+        the state, and the tokens of each row (of `rows`) from column 0 on, -1 if it made none.
     """
     if rows is not None:
         taken = jnp.asarray(rows)

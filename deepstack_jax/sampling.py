@@ -4,7 +4,7 @@ The order and the meaning of each parameter are those of transformers' logits pr
 Every parameter is an array over rows, so one program serves any mixture of them.
 
 Extreme values give the limit's answer, whatever the size of the logits: a temperature near 0 gives the likeliest token
-(a draw where several are), a huge one draws uniformly from what top-k, top-p and min-p keep. Equal logits are kept or
+(a draw if several are), a huge one draws uniformly from what top-k, top-p and min-p keep. Equal logits are kept or
 left out together. A logit of NaN counts as -inf, which is never chosen; a row with no other logits gives the pad token.
 """
 
@@ -128,7 +128,7 @@ def _power_of_two(x: jax.Array) -> jax.Array:
 
 
 def _scaling(highest: jax.Array, temperature: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """The division of logits by the temperature, relative to the highest one where the quotients would be too large.
+    """The division of logits by the temperature, relative to the highest one if the quotients would be too large.
 
     Such quotients overflow, or swallow the noise that draws among equal logits. Others stay as they are: a shift would
     round them differently and change what a seed draws.

@@ -19,7 +19,7 @@ def run(
     ] = None,
     expert_layout: Annotated[
         Literal["hf4", "hf5"] | None,
-        typer.Option(help="order of the expert weights where shapes can't tell: of transformers 4 or 5"),
+        typer.Option(help="order of the expert weights, of transformers 4 or 5; only needed if shapes are ambiguous"),
     ] = None,
 ) -> None:
     """Converts a Hugging Face checkpoint, tensor by tensor.

@@ -1,4 +1,4 @@
-"""`deepstack-jax demo`: a picture nobody has seen, three questions, and what the model that ships says to them.
+"""`deepstack-jax demo`: a new picture, three questions, and what the bundled model answers.
 
 Twice: the whole model in this process, and split in an encode process and a language process (`demo_split.py`).
 """
@@ -26,7 +26,7 @@ QUESTIONS = ("Describe the picture.", "How many shapes are there?", "Do you see 
 
 @dataclass
 class Question:
-    """What is asked, and the right answer where it is known."""
+    """What is asked, and the right answer if it is known."""
 
     text: str
     truth: str | None = None
@@ -119,7 +119,7 @@ def _walk(checkpoint: Path, picture: Any, questions: list[Question], max_new_tok
         lap("load", f"{parameters:,} parameters: {text.num_hidden_layers} layers of {text.hidden_size}, {experts}")
         for question in questions:
             whole(model, dsj.prepare(model, question.text, images=[picture]))
-        lap("compile", "one program per bucket of patches, prompt and cache; a server does this once")
+        lap("compile", "one program per shape; a server does this once")
         if nodes:
             nodes.wait()
             for question in questions:
@@ -217,7 +217,7 @@ def _print(shown: dict[str, Any]) -> None:
         console.print("Your own:               deepstack-jax demo --image photo.jpg", style="dim")
     else:
         console.print(
-            "\nIt was trained on drawn shapes and numbers alone: of photographs it knows nothing.", style="dim"
+            "\nIt was trained only on drawn shapes and numbers, and knows nothing of photographs.", style="dim"
         )
 
 

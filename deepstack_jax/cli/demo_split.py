@@ -1,6 +1,6 @@
 """The demo's split: an encode process and a language process on this machine, asked over HTTP.
 
-Both are ordinary `deepstack-jax serve` processes. They end with the demo, even where it is killed outright.
+Both are ordinary `deepstack-jax serve` processes. They end with the demo, even if it is killed.
 """
 
 import base64
@@ -28,7 +28,7 @@ _RUN = "import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGTERM); from 
 
 
 def missing() -> str | None:
-    """What the split needs and this environment lacks, with the remedy, in one line; None where nothing is."""
+    """What the split needs and this environment lacks, with the remedy, in one line; None if nothing is missing."""
     if not sys.platform.startswith("linux"):
         return "Mooncake runs only on Linux"
     for name in ("zmq", "xxhash", "fastapi", "uvicorn", "httpx"):
@@ -86,7 +86,7 @@ class SplitNodes:
         """The language node's answer to a question about a picture, as `POST /generate` gives it.
 
         Raises:
-            ValueError: it is no answer; with the node's reason.
+            ValueError: it is not an answer; with the node's reason.
         """
         import httpx
 

@@ -34,12 +34,12 @@ def run(
     max_pixels: Annotated[int | None, typer.Option(help="of each image after resizing; the checkpoint's")] = None,
     fps: Annotated[float | None, typer.Option(help="frames sampled per second of video; the checkpoint's")] = None,
     num_frames: Annotated[int | None, typer.Option(help="frames sampled per video, in place of --fps")] = None,
-    min_frames: Annotated[int | None, typer.Option(help="frames sampled per video at least")] = None,
-    max_frames: Annotated[int | None, typer.Option(help="frames sampled per video at most")] = None,
+    min_frames: Annotated[int | None, typer.Option(help="minimum number of frames sampled per video")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="maximum number of frames sampled per video")] = None,
     sample_frames: Annotated[
         bool | None, typer.Option("--sample-frames/--all-frames", help="sample videos, or take every frame")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="length of the answer at most")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(help="maximum length of the answer")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
     top_k: Annotated[int, typer.Option(help="draw among the k likeliest; 0 for all")] = 0,
     top_p: Annotated[float, typer.Option(help="draw among the likeliest that add up to p")] = 1.0,
@@ -51,7 +51,9 @@ def run(
         list[str] | None, typer.Option(help="text that ends the answer; may be given several times")
     ] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
-    expert_layout: Annotated[Literal["hf4", "hf5"] | None, typer.Option(help="where shapes can't tell")] = None,
+    expert_layout: Annotated[
+        Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming")] = False,
 ) -> None:
     """Answers a prompt and streams the text as it comes.
@@ -159,10 +161,10 @@ def _refuse_missing(sources: list[str]) -> None:
 
 
 def _read_json(value: str, option: str, kind: type) -> Any:
-    """What an option says in JSON: by itself, in a file, or on standard input.
+    """The JSON of an option: its value, a file, or standard input.
 
     Raises:
-        ValueError: the option, and where its JSON is damaged.
+        ValueError: the option, and the place where its JSON is damaged.
     """
     if value[:1] in ("[", "{"):
         text, where = value, option

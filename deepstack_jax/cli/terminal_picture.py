@@ -1,4 +1,4 @@
-"""Pictures in a terminal: two pixels a character cell, in 24-bit colour, or in shades where there is no colour."""
+"""Pictures in a terminal: two pixels per character cell, in 24-bit colour, or in shades if there is no colour."""
 
 from itertools import groupby
 

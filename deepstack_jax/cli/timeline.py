@@ -46,7 +46,7 @@ def draw(spans: Sequence[Span], columns: int, ascii_only: bool = False) -> Table
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:
-    """The spans, all rounds in one where they are many."""
+    """The spans, all rounds in one if they are many."""
     rounds = [span for span in spans if span.stage not in COLORS]
     if len(rounds) <= MAX_ROUNDS:
         return list(spans)

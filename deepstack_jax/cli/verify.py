@@ -28,9 +28,11 @@ def run(
     image: Annotated[list[str] | None, typer.Option(help="file, URL or data URI; a photograph by default")] = None,
     prompt: Annotated[str, typer.Option(help="the question")] = "Describe the picture.",
     max_new_tokens: Annotated[int, typer.Option(help="greedy tokens to compare")] = 16,
-    expert_layout: Annotated[Literal["hf4", "hf5"] | None, typer.Option(help="where shapes can't tell")] = None,
+    expert_layout: Annotated[
+        Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
+    ] = None,
 ) -> None:
-    """Compares every stage with transformers in float32: exit code 1 where one differs by more than 2e-5.
+    """Compares every stage with transformers in float32: exit code 1 if one differs by more than 2e-5.
 
     Needs PyTorch (pip install 'deepstack-jax[test]') and memory for the model twice over.
 

@@ -1,4 +1,4 @@
-"""Which KV pages are free, and how many users each of the others has."""
+"""Counts references to KV pages, and gives out free ones."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ class PageLedger:
 
     @property
     def free(self) -> int:
-        """Pages that nobody uses."""
+        """Pages without a reference."""
         return len(self._free)
 
     @property

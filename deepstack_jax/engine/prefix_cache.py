@@ -190,7 +190,7 @@ class PrefixCache:
         Args:
             keys: `chunk_keys` of the prompt.
             prompt_tokens: its length.
-            matched: where this prompt was matched before, the tokens that it got then, so that it is counted once.
+            matched: if this prompt was matched before, the tokens that it got then, so that it is counted once.
         """
         found = self.find(keys, prompt_tokens)
         pages = tuple(page for key in found for page in self._entries[key].pages)
@@ -206,7 +206,7 @@ class PrefixCache:
 
         Args:
             key: the chunk's.
-            pages: its pages in order. Somebody else still holds them.
+            pages: its pages in order, to which a request still has references.
             parent: the key of the chunk before it; None for a prompt's first.
 
         Returns:

@@ -7,10 +7,10 @@ says in its order (the prefill, then the decode call), and reports each launched
 Admission reserves a slot and every page that a request can ever need, so nothing is preempted. Within a tenant,
 requests are admitted in order of submission. Tenants stand in a ring: the one that was served goes to its end. A
 request whose pages aren't free keeps its tenant's place in the ring, and requests of tenants behind it may overtake it,
-at most `max_overtakes` times; then nobody behind it is admitted until it is. Hence the bound:
+at most `max_overtakes` times; then no request behind it is admitted until it is. This gives the bound:
 
-    Once a request is the first of its tenant, at most T - 1 + max_overtakes others are admitted before it, where T
-    tenants were waiting when it became the first.
+    Once a request is the first of its tenant, at most T - 1 + max_overtakes others are admitted before it, T being
+    the number of tenants that were waiting when it became the first.
 
 Each admitted request ends (by its limit, deadline or cancellation), so the pages that the first in the ring waits for
 become free.
@@ -93,7 +93,7 @@ class Scheduler:
         waiting: the ring of tenants, each with its requests in order of submission.
         overtaken: how often each request in line was overtaken, by id.
         running: admitted requests by id, in order of admission.
-        free_slots: slots that nobody holds.
+        free_slots: slots that no request holds.
         cancelled: reasons by id, for the next turn.
     """
 
@@ -113,7 +113,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits and nobody runs."""
+        """Whether no request waits or runs."""
         return not self.waiting and not self.running
 
     def submit(self, job: Job) -> None:
@@ -334,7 +334,7 @@ class Scheduler:
         return Admitted(job.id, slot, pages, cached)
 
     def _next_prefill(self) -> Prefill | None:
-        """The oldest runnable request's next part, with last parts of others where the width's program takes them."""
+        """The oldest runnable request's next part, with last parts of others if the width's program takes them."""
         runnable = self._runnable()
         first = next(runnable, None)
         if first is None:

@@ -25,7 +25,7 @@ class EngineShape:
         decode_widths: widths of decode programs, ascending; the last is `slots`, which is the only one by default. With
             several, the smallest that holds the running rows is taken, so bits depend on how many run.
         steps_beside_prefill: steps of a decode call in a turn that prefills too: bounds the gap between two tokens of
-            a running stream while others prefill. 0 prefills first, which is for batches that nobody watches.
+            a running stream while others prefill. 0 prefills first, for batches whose tokens are read only at the end.
     """
 
     slots: int

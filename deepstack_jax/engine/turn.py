@@ -1,4 +1,4 @@
-"""What the scheduler is told of a request, and what it says of a turn."""
+"""The scheduler's view of a request, and the turns that it decides on."""
 
 from dataclasses import dataclass
 

@@ -91,7 +91,7 @@ class Attention(nnx.Module):
         """Returns the output and the layer's keys and values, those of `hidden` written at `slots`.
 
         With a page table, `cached` is in pages, and tokens at slot -1 are inactive: they write to page 0, read nothing
-        and are read by nobody.
+        and are never read.
         """
         query, key, value = (
             proj(hidden).reshape(*hidden.shape[:-1], -1, self.head_dim)
@@ -141,7 +141,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The token embeddings, and the output head where it is tied to them."""
+    """The token embeddings, and the output head if it is tied to them."""
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.normal(stddev=1.0)

@@ -26,7 +26,7 @@ def _aliases(*pairs: tuple[str, str]) -> Aliases:
 
 
 _TEXT_ALIASES = _aliases((r"^(?=embed_tokens\.|layers\.|norm\.)", "model."))
-# of a base model saved alone, and of the older multimodal families
+# of a base model that was saved by itself, and of the older multimodal families
 _VL_ALIASES = _aliases(
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),

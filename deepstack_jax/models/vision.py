@@ -90,11 +90,11 @@ class VisualRows(NamedTuple):
     """Visual rows in two arrays, as the language model takes them and as they travel."""
 
     embeds: Float[Array, "M D"]
-    deepstack: Float[Array, "M ND"] | None = None  # None where N is 0
+    deepstack: Float[Array, "M ND"] | None = None  # None if N is 0
 
 
 def separate_deepstack_embeds(rows: Float[Array, "M R"], num_deepstack_embeddings: int) -> VisualRows:
-    """Splits rows [M, (1+N)*D] into embeddings [M, D] and deepstack [M, N*D] (None where N is 0)."""
+    """Splits rows [M, (1+N)*D] into embeddings [M, D] and deepstack [M, N*D] (None if N is 0)."""
     width = rows.shape[-1] // (1 + num_deepstack_embeddings)
     return VisualRows(rows[:, :width], rows[:, width:] if num_deepstack_embeddings else None)
 

@@ -32,7 +32,7 @@ class Header:
     """What a file says of its frames.
 
     Attributes:
-        delays: for how many seconds each is shown, 0 where the file doesn't say; one for a still picture.
+        delays: for how many seconds each is shown, 0 if the file doesn't say; one for a still picture.
         width, height: of the largest frame.
         skipped: whether a picture that is not a frame stands before them.
     """

@@ -76,7 +76,7 @@ def render(
         template = QWEN_TEMPLATE
     source: str = template or tokenizer.get_chat_template(tools=list(tools) or None)
     if "image" not in source:
-        # templates of text models read contents that are one str, and drop lists without a word
+        # templates of text models read contents that are one str, and silently drop lists
         messages = [{**message, "content": _render_content(message["content"])} for message in messages]
     if "developer" not in source:
         # OpenAI's later name for the system's role

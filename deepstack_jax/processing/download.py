@@ -1,7 +1,7 @@
 """Downloading over http and https: one exchange, which the library and the server share.
 
 `download` trusts its caller: any address, any port, the environment's proxies. The server (`serving/fetch.py`) trusts
-nobody: it checks every URL and address, and opens its connections by itself.
+no request: it checks every URL and address, and opens its connections by itself.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ Connect = Callable[[Target], Awaitable[Stream]]
 def download(url: str, max_bytes: int, error: type[ValueError], timeout: float = TIMEOUT_SECONDS) -> bytes:
     """The body behind an http or https URL; redirects are followed, and the environment's proxies are used.
 
-    It blocks, and it may be called where an event loop runs, as in a notebook.
+    It blocks, and it may be called while an event loop runs, as in a notebook.
 
     Args:
         url: characters beyond ASCII and spaces are encoded; what is percent-encoded already stays as it is.
@@ -101,7 +101,7 @@ def download(url: str, max_bytes: int, error: type[ValueError], timeout: float =
         except BaseException as reason:
             result.set_exception(reason)
 
-    # a daemon that nobody joins: the resolver of the system can't be interrupted, and may take longer than the time-out
+    # a daemon that is never joined: the system's resolver can't be interrupted, and may take longer than the time-out
     Thread(target=lambda: asyncio.run(run()), name="download", daemon=True).start()
     try:
         return result.result()
@@ -360,7 +360,7 @@ class _Inflater:
         return piece, stream.unused_data
 
     def _next_member(self, start: bytes) -> "zlib._Decompress | None":
-        """None where what follows is padding."""
+        """None if what follows is padding."""
         self._members += 1
         if self._members > MAX_MEMBERS:
             raise DownloadError(f"{self._name} comes in more than {MAX_MEMBERS} gzip members: serve it as it is", 413)
@@ -460,7 +460,7 @@ _REMEDY = {"host": "URL", "proxy": "environment's http_proxy and https_proxy"}
 
 
 def _parse_proxy(proxy: str, name: str) -> tuple[str, int, ssl.SSLContext | None, tuple[tuple[str, str], ...]]:
-    """(host, port, TLS to it where a plain URL is asked of it, headers)."""
+    """(host, port, TLS to it for a plain URL, headers)."""
     try:
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         host, port = parts.hostname or "", parts.port

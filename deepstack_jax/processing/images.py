@@ -73,7 +73,7 @@ class ImageSettings:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What one image's size may be, where it differs from the checkpoint's settings.
+    """What one image's size may be, if it differs from the checkpoint's settings.
 
     Attributes:
         min_pixels: in place of the settings' bound, as in a call of transformers' image processor.
@@ -105,7 +105,7 @@ class ImageOptions:
 
 
 def check_order(least: int | None, most: int | None, unit: str, what: str, error: type[ValueError]) -> None:
-    """Raises `error` where min_`unit` of an image or a video is above its max_`unit`."""
+    """Raises `error` if min_`unit` of an image or a video is above its max_`unit`."""
     if least and most and least > most:
         raise error(f"min_{unit} {least} of {what} is above its max_{unit} {most}: swap or lower it")
 
@@ -254,7 +254,7 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
 
 
 def read_processor_config(directory: Path, key: str, names: Sequence[str]) -> ProcessorConfig | None:
-    """`key` of processor_config.json (transformers 5), else the first of the files `names` that is there, else None.
+    """`key` of processor_config.json (transformers 5), otherwise the first of the files `names` that is there, or None.
 
     Raises:
         ConfigError: a file that isn't JSON, with the position, or that holds something else than an object.
@@ -333,7 +333,7 @@ def _size_bounds(raw: ProcessorConfig, size: Any) -> tuple[int, int]:
 
 
 def _channels(raw: ProcessorConfig, key: str, default: Sequence[float]) -> tuple[float, ...]:
-    """Three numbers; one alone stands for all three, as in transformers."""
+    """Three numbers; a single one stands for all three, as in transformers."""
     value = raw.get(key, list(default))
     numbers = [_as_number(one) for one in (value if isinstance(value, list) else [value] * 3)]
     if len(numbers) != 3 or any(map(math.isnan, numbers)):
@@ -349,13 +349,13 @@ def _number(raw: ProcessorConfig, key: str, default: float) -> float:
 
 
 def _as_number(value: Any) -> float:
-    """`value` where it is a number that a float holds; NaN for all else."""
+    """`value` if it is a number that a float holds; otherwise NaN."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return value if number else math.nan
 
 
 def _target_size(image: Image.Image, settings: ImageSettings, options: ImageOptions) -> tuple[int, int]:
-    # With one bound given, transformers keeps its own other one, even where the two cross; smart_resize then looks at
+    # With one bound given, transformers keeps its own other one, even if the two cross; smart_resize then looks at
     # the upper bound first, and so does transformers.
     low = settings.min_pixels if options.min_pixels is None else options.min_pixels
     high = settings.max_pixels if options.max_pixels is None else options.max_pixels

@@ -56,11 +56,11 @@ def parse_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Med
     """Checks one conversation and brings it to the form that chat templates read.
 
     Args:
-        messages: `{"role": ..., "content": ...}` each, with a role of `ROLES` and, where they apply, `tool_calls`,
+        messages: `{"role": ..., "content": ...}` each, with a role of `ROLES` and, if they apply, `tool_calls`,
             `tool_call_id`, `name` and `reasoning_content`. Content is a str; or a list of parts
             `{"type": "text", "text": ...}`, `{"type": "image", "image": source}`, `{"type": "image"}` (the next of
             `images=`), the same for videos, and OpenAI's `image_url`, `video_url`, `input_text` and `input_image`; or
-            None where an assistant called tools or a tool said nothing. The source of a part may also stand under
+            None if an assistant called tools or a tool said nothing. The source of a part may also stand under
             `image_url` or `video_url` (a str or an object with a `url`), `url`, `path`, `base64`, `data` or `source`;
             beside it stand the options of `ImageOptions` and `VideoOptions`.
 
@@ -175,7 +175,7 @@ def _parse_part(part: Any, where: str) -> str | Media:
     known = {"type", "text", "detail", *_DESCRIPTION_KEYS, *_SOURCE_KEYS["image"], *_SOURCE_KEYS["video"]}
     known |= {*IMAGE_OPTIONS, *VIDEO_OPTIONS}
     given = {key: value for key, value in part.items() if value is not None}
-    # data sets write the keys of all parts into each, null where they don't apply
+    # data sets write the keys of all parts into each, null if they don't apply
     unknown = [key for key in part if key not in known] + [key for key in given if key not in _keys_of(kind)]
     if unknown:
         raise PromptError(

@@ -69,7 +69,7 @@ def probe(file: File, name: str, formats: str | None = None) -> VideoProbe:
 
 
 def decode(file: File, found: VideoProbe, wanted: Collection[int], name: str) -> Iterator[np.ndarray | None]:
-    """Frames in order, `[H, W, 3]` uint8 upright where wanted and None otherwise, up to the first that is damaged.
+    """Frames in order, `[H, W, 3]` uint8 upright if wanted and None otherwise, up to the first that is damaged.
 
     Raises:
         VideoError: a frame larger than the header says, or one that can't be made RGB.

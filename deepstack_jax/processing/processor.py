@@ -49,7 +49,7 @@ class Processor:
 
     Attributes:
         config: the checkpoint's configuration.
-        tokenizer: transformers' tokenizer, loaded at the first use and from the directory alone.
+        tokenizer: transformers' tokenizer, loaded at the first use and only from the directory.
     """
 
     def __init__(self, directory: Path, config: ModelConfig):
@@ -79,7 +79,7 @@ class Processor:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The checkpoint's template where it has a file of its own; None leaves it to the tokenizer's."""
+        """The checkpoint's template if it has a file of its own; None leaves it to the tokenizer's."""
         return read_chat_template(self.directory)
 
     @cached_property

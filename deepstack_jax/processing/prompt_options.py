@@ -37,7 +37,7 @@ _RESERVED = (
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Options of one call of `prepare`, checked. Those of images and videos hold where a part doesn't say otherwise."""
+    """Options of one call of `prepare`, checked. Those of images and videos hold unless a part says otherwise."""
 
     tools: tuple[Any, ...] = ()  # JSON schemas, or Python functions as transformers takes them
     template_variables: dict[str, Any] = field(default_factory=dict)

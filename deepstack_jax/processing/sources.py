@@ -233,7 +233,7 @@ def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError
 def _base64_letters(text: str) -> str:
     """`text` without line breaks and the white space around lines.
 
-    White space inside a line is refused: where a form turned each "+" into a space, nobody can tell.
+    White space inside a line is refused, as a form may have turned each "+" into a space.
     """
     if (" " in text or "\t" in text) and re.search(r"\S[ \t]++\S", text):
         raise ValueError("not valid base64")
@@ -251,7 +251,7 @@ _MAX_ESCAPES = 1 << 20
 
 
 def _media_bytes(content: bytes, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
-    """`content`, decoded where it is the text of a data URI or of base64, as base64.b64encode gives it."""
+    """`content`, decoded if it is the text of a data URI or of base64, as base64.b64encode gives it."""
     if content[:SNIFFED_BYTES].lstrip()[:5].lower() == b"data:":
         return _decode_data_uri(content.decode("latin-1").strip(), max_bytes, error)
     decoded = _base64_of_media(content, max_bytes, error)

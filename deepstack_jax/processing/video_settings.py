@@ -50,7 +50,7 @@ class VideoSettings(ImageSettings):
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How one video is sampled and resized, where it differs from the checkpoint's settings.
+    """How one video is sampled and resized, if it differs from the checkpoint's settings.
 
     The names and meanings are those of transformers' video processor; `min_pixels` and `max_pixels` are the two edges
     of its `size`, and count the sampled frames together.
@@ -130,7 +130,7 @@ _LEAST = {"num_frames": 1, "min_frames": 0, "max_frames": 1, "max_video_tokens":
 
 
 def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
-    """The fields that `VideoSettings` has beside those of `ImageSettings`, where a file has them."""
+    """The fields that `VideoSettings` has beside those of `ImageSettings`, if a file has them."""
     chosen: dict[str, Any] = {}
     for key in ("do_sample_frames", "cap_pixels_per_frame"):
         if key in raw:

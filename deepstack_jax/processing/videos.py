@@ -94,7 +94,7 @@ def load_video(source: VideoSource, settings: VideoSettings, options: VideoOptio
             a file object, an array `[F, H, W, 3]` of any library, or a sequence of images as `load_image` takes them.
             `data:video/jpeg;base64,` followed by the base64 of pictures with commas between holds frames that are
             sampled already, 2 per second.
-        options: where this video differs from the settings.
+        options: how this video differs from the settings.
 
     Raises:
         VideoError: no frames, not a video, a missing file, frames of unlike sizes, too large or too narrow.

@@ -55,7 +55,7 @@ class EncodeNode:
         """The chunks that a language node answers with.
 
         Raises:
-            RequestError: that node's refusal, or 503 where none is connected.
+            RequestError: that node's refusal, or 503 if none is connected.
         """
         urls = [peer.hello.http_url for peer in self._server.peers.values() if peer.hello.http_url]
         if self._stopping or not urls:
@@ -97,7 +97,7 @@ class EncodeNode:
         raise RequestError("the language node ended its answer early: try again", 502)
 
     async def health(self) -> str | None:
-        """None where the node is alive and able, else the reason."""
+        """None if the node is alive and able to answer, otherwise the reason."""
         worker = self._server.worker
         if self._stopping:
             return "the server is stopping"

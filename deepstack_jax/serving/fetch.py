@@ -56,7 +56,7 @@ async def fetch(url: str, policy: MediaPolicy, budget: Budget, resolve: Resolver
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is one of the public Internet; where it stands for one of version 4, whether that one is."""
+    """Whether an address is one of the public Internet; if it stands for one of version 4, whether that one is."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -93,7 +93,7 @@ async def _addresses(target: Target, name: str, policy: MediaPolicy, resolve: Re
         addresses = []
     if not addresses:
         raise MediaError(f"{name}: the host {target.host!r} can't be resolved: check the URL")
-    # all of them: a name with one good and one bad address is no accident
+    # all of them: a name with one good and one bad address is not an accident
     if not all(is_public(address) or policy.allows_address(address) for address in addresses):
         raise MediaError(f"{name}: {target.host!r} has an address that is not public: send a data URI", 403)
     return addresses

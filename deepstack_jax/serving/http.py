@@ -56,7 +56,7 @@ class Node(Protocol):
         ...
 
     async def health(self) -> str | None:
-        """None where the node is alive and able to answer, else the reason in one line."""
+        """None if the node is alive and able to answer, otherwise the reason in one line."""
         ...
 
     def decode_stream(self) -> DecodeStream:
@@ -112,7 +112,7 @@ def create_app(node: Node, policy: MediaPolicy, *, max_requests: int = 128, time
 
 
 class _Generate:
-    """POST /generate as one ASGI coroutine, so that whatever ends it also ends the work."""
+    """POST /generate as one ASGI coroutine, so that cancelling it also cancels the request."""
 
     def __init__(self, node: Node, policy: MediaPolicy, max_requests: int, timeout: float):
         self._node = node
@@ -241,7 +241,7 @@ def _event(data: bytes) -> dict[str, Any]:
 
 
 def _check_origin(request: Request) -> None:
-    """Refuses pages of other sites, which any browser in reach of this server might show: it knows no users."""
+    """Refuses pages of other sites, which any browser in reach of this server might show: it has no users."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
         raise RequestError(f"origin {origin[:100]!r} is another site: send the request from a program", 403)

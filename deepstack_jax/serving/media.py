@@ -1,7 +1,7 @@
 """What may come from outside: images and videos named or carried by requests, checked before anything is decoded.
 
 Everything is refused unless a policy allows it. The library's own reader (`processing/sources.py`) trusts its caller;
-this one trusts nobody: neither the request, nor the names in it, nor the servers that they lead to.
+this one trusts neither the request, nor the names in it, nor the servers that they lead to.
 """
 
 import asyncio
@@ -219,7 +219,7 @@ def _read_file(source: str, policy: MediaPolicy, budget: Budget) -> bytes:
         folder = policy.allowed_folder.resolve(strict=True)
         path = (folder / source).resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name with a NUL
-        raise MediaError(f"{name} is not a name of a file: send a path under the allowed folder") from None
+        raise MediaError(f"{name} is not a file name: send a path under the allowed folder") from None
     # one answer for all outside, so that nothing is learnt about what is there
     if path == folder or not path.is_relative_to(folder):
         raise MediaError(f"{name} is outside the allowed folder: send a path under it, or a data URI", 403)

@@ -164,7 +164,7 @@ async def admit_media(request: GenerateRequest, policy: MediaPolicy) -> Inputs:
     """Fetches and checks all images and videos of a request; nothing of them is decoded yet.
 
     Raises:
-        RequestError: too many of them, or one that is no text where it should be.
+        RequestError: too many of them, or one that should be text and isn't.
         MediaError, PromptError: what the policy refuses, messages that can't be served.
     """
     budget, tasks = Budget(policy), []
@@ -192,7 +192,7 @@ async def admit_media(request: GenerateRequest, policy: MediaPolicy) -> Inputs:
                     part[one.kind] = later("image" if one.kind == "image" else "video", one.source, one.options)
         await asyncio.gather(*tasks)
     finally:
-        for task in tasks:  # where one fails, or the client goes away, the others are not needed
+        for task in tasks:  # if one fails, or the client disconnects, the others are not needed
             task.cancel()
     for part in parts:
         if part["type"] in part:

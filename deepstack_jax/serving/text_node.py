@@ -49,14 +49,14 @@ class TextNode:
     ):
         """
         Args:
-            model: what `load` returned; with `encoders`, its vision parameters serve where no encoder is left.
+            model: what `load` returned; with `encoders`, its vision parameters serve if no encoder is left.
             policy: what media are taken.
             name: the model's name in `/v1/models`.
-            max_waiting: prompts in line for the device.
+            max_waiting: requests that wait for a slot.
             max_context: tokens of prompt and answer together; None takes the model's own bound.
             stuck_after: seconds after which a program that hasn't come back makes the node unhealthy.
             engine: sizes of the engine.
-            warm_up: whether `start` compiles every language program, or each is compiled when it is needed first.
+            warm_up: whether `start` compiles every language program; otherwise each compiles at its first use.
             encoders: make it a language node; not yet started, closed by `close`.
         """
         self.role = "language" if encoders else "unified"
@@ -69,7 +69,7 @@ class TextNode:
         self._warm_up = warm_up
         self._max_context = most if max_context is None else min(max_context, most)
         self._prepared = asyncio.Semaphore(MAX_PREPARED)
-        # threads of their own: texts never wait for pictures
+        # separate threads, so that texts never wait for pictures
         self._media = ThreadPoolExecutor(MAX_PREPARED, thread_name_prefix="media")
         self._texts = ThreadPoolExecutor(MAX_PREPARED, thread_name_prefix="texts")
 
@@ -137,7 +137,7 @@ class TextNode:
         return self.runner.engine.shape.name()
 
     async def health(self) -> str | None:
-        """None where the node is alive and able, else the reason."""
+        """None if the node is alive and able to answer, otherwise the reason."""
         return await self.runner.health(self._stuck_after)
 
     def decode_stream(self) -> DecodeStream:
@@ -157,7 +157,7 @@ class TextNode:
         await asyncio.to_thread(self.runner.join, 10.0)
 
     async def _fetch(self, payload: bytes, deadline: float) -> FetchedPrompt | None:
-        """The prompt with its rows, from an encode node; None where none is left and this node encodes by itself."""
+        """The prompt with its rows, from an encode node; None if none is left and this node encodes by itself."""
         assert self._encoders is not None
         try:
             return await self._encoders.fetch(secrets.token_hex(16), payload, deadline)

@@ -1,7 +1,7 @@
 """A made-up checkpoint in Hugging Face's layout, for the demo, tests and benchmarks. Needs no PyTorch.
 
 Weights are scaled so that experts share the load: token embeddings of standard deviation 1 stay large against what
-the layers add (0.5 / sqrt(fan in)). The values depend on the seed and the parameter alone, so that the same seed
+the layers add (0.5 / sqrt(fan in)). The values depend only on the seed and the parameter, so that the same seed
 gives the same model in every dtype (up to rounding), expert layout and division into files.
 """
 
@@ -109,7 +109,7 @@ def write_random_checkpoint(
     One parameter is in memory at a time. `dtype` is float32, bfloat16 or float16. `tokenizer` adds a byte-level
     tokenizer whose special tokens have the config's ids, and the image processor's settings. `repeat_values` cuts
     all weights out of one random block: about ten times as fast, for benchmarks that only move bytes.
-    Raises `ConfigError` for a config that is none of the four families, `FileExistsError` where there is a checkpoint.
+    Raises `ConfigError` for a config of none of the four families, `FileExistsError` if there is a checkpoint.
     """
     directory = Path(directory)
     parsed = parse_config(config)
@@ -235,7 +235,7 @@ def _write_tokenizer(directory: Path, config: ModelConfig) -> None:
 
 
 def _special_ids(config: ModelConfig) -> dict[str, int]:
-    """Ids of the special tokens: the config's where it names them, else the first free ones after the bytes."""
+    """Ids of the special tokens: the config's if it names them, otherwise the first free ones after the bytes."""
     ids: dict[str, int] = {}
     if config.vision:
         ids |= {

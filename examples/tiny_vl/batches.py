@@ -1,8 +1,8 @@
 """From samples to the arrays of a training step.
 
 A sample's media are encoded once and its exchanges are asked one by one: each is a row of tokens that follows the media
-as if it were alone, which is how the model is used. So a batch has the media's tokens, and groups of rows (short ones,
-and long ones for descriptions) that continue them.
+as if it were the only one, which is how the model is used. Therefore a batch has the media's tokens, and groups of rows
+(short ones, and long ones for descriptions) that continue them.
 
 Pixels travel as bytes: a picture's two equal temporal halves and four bytes a value would make the queue between the
 processes eight times as slow.

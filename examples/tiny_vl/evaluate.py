@@ -1,4 +1,4 @@
-"""Asks a checkpoint about samples that nobody trained on: `python -m tiny_vl.evaluate CHECKPOINT`.
+"""Asks a checkpoint about samples that are not in the training set: `python -m tiny_vl.evaluate CHECKPOINT`.
 
 Everything goes through the public functions of `deepstack_jax`: prepare, generate, decode. An answer counts when it is
 the right sentence, letter by letter. Beside each family stand the scores of the same questions
@@ -53,7 +53,7 @@ class Scores:
     right: dict[str, dict[str, int]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(int)))
 
     def share(self, column: str, family: str) -> float:
-        """Right answers in percent; NaN where nothing was asked."""
+        """Right answers in percent; NaN if nothing was asked."""
         asked = self.asked[column][family]
         return 100 * self.right[column][family] / asked if asked else float("nan")
 
@@ -72,7 +72,7 @@ def messages_of(one: Sample, question: str) -> list[dict[str, Any]]:
 
 
 def inputs_of(model: dsj.Model, cases: Sequence[Case], media: Sequence[Sample] | None = None) -> dict[str, Any]:
-    """The arrays of `cases`, with the media of `media` in place of their own where given."""
+    """The arrays of `cases`, with the media of `media` in place of their own if given."""
     shown = [case.sample for case in cases] if media is None else media
     return dsj.prepare(
         model, [messages_of(one, case.exchange.question) for one, case in zip(shown, cases, strict=True)]
@@ -144,7 +144,7 @@ def load_of(model: dsj.Model, first_seed: int, batches: int) -> np.ndarray:
 
 
 def table_of(scores: Scores) -> Table:
-    """The scores, a family a row."""
+    """The scores, one family per row."""
     columns = [name for name in scores.right if name not in ("exact", "swapped")]
     table = Table(title="exact answers, %")
     for name in ("family", "questions", "exact", "wanted", "compared", "another picture", *columns):

@@ -24,7 +24,7 @@ from tiny_vl.sight import sight_loss
 
 HIDDEN = 0.25  # share of the samples that train without embeddings, so that DeepStack has to say everything
 BALANCE = 0.01  # weight of the load-balancing loss
-SIGHT = 0.3  # weight of what the rows show, where `params` has a head for it
+SIGHT = 0.3  # weight of what the rows show, if `params` has a head for it
 SIGHT_HEAD = "training.sight"  # its name among the parameters: no part of the model, left out of checkpoints
 TILE = 64  # rows that one product of an expert takes
 
@@ -39,7 +39,7 @@ def loss_of(
         hidden_share: of the samples, the first ones of the batch, the visual tokens' embeddings are zero.
 
     Returns:
-        (loss, {"answers": mean cross-entropy a token, "balance": 1 where the load is even, "load": [L, E] share of the
+        (loss, {"answers": mean cross-entropy per token, "balance": 1 if the load is even, "load": [L, E] share of the
         tokens' choices, "exact": {group: bool [R], whether the likeliest token is right all along the answer},
         "sight": share of the visual tokens with a thing on them whose kind the head of sight.py tells}).
     """
@@ -123,7 +123,7 @@ def load_of(router: Any, mask: Float[Array, " T"]) -> Float[Array, "2 E"]:
 
 
 def balance_of(load: Float[Array, "*layers 2 E"]) -> Float[Array, "*layers"]:
-    """E * sum(load * mean probability), 1 where both are even: Switch Transformers (arXiv:2101.03961), eq. 4."""
+    """E * sum(load * mean probability), 1 if both are even: Switch Transformers (arXiv:2101.03961), eq. 4."""
     choices, probabilities = jnp.moveaxis(load / jnp.sum(load, axis=-1, keepdims=True), -2, 0)
     return load.shape[-1] * jnp.sum(jax.lax.stop_gradient(choices) * probabilities, axis=-1)
 

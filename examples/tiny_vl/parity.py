@@ -1,8 +1,8 @@
 """Asks PyTorch and JAX the same questions: `python -m tiny_vl.parity CHECKPOINT`.
 
 transformers' `Qwen3VLMoeForConditionalGeneration` and this project load the same directory in float32, take the same
-arrays, and must answer token for token alike: pictures, pairs and clips in turn, of seeds nobody trained on. It needs
-torch.
+arrays, and must answer token for token alike: pictures, pairs and clips in turn, of seeds outside the training set. It
+needs torch.
 """
 
 import argparse

@@ -21,7 +21,7 @@ FIRST_SEED = 1_000_000  # of training: seeds below are for evaluation
 
 @dataclass
 class Run:
-    """A directory, and the history of what was trained there: an entry a step, and one a check."""
+    """A directory, and the history of what was trained there: one entry per step, and one per check."""
 
     directory: Path
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -69,7 +69,7 @@ def save(run: Run, state: TrainState, elapsed: float) -> None:
 
 
 def restore(run: Run, config: ModelConfig) -> tuple[TrainState, float]:
-    """(the newest state, seconds spent so far); a new one where nothing was kept."""
+    """(the newest state, seconds spent so far); a new one if nothing was kept."""
     from orbax.checkpoint import v1 as ocp
 
     state = initial_state(config)

@@ -1,8 +1,8 @@
 """What each visual token shows: the truth that training holds against the encoder's rows.
 
-Answers alone teach colors soon and shapes late: a word of a description says what some thing is, not where. The scene
-says where. So a linear head, which is thrown away afterwards, reads from each token's row which thing is there, and
-which digits of a number.
+Answers by themselves teach colors soon and shapes late: a word of a description says what some thing is, not where. The
+scene says where. A linear head, which is discarded afterwards, therefore reads from each token's row which thing is
+there, and which digits of a number.
 """
 
 from math import cos, radians, sin

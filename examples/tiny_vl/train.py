@@ -34,7 +34,7 @@ CHECK_SEED = 500_000
 
 
 def train(directory: Path, minutes: float | None, steps: int | None, check_minutes: float, stop_at: int | None) -> None:
-    """Runs until `steps` or for `minutes` in all, from the newest state in `directory` where there is one.
+    """Runs until `steps` or for `minutes` in all, from the newest state in `directory` if there is one.
 
     A state is kept, and held-out samples are asked, every `check_minutes`; `stop_at` ends earlier, to go on later.
     """
