@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import numpy as np
@@ -30,10 +31,14 @@ from deepstack_jax.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The next tokens of a request's answer. `request.finish_reason` says whether they are the last."""
+    """The next tokens of a request's answer, and why it ends with them if it does.
+
+    `request` may have gone on: one step can give several events of a request.
+    """
 
     request: Request
     tokens: tuple[int, ...]
+    finish_reason: Literal["stop", "length"] | None
 
 
 @dataclass(frozen=True)
@@ -315,7 +320,7 @@ class Engine:
         request.add(tokens)
         if request.finish_reason:
             del self._requests[request.id]
-        return NewTokens(request, tokens)
+        return NewTokens(request, tokens, request.finish_reason)
 
     @contextmanager
     def _failing(self, requests: Sequence[Request], events: list[Event]) -> Iterator[None]:

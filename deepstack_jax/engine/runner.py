@@ -321,12 +321,12 @@ class Runner:
             chunk = Chunk(
                 event.tokens,
                 one.length,
-                one.finish_reason,
+                event.finish_reason,
                 one.timings,
                 cached_tokens=one.cached_tokens,
                 engine_shape=self._shape,
             )
-            if one.finish_reason is None:
+            if event.finish_reason is None:
                 _emit(request, chunk)
                 return
             last: Event = chunk
