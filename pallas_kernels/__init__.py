@@ -1,1 +1,1 @@
-"""Kernels of Qwen3-VL-MoE. Each op is a folder: a dispatching function and one file a backend. Imports jax alone."""
+"""Kernels of Qwen3-VL-MoE. Each op is a folder: a dispatching function and one file per backend. Imports only jax."""

@@ -1,4 +1,4 @@
-"""KV pages of prompts' whole chunks, found again by what they were computed from.
+"""Keeps the KV pages of prompts' whole chunks, and finds them again by what they were computed from.
 
 A chunk's key is one SHA-256 over the key of the chunk before it, its token ids, and for its visual tokens which image
 they show and where in it. Two chunks with one key therefore were computed from equal prompts up to their end, at equal
@@ -130,7 +130,7 @@ class _Entry:
 
 
 class PrefixCache:
-    """Keeps the pages of whole chunks for prompts that begin alike.
+    """Keeps the pages of whole chunks for prompts with the same beginning.
 
     It holds one reference of its own to each page that it keeps. Pages without another reference are reclaimable: they
     are given up, least recently used first, when the ledger runs short or `max_pages` is reached. A chunk is kept only
@@ -265,7 +265,7 @@ class PrefixCache:
         """Chunks that could go one after another, in this order: descendants come before their ancestors."""
         gone: dict[bytes, int] = {}  # children that went before
         for key, entry in self._entries.items():
-            # one page tells of all: requests share and release whole chunks
+            # requests share and release whole chunks, so one page stands for all
             if key in keep or self.ledger.count(entry.pages[0]) > 1 or entry.children > gone.get(key, 0):
                 continue
             if entry.parent is not None:

@@ -1,4 +1,4 @@
-"""A request in an engine: its prompt cut into what chunks take, and which of its images are encoded."""
+"""A request in an engine: its prompt, from which chunks are cut, its images, and the state of its answer."""
 
 import hashlib
 import time
@@ -82,7 +82,7 @@ class Request:
 
     @staticmethod
     def of_row(prompt: Batch | PromptArrays, plan: GenerationPlan, row: int = 0, **options: Any) -> "Request":
-        """One row of a batch, whose pixels are still to be encoded, or of a prompt whose visual rows are there.
+        """One row of a batch, whose pixels are not encoded yet, or of a prompt that has its visual rows.
 
         The images of a batch stand in the order of its visual rows, which row after row of the batch counts through.
         """
@@ -118,12 +118,12 @@ class Request:
         return [image for image in self.images if image.pixels is not None and image.stop_token > self.cached_tokens]
 
     def begin(self, cached_tokens: int) -> None:
-        """The request was admitted, or more of its prompt was found: images in the cached tokens are let go."""
+        """Notes that the request was admitted or that more of its prompt was found. Frees images in the cached tokens."""
         self.admitted_at, self.cached_tokens = self.admitted_at or time.monotonic(), cached_tokens
         self.images = [image for image in self.images if image.stop_token > cached_tokens]
 
     def add(self, tokens: tuple[int, ...]) -> None:
-        """More of the answer was made."""
+        """Counts new tokens of the answer."""
         self.last_token_at = time.monotonic()
         self.first_token_at = self.first_token_at or self.last_token_at
         self.made += len(tokens)
@@ -144,7 +144,7 @@ class Request:
         }
 
     def release_rows(self, prefilled: int) -> None:
-        """Lets go of the rows that lie in the first `prefilled` tokens."""
+        """Frees the rows that lie in the first `prefilled` tokens."""
         self.images = [image for image in self.images if image.stop_token > prefilled]
 
     def keys(self, shape: EngineShape, salt: bytes) -> tuple[bytes, ...]:
@@ -248,7 +248,7 @@ def _images_of(prompt: Batch | PromptArrays, index: np.ndarray) -> list[Image]:
 
 
 def _digest(pixels: VisionInput) -> bytes:
-    """SHA-256 of the patches as the encoder takes them, and of where they stand."""
+    """SHA-256 of the patches as the encoder takes them, and of their geometry."""
     hashed = hashlib.sha256()
     arrays = [pixels.pixel_values, *jax.tree.leaves(pixels.geometry)]
     for array in arrays:

@@ -1,4 +1,4 @@
-"""Which requests run in the next turn: admission, prefill chunks, decode calls, cancellation and deadlines.
+"""Decides which requests run in the next turn: admission, prefill chunks, decode calls, cancellation and deadlines.
 
 Pure bookkeeping: no thread, no clock, no device. The owner of the device calls `next_turn(now)`, launches what the turn
 says in its order (the prefill, then the decode call), and reports each launched part and row with `prefilled` and

@@ -1,4 +1,4 @@
-"""The encode role over HTTP: it encodes for language nodes, and passes requests of its own to one of them."""
+"""The encode role over HTTP: it encodes for language nodes, and forwards its own HTTP requests to one of them."""
 
 import asyncio
 import itertools
@@ -17,7 +17,7 @@ from deepstack_jax.errors import one_line
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.serving.requests import GenerateRequest, RequestError
 
-IDLE_SECONDS = 30.0  # after which the encoder is tested before it is called healthy
+IDLE_SECONDS = 30.0  # an encoder that has been idle for longer is tested before it is called healthy
 TEST_SECONDS = 10.0
 
 
@@ -89,7 +89,9 @@ class EncodeNode:
                         if finish:
                             return
         except TimeoutError:
-            raise DeadlineError("no answer in time from the language node: ask for less, or try again") from None
+            raise DeadlineError(
+                "no answer in time from the language node: reduce max_new_tokens, or retry later"
+            ) from None
         except httpx.HTTPError as error:
             raise RequestError(
                 f"the language node can't be reached ({one_line(error)}): try again later", 503
@@ -137,7 +139,7 @@ _STATUS = {"timeout_error": 504, "overloaded_error": 503, "invalid_request_error
 def _body(request: GenerateRequest) -> bytes:
     try:
         return msgspec.json.encode(request)
-    except OverflowError:  # integers of more than 64 bits, which JSON may have
+    except OverflowError:  # JSON may have integers of more than 64 bits
         return json.dumps(msgspec.to_builtins(request)).encode()
 
 

@@ -1,4 +1,4 @@
-"""Fetching a URL that a stranger named: allowed domains, checked addresses, bounded bytes and time.
+"""Fetches URLs of requests: from allowed domains and checked addresses only, with bounds on bytes and time.
 
 A name is resolved once and every address checked; the connection is made to a checked address, and TLS verifies the
 name. Therefore a name that resolves differently the next time (DNS rebinding) gains nothing. Redirects are followed by
@@ -74,8 +74,8 @@ def is_public(address: str) -> bool:
 
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# what Python calls global and is not for us: Oracle's metadata (192.0.0.192) among the protocols' addresses, the host
-# agent of Azure, relays of 6to4
+# addresses that Python calls global and that are not public: Oracle's metadata (192.0.0.192) among the protocols'
+# addresses, the host agent of Azure, relays of 6to4
 _NEVER = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/32", "192.88.99.0/24")))
 
 

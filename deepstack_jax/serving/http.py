@@ -1,4 +1,4 @@
-"""The HTTP surface, the same on every role: POST /generate, GET /health, GET /v1/models."""
+"""The HTTP endpoints, which are the same on every role: POST /generate, GET /health, GET /v1/models."""
 
 import asyncio
 import logging
@@ -24,8 +24,8 @@ from deepstack_jax.processing.stop_strings import StopStrings
 from deepstack_jax.serving.policy import MediaError, MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest, RequestError, parse_request
 
-TEXT_BYTES = 16 << 20  # of a body beside its media, which are a third longer in base64
-BODY_SECONDS = 60.0  # in which a body has to arrive
+TEXT_BYTES = 16 << 20  # limit of a body without its media, which base64 makes a third longer
+BODY_SECONDS = 60.0  # within which a body has to arrive
 SLACK_SECONDS = 5.0  # after the deadline, for a client that reads slowly
 
 _log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Node(Protocol):
     control: str | None  # where an encode node's control socket listens
 
     def generate(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Chunk]:
-        """The chunks of an answer, an async generator: closing it ends the work. `deadline` is monotonic time.
+        """The chunks of an answer, an async generator: closing it cancels the request. `deadline` is monotonic time.
 
         Raises:
             RequestError: with the status that the client gets. A ValueError is a 400, a RequestFailed a 500, and its
@@ -149,7 +149,7 @@ class _Generate:
                 async for chunk in chunks:
                     answer.add(chunk)
                     if request.stream:
-                        # only now: what is wrong before the first token has a status of its own
+                        # only now, so that an error before the first token gets its own status
                         if not begun:
                             await send(_STREAM_START)
                             begun = True
@@ -171,7 +171,7 @@ class _Generate:
 
 
 class _Answer:
-    """An answer as far as it has come, in the shape of SGLang's. It ends with its last chunk, or at a stop string."""
+    """An unfinished answer in SGLang's shape. It ends with its last chunk, or at a stop string."""
 
     def __init__(self, pieces: DecodeStream, request: GenerateRequest):
         self.ended = False
@@ -188,7 +188,7 @@ class _Answer:
             self._ids.append(token)
             self._text += self._stop.feed(self._pieces.feed(token))
             if self._stop.matched is not None:
-                break  # what came with it in one chunk is not of the answer
+                break  # tokens after the stop string are not part of the answer
         if chunk.finish_reason is not None and self._stop.matched is None:
             self._text += self._stop.feed(self._pieces.finish()) + self._stop.finish()
         self.ended = chunk.finish_reason is not None or self._stop.matched is not None
@@ -210,7 +210,7 @@ class _Answer:
         return {"text": self._text, "output_ids": self._ids, "meta_info": self._meta}
 
     def event(self) -> dict[str, Any]:
-        """What a stream says now: the whole answer so far, or only what is new since the last event."""
+        """The next event of a stream: the whole answer so far, or only what is new since the last event."""
         if not self._only_new:
             return self.body()
         characters, tokens = self._sent
@@ -264,7 +264,7 @@ async def _read_body(request: Request, most: int) -> bytes:
                 return bytes(body)
             body.clear()
             with suppress(TimeoutError):
-                # a client that is still sending reads no answer: take some more of it
+                # a client that is still sending doesn't read the answer, so take some more of its body
                 async with asyncio.timeout(2.0):
                     async for _ in pieces:
                         pass
@@ -274,7 +274,7 @@ async def _read_body(request: Request, most: int) -> bytes:
 
 
 async def _while_connected(receive: Receive, response: Any, deadline: float) -> None:
-    """Runs a response, and cancels it when the client goes away, or reads too slowly to have it by the deadline."""
+    """Runs a response, and cancels it if the client disconnects, or reads too slowly to get it by the deadline."""
     task, gone = asyncio.ensure_future(response), asyncio.ensure_future(_disconnected(receive))
     try:
         left = max(deadline - time.monotonic(), 0) + SLACK_SECONDS

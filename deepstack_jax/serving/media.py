@@ -115,7 +115,7 @@ def _open_image(data: io.BytesIO, name: str) -> Image.Image:
     Image.init()
     try:
         image = Image.open(data, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-        # a photograph of two views (MPO) is none; counting all frames would take a time that the file chooses
+        # a photograph of two views (MPO) is not a video; counting all frames would take a time that the file chooses
         several = image.format != "MPO" and getattr(image, "is_animated", False)
     except UnidentifiedImageError:
         raise MediaError(f"{name} is not an image that is read here: send one of {', '.join(IMAGE_FORMATS)}") from None
@@ -142,7 +142,7 @@ async def _admit_frames(
     budget.spend("frames", len(sources), f"a video of {len(sources)} frames")
     for number, source in enumerate(sources, 1):
         if isinstance(source, str) and source.lstrip()[:4].lower() == "http":
-            budget.spend("items", 1, describe(source))  # each takes a connection and its time
+            budget.spend("items", 1, describe(source))  # each takes a connection, and time
         try:
             frames.append(await read(source, policy, budget))
         except MediaError as error:
@@ -220,7 +220,7 @@ def _read_file(source: str, policy: MediaPolicy, budget: Budget) -> bytes:
         path = (folder / source).resolve()
     except (OSError, RuntimeError, ValueError):  # a loop of links, a name with a NUL
         raise MediaError(f"{name} is not a file name: send a path under the allowed folder") from None
-    # one answer for all outside, so that nothing is learnt about what is there
+    # one error for all outside paths, so that it doesn't reveal what exists
     if path == folder or not path.is_relative_to(folder):
         raise MediaError(f"{name} is outside the allowed folder: send a path under it, or a data URI", 403)
     try:
@@ -244,7 +244,7 @@ def _open_beneath(folder: Path, parts: Sequence[str]) -> int:
             below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
             os.close(here)
             here = below
-        # opening a device or a pipe may do something: look first, and again at what was opened
+        # opening a device or a pipe may have effects: check before, and check again what was opened
         if not stat.S_ISREG(os.stat(parts[-1], dir_fd=here, follow_symlinks=False).st_mode):
             raise OSError(0, "not a regular file")
         file = os.open(parts[-1], os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=here)

@@ -1,4 +1,4 @@
-"""What images and videos a server takes from outside, and how much of them."""
+"""Limits on the images and videos that a server accepts."""
 
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
@@ -40,7 +40,7 @@ class MediaPolicy:
     max_frames: int = 7200  # of videos, sampled or not: all up to the last sampled one are decoded
     max_seconds: float = 600.0  # of videos
     max_decoded_pixels: int = 8_000_000_000  # of all frames of videos: about two minutes of 1080p
-    timeout: float = 20.0  # seconds for one URL, redirects included
+    timeout: float = 20.0  # seconds per URL, redirects included
     allowed_ports: tuple[int, ...] = (80, 443)
     allowed_networks: tuple[str, ...] = ()  # "10.1.2.0/24": not public, but URLs of allowed domains may lead there
 
@@ -50,7 +50,7 @@ class MediaPolicy:
             ValueError: an amount that isn't above 0, or a domain or network that isn't one.
         """
         for name, option in OPTIONS.items():
-            if not getattr(self, name) > 0:  # not a number isn't either
+            if not getattr(self, name) > 0:  # NaN isn't above 0 either
                 raise ValueError(f"{option} {getattr(self, name)} is not above 0: choose another one")
         for network in self.allowed_networks:
             ip_network(network)  # a ValueError that names it

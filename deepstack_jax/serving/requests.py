@@ -1,4 +1,4 @@
-"""What `POST /generate` takes: SGLang's native API in shape, checked field by field."""
+"""The body of `POST /generate`: it has the shape of SGLang's native API and is checked field by field."""
 
 import asyncio
 import re
@@ -20,7 +20,7 @@ from deepstack_jax.serving.policy import Budget, MediaPolicy
 MAX_TOOLS = 256
 _WHOLE = 2**31 - 1  # what the programs' int32 holds
 
-# Fields of SGLang's API that nothing here has a use for, and the values with which they ask for nothing.
+# Fields of SGLang's API that are not supported, and the values with which they ask for nothing.
 _NEUTRAL: dict[str, Sequence[Any]] = {
     "audio_data": ("", []),
     "input_ids": (),
@@ -65,7 +65,7 @@ _OTHER_SAMPLING_NAMES = {"sampling_seed": "seed"}
 
 
 class RequestError(Exception):
-    """A request that gets an error for an answer: an HTTP status and OpenAI's error fields. The message is one line."""
+    """A request that is answered with an error: an HTTP status and OpenAI's error fields. The message is one line."""
 
     def __init__(
         self,

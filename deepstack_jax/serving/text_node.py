@@ -1,4 +1,4 @@
-"""A node with the text model: the unified role, which encodes as well, and the language role, for which others do."""
+"""A node with the text model: in the unified role it encodes too, in the language role encode nodes do."""
 
 import asyncio
 import secrets
@@ -27,7 +27,7 @@ from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.requests import GenerateRequest, Inputs, RequestError, admit_media
 
 MAX_PREPARED = 2  # requests whose pixels are in memory, the one that is being encoded included
-START_SECONDS = 3600.0  # for the first programs of a large model to compile
+START_SECONDS = 3600.0  # within which the programs of a large model have to compile
 TEXT_BYTES_A_TOKEN = 64  # text longer than this times the context isn't tokenized at all
 
 
@@ -104,7 +104,9 @@ class TextNode:
                             await prepared.enter_async_context(self._prepared)
                         batch, plan = await loop.run_in_executor(pool, self._prepare, request, inputs)
             except TimeoutError:
-                raise DeadlineError("no answer in time (preparing the request): ask for less, or try again") from None
+                raise DeadlineError(
+                    "no answer in time (preparing the request): send fewer media, or retry later"
+                ) from None
             chunks = self.runner.run(batch, plan, deadline)
             del inputs, batch
             try:
@@ -198,7 +200,7 @@ class TextNode:
 
 
 def _texts_of(message: Any) -> Iterator[str]:
-    """The texts of a message as it came, without the pictures in it."""
+    """The texts of an unparsed message, without its pictures."""
     if not isinstance(message, dict):
         return
     yield from texts_in([value for key, value in message.items() if key != "content"])
