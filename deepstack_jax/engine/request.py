@@ -118,7 +118,7 @@ class Request:
         return [image for image in self.images if image.pixels is not None and image.stop_token > self.cached_tokens]
 
     def begin(self, cached_tokens: int) -> None:
-        """Notes that the request was admitted or that more of its prompt was found. Frees images in the cached tokens."""
+        """Notes an admission, or that more of the prompt was found in the cache. Frees images in the cached tokens."""
         self.admitted_at, self.cached_tokens = self.admitted_at or time.monotonic(), cached_tokens
         self.images = [image for image in self.images if image.stop_token > cached_tokens]
 
