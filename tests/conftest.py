@@ -37,6 +37,8 @@ QUICKLY_COMPILED = {
     "test_public_surface",
     "test_same_inputs",
     "test_serving_http",
+    "test_serving_roles",
+    "test_start_up",
     "test_structure",
     "test_tiny_vl_training",
 }
