@@ -155,9 +155,10 @@ def generate(
     tokens = np.full((len(requests), options.max_new_tokens), model.pad_token_id, np.int32)
     lengths = np.zeros(len(requests), np.int32)
     engine = engine_for(model, requests, slots)
-    for row, new in _run(engine, requests):
-        tokens[row, lengths[row] : lengths[row] + len(new)] = new
-        lengths[row] += len(new)
+    for row, event in _run(engine, requests):
+        end = lengths[row] + len(event.tokens)
+        tokens[row, lengths[row] : end] = event.tokens
+        lengths[row] = end
     return GenerateOutput(tokens, lengths, _timings(engine, requests))
 
 
@@ -184,11 +185,11 @@ def stream(
 
     def tokens() -> Iterator[np.ndarray]:
         waiting: list[deque[int]] = [deque() for _ in requests]
-        for row, new in _run(engine_for(model, requests, slots, decode_steps=1), requests):
-            waiting[row].extend(new)
-            while any(waiting) and all(
-                queue or each.finish_reason for queue, each in zip(waiting, requests, strict=True)
-            ):
+        ended = [False] * len(requests)
+        for row, event in _run(engine_for(model, requests, slots, decode_steps=1), requests):
+            waiting[row].extend(event.tokens)
+            ended[row] = event.finish_reason is not None
+            while any(waiting) and all(queue or end for queue, end in zip(waiting, ended, strict=True)):
                 yield np.array([queue.popleft() if queue else -1 for queue in waiting], np.int32)
 
     return tokens()
@@ -199,19 +200,14 @@ def _requests(model: Model, batch: Batch, options: SamplingOptions) -> list[Requ
     return [Request.of_row(batch, plan, row) for row in range(len(batch.lengths))]
 
 
-def _run(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(row, its next tokens) until all answers are whole."""
+def _run(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, NewTokens]]:
+    """The rows' new tokens until all answers are whole."""
     rows = {id(request): row for row, request in enumerate(requests)}
     for event in engine.run():
         if isinstance(event, Failed):
             raise event.error
         assert isinstance(event, NewTokens)
-        yield rows[id(event.request)], event.tokens
-
-
-def _has_next(waiting: deque[int], request: Request) -> bool:
-    """Whether the next token of a row is known: that there is none, for one that has ended."""
-    return bool(waiting) or request.finish_reason is not None
+        yield rows[id(event.request)], event
 
 
 def _timings(engine: Engine, requests: Sequence[Request]) -> dict[str, float]:

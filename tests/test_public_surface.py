@@ -30,10 +30,13 @@ def model() -> dsj.Model:
     return dsj.Model(config, init_params(config))
 
 
+OTHERS = ("sampling", "slots")  # not options of how tokens are drawn
+
+
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:
     """The keyword-only options of a function and their defaults."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "sampling"}
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in OTHERS}
 
 
 def test_the_library_the_server_and_the_command_have_the_same_options_and_defaults():
