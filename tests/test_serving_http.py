@@ -481,6 +481,13 @@ def test_other_paths_and_methods_have_the_same_error_body(client: httpx.Client):
         assert "use POST /generate" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/health", "/v1/models"])
+def test_what_is_read_takes_only_get(client: httpx.Client, path: str):
+    for method in ("HEAD", "POST", "PUT", "DELETE", "OPTIONS"):
+        response = client.request(method, path)
+        assert (response.status_code, response.headers["allow"]) == (405, "GET")
+
+
 # ---- health, load, ends ----
 
 

@@ -118,6 +118,19 @@ def test_nothing_at_run_time_imports_pytorch():
                 assert not {"torch", "torchvision"} & {name.split(".")[0] for name in imports_of(file)}, file
 
 
+def test_the_server_imports_neither_fastapi_nor_pydantic():
+    """msgspec checks requests. typer is left out: since 0.29 it reads the arguments of a command with pydantic."""
+    unwanted = {"fastapi", "pydantic"}
+    for package in PROJECT:
+        for file in files_of(package):
+            assert not unwanted & {name.split(".")[0] for name in imports_of(file)}, file
+    serving = [f"deepstack_jax.serving.{file.stem}" for file in files_of("deepstack_jax/serving")]
+    modules = ["deepstack_jax.cli.serve", "deepstack_jax.disagg.nodes", *serving]
+    code = f"import sys, {', '.join(modules)}; print(sorted({unwanted} & sys.modules.keys()))"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (child.returncode, child.stdout) == (0, "[]\n"), child.stderr
+
+
 def test_the_demo_runs_where_pytorch_cannot_be_imported():
     # the demo of tests/test_cli.py, whose compiled programs it shares
     args = ["demo", "--json", "--seed=5", "--max-new-tokens=12"]

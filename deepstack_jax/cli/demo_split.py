@@ -31,7 +31,7 @@ def missing() -> str | None:
     """What the split needs and this environment lacks, with the remedy, in one line; None if nothing is missing."""
     if not sys.platform.startswith("linux"):
         return "Mooncake runs only on Linux"
-    for name in ("zmq", "xxhash", "fastapi", "uvicorn", "httpx"):
+    for name in ("zmq", "xxhash", "starlette", "uvicorn", "httpx"):
         try:
             import_module(name)
         except ModuleNotFoundError as error:

@@ -119,10 +119,10 @@ def run(
     Example: deepstack-jax serve ckpt --port 8000 --allow-domain upload.wikimedia.org
     """
     try:
-        import fastapi  # noqa: F401
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise ValueError("serve needs FastAPI and uvicorn: pip install 'deepstack-jax[serve]'") from None
+        raise ValueError("serve needs Starlette and uvicorn: pip install 'deepstack-jax[serve]'") from None
     from deepstack_jax.serving.policy import MediaPolicy
 
     existing_checkpoint(checkpoint)

@@ -4,16 +4,16 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -72,7 +72,7 @@ class Node(Protocol):
         ...
 
 
-def create_app(node: Node, policy: MediaPolicy, *, max_requests: int = 128, timeout: float = 600.0) -> FastAPI:
+def create_app(node: Node, policy: MediaPolicy, *, max_requests: int = 128, timeout: float = 600.0) -> Starlette:
     """The application of one node.
 
     Args:
@@ -81,34 +81,37 @@ def create_app(node: Node, policy: MediaPolicy, *, max_requests: int = 128, time
         max_requests: taken at once; more get a 503.
         timeout: seconds from a request's arrival to its last token.
     """
-    app = FastAPI(title="deepstack-jax", docs_url=None, redoc_url=None, openapi_url=None)
-    app.router.routes.append(Route("/generate", _Generate(node, policy, max_requests, timeout), methods=["POST"]))
     started = int(time.time())
 
-    @app.get("/health")
-    async def health() -> Response:
+    async def health(_request: Request) -> Response:
         reason = await node.health()
         if reason is not None:
             return JSONResponse({"status": "unavailable", "role": node.role, "reason": reason}, 503)
         return JSONResponse({"status": "ok", "role": node.role})
 
-    @app.get("/v1/models")
-    async def models() -> Response:
+    async def models(_request: Request) -> Response:
         fields = {"object": "model", "created": started, "owned_by": "deepstack-jax"}
         return JSONResponse({"object": "list", "data": [{"id": name, **fields} for name in node.model_names]})
 
-    async def refused(_request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _error_response(
-            RequestError(
-                f"{error.detail}: use POST /generate, GET /health or GET /v1/models",
-                error.status_code,
-                headers=dict(error.headers or {}),
-            )
-        )
+    routes = [
+        Route("/generate", _Generate(node, policy, max_requests, timeout), methods=["POST"]),
+        _get_route("/health", health),
+        _get_route("/v1/models", models),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _refuse_route})
 
-    app.add_exception_handler(HTTPException, refused)
-    return app
+
+def _get_route(path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> Route:
+    route = Route(path, endpoint)
+    route.methods = {"GET"}  # Starlette adds HEAD, which this server refuses like any other method
+    return route
+
+
+async def _refuse_route(_request: Request, error: Exception) -> Response:
+    """The answer where no route has the path, or none with it has the method."""
+    assert isinstance(error, HTTPException)
+    message = f"{error.detail}: use POST /generate, GET /health or GET /v1/models"
+    return _error_response(RequestError(message, error.status_code, headers=dict(error.headers or {})))
 
 
 class _Generate:
