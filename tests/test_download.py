@@ -24,7 +24,8 @@ import pytest
 
 from deepstack_jax.cli import main
 from deepstack_jax.processing import download as downloading
-from deepstack_jax.processing.download import ascii_host, download
+from deepstack_jax.processing.download import download
+from deepstack_jax.processing.urls import ascii_host, parse_url
 from deepstack_jax.serving.fetch import fetch
 from deepstack_jax.serving.policy import OPTIONS, Budget, MediaError, MediaPolicy
 from tests.loopback import running
@@ -255,6 +256,22 @@ def test_what_inflates_is_bounded_in_bytes_and_memory(case: str, get: Callable[[
     assert time.monotonic() - started < 10
 
 
+NEVER_ENDING = {
+    "early hints": b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" * 30_000,
+    "chunks of one byte": reply(b"1;" + b"a" * 5000 + b"\r\nx\r\n", CHUNKED, length=None)
+    + (b"1;" + b"a" * 5000 + b"\r\nx\r\n") * 300,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("case", NEVER_ENDING)
+def test_bytes_around_a_body_count_as_well(case: str, get: Callable[[str], bytes]):
+    response = NEVER_ENDING[case]
+    assert len(response) > 2 * LIMIT + (1 << 16)  # what may arrive for a body of LIMIT
+    with running(Server(lambda _: response)) as server, pytest.raises(ValueError, match="more than the bytes allowed"):
+        get(f"http://127.0.0.1:{server.port}/")
+
+
 @BOTH
 def test_a_body_of_just_the_limit_is_taken(get: Callable[[str], bytes]):
     body = bytes(LIMIT)
@@ -395,6 +412,39 @@ def test_a_closed_port_is_named(get: Callable[[str], bytes]):
             get(f"http://127.0.0.1:{taken.getsockname()[1]}/")
 
 
+def test_the_next_address_is_tried_if_one_refuses():
+    async def two_addresses(host: str, port: int) -> list[str]:
+        return ["127.0.0.2", "127.0.0.1"]
+
+    with running(Server(lambda _: reply(TEXT))) as server:
+        policy = MediaPolicy(("media.example.org",), allowed_networks=("127.0.0.0/8",), allowed_ports=(server.port,))
+        url = f"http://media.example.org:{server.port}/"
+        assert asyncio.run(fetch(url, policy, Budget(policy), two_addresses)) == TEXT
+
+
+def test_a_cancelled_fetch_closes_its_connection():
+    asked, closed = threading.Event(), threading.Event()
+
+    class Silent(Server):
+        def finish_request(self, request: socket.socket, client_address: object) -> None:  # type: ignore[override]
+            read_head(request)
+            asked.set()
+            if request.recv(1) == b"":
+                closed.set()
+
+    async def cancelled(url: str, policy: MediaPolicy) -> None:
+        pending = asyncio.create_task(fetch(url, policy, Budget(policy)))
+        assert await asyncio.to_thread(asked.wait, 5)
+        pending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await pending
+        assert await asyncio.to_thread(closed.wait, 5)
+
+    with running(Silent(lambda _: b"")) as server:
+        policy = MediaPolicy(("127.0.0.1",), allowed_networks=("127.0.0.1/32",), allowed_ports=(server.port,))
+        asyncio.run(cancelled(f"http://127.0.0.1:{server.port}/", policy))
+
+
 def test_the_library_downloads_inside_a_running_event_loop():
     async def notebook() -> bytes:
         return by_library(f"http://127.0.0.1:{server.port}/")
@@ -476,7 +526,7 @@ def secure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
          "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=media.example.org",
-         "-addext", "subjectAltName=DNS:media.example.org,IP:127.0.0.1"],
+         "-addext", "subjectAltName=DNS:media.example.org,IP:127.0.0.1,IP:::1"],
         check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -505,6 +555,29 @@ def test_https_through_a_proxy_is_a_tunnel_whose_end_is_verified(secure: Server,
         with pytest.raises(ValueError, match=r"by proxy '127.0.0.1' \(it answered 407 \(Proxy Auth") as caught:
             by_library("https://media.example.org/")
     assert "secret" not in str(caught.value)
+
+
+def test_https_through_a_proxy_that_is_itself_reached_by_https(secure: Server, monkeypatch: pytest.MonkeyPatch):
+    assert isinstance(secure.socket, ssl.SSLSocket)
+    proxy = Tunnel(secure.port)
+    proxy.socket = secure.socket.context.wrap_socket(proxy.socket, server_side=True)
+    with running(proxy):
+        monkeypatch.setenv("https_proxy", f"https://127.0.0.1:{proxy.port}")
+        assert by_library("https://media.example.org/") == TEXT
+    assert proxy.targets == ["media.example.org:443"]
+    assert secure.targets == ["/"]
+
+
+def test_a_proxy_is_asked_for_ipv6_addresses_in_brackets(secure: Server, monkeypatch: pytest.MonkeyPatch):
+    """RFC 9112, 3.2.2 and 3.2.3, with the host of RFC 3986, 3.2.2."""
+    with running(Tunnel(secure.port)) as tunnel, running(Server(lambda _: reply(TEXT))) as proxy:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{tunnel.port}")
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+        for url in ("https://[::1]:8443/a", "http://[0:0::1]/a", "http://[::1]:81/a"):
+            assert by_library(url) == TEXT
+    assert tunnel.targets == ["[::1]:8443"]
+    assert "\r\nHost: [::1]:8443\r\n" in secure.heads[0]
+    assert proxy.targets == ["http://[::1]/a", "http://[::1]:81/a"]
 
 
 def test_https_without_a_proxy(secure: Server):
@@ -598,7 +671,7 @@ def test_a_url_that_takes_too_long_names_the_option():
 )
 def test_allowed_domains_may_be_written_as_people_read_them(pattern: str, host: str, allowed: bool):
     policy = MediaPolicy(allowed_domains=(pattern,))
-    assert policy.allows_domain(downloading.parse_url(host, host).host) is allowed
+    assert policy.allows_domain(parse_url(host, host).host) is allowed
 
 
 @pytest.mark.parametrize("pattern", ["", "*.", "https://example.org", "example.org/x", "example.org:80", "a b", "*.*"])

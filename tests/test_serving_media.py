@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deepstack_jax.processing import download as downloading
 from deepstack_jax.processing.images import ImageOptions
 from deepstack_jax.processing.videos import VideoOptions, VideoSettings, load_video
-from deepstack_jax.serving import fetch as fetching
 from deepstack_jax.serving.fetch import fetch, is_public
 from deepstack_jax.serving.media import _open_beneath, admit
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
@@ -428,15 +428,15 @@ def test_tls_verifies_the_name_although_the_connection_goes_to_an_address(
     server.socket = context.wrap_socket(server.socket, server_side=True)
     try:
         with running(server):
-            fetching._tls.cache_clear()
+            downloading.tls_context.cache_clear()
             assert "certificate is not valid" in str(get_refused(server, "photo.jpg", scheme="https"))
             monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
-            fetching._tls.cache_clear()
+            downloading.tls_context.cache_clear()
             assert get(server, "photo.jpg", scheme="https") == PHOTO.read_bytes()
             error = get_refused(server, "photo.jpg", scheme="https", host="other.cdn.example.org")
             assert "certificate is not valid" in str(error)
     finally:
-        fetching._tls.cache_clear()
+        downloading.tls_context.cache_clear()
 
 
 # ---- what the bytes are ----

@@ -1,28 +1,26 @@
 """Downloading over http and https: one exchange, which the library and the server share.
 
+httpcore speaks HTTP and TLS and asks proxies; this module opens connections, follows redirects and bounds bytes.
 `download` trusts its caller: any address, any port, the environment's proxies. The server (`serving/fetch.py`) trusts
-no request: it checks every URL and address, and opens its connections by itself.
+no request: it checks every host, port and address.
 """
 
 import asyncio
-import re
 import socket
 import ssl
 import zlib
-from base64 import b64encode
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
-from ipaddress import IPv6Address
 from threading import Thread
-from typing import Any, NamedTuple, Protocol
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from typing import Protocol
+from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import h11
-import idna
+import httpcore
+
+from deepstack_jax.processing.urls import DownloadError, Target, parse_url, url_name
 
 TIMEOUT_SECONDS = 20.0
 MAX_REDIRECTS = 10
@@ -30,16 +28,8 @@ MAX_ENCODINGS = 4  # of one body, one inside the other
 MAX_MEMBERS = 4096  # of a gzip file: empty ones would cost time and give no bytes to count
 CONNECT_SECONDS = 5.0  # for each address of a host but the last
 _PIECE = 1 << 16
+_HEADERS = {"User-Agent": "deepstack-jax", "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
 _REDIRECTS = (301, 302, 303, 307, 308)
-_HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
-
-
-class DownloadError(ValueError):
-    """A download that failed; the message is one line with the reason, `status` what HTTP says of the request."""
-
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message)
-        self.status = status
 
 
 class ByteBudget(Protocol):
@@ -53,31 +43,7 @@ class ByteBudget(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Target:
-    """A URL taken apart; host and path are in the form in which they travel."""
-
-    secure: bool
-    host: str  # lower case ASCII, IPv6 addresses without brackets
-    port: int
-    path: str  # with the query
-
-    @property
-    def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
-
-
-class Stream(NamedTuple):
-    """A connection on which a target can be asked for."""
-
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    request_target: str
-    headers: tuple[tuple[str, str], ...] = ()  # sent beside the usual ones
-
-
-Connect = Callable[[Target], Awaitable[Stream]]
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]  # (host, port) to addresses
 
 
 def download(url: str, max_bytes: int, error: type[ValueError], timeout: float = TIMEOUT_SECONDS) -> bytes:
@@ -96,8 +62,8 @@ def download(url: str, max_bytes: int, error: type[ValueError], timeout: float =
     async def run() -> None:
         try:
             async with asyncio.timeout(timeout):
-                connect = _direct_or_proxy(name)
-                result.set_result(await fetch_body(url, name, _ByteLimit(max_bytes), connect, MAX_REDIRECTS))
+                budget, find_proxy = _ByteLimit(max_bytes), partial(_proxy_of, name)
+                result.set_result(await fetch_body(url, name, budget, resolve_name, MAX_REDIRECTS, find_proxy))
         except BaseException as reason:
             result.set_exception(reason)
 
@@ -111,117 +77,50 @@ def download(url: str, max_bytes: int, error: type[ValueError], timeout: float =
         raise error(str(reason)) from None
 
 
-async def fetch_body(url: str, name: str, budget: ByteBudget, connect: Connect, max_redirects: int) -> bytes:
+async def fetch_body(
+    url: str,
+    name: str,
+    budget: ByteBudget,
+    resolve: Resolve,
+    max_redirects: int,
+    find_proxy: Callable[[Target], httpcore.Proxy | None] = lambda target: None,
+) -> bytes:
     """The decompressed body behind a URL.
 
     Args:
         url: as its author wrote it.
         name: what messages call it.
         budget: what the body is taken from while it comes.
-        connect: opens a connection for a target, or raises why that isn't allowed; asked again for each redirect.
+        resolve: gives the addresses that a connection may go to, or raises why none may; asked for each connection.
         max_redirects: more are an error.
+        find_proxy: the proxy for a target; its host is resolved instead of the target's.
 
     Raises:
-        DownloadError: with the reason; ValueErrors of `budget` and `connect` pass.
+        DownloadError: with the reason; ValueErrors of `budget` and `resolve` pass.
     """
     url = url.strip()
     for _ in range(max_redirects + 1):
         target = parse_url(url, name)
-        stream = await connect(target)
+        proxy = find_proxy(target)
+        network = _Network(resolve, budget, name, "proxy" if proxy else "host")
         try:
-            answer = await _exchange(target, stream, name, budget)
-        except OSError as error:
-            raise DownloadError(f"{name} can't be fetched ({explain(error)}): check the URL") from None
+            answer = await _exchange(target, proxy, network, name, budget)
+        except (OSError, httpcore.RemoteProtocolError, httpcore.ProxyError) as error:
+            way, remedy = (f" by proxy {proxy.url.host.decode()!r}", "both") if proxy else ("", "the URL")
+            what = f"{name} can't be fetched{way} ({_explain(error, network.ended)})"
+            raise DownloadError(f"{what}: check {remedy}") from None
         finally:
-            stream.writer.transport.abort()
+            await network.aclose()
         if isinstance(answer, bytes):
             return answer
-        url = urljoin(url, answer.location)
+        url = urljoin(url, answer)
     raise DownloadError(f"{name} redirects more than {max_redirects} times: give the final URL")
-
-
-def url_name(url: str) -> str:
-    """What messages call a URL: one line, never long."""
-    url = url.strip()
-    url = url if len(url) <= 120 else url[:60] + "..."
-    return "".join(character if character.isprintable() else "?" for character in url)
-
-
-def parse_url(url: str, name: str) -> Target:
-    """Takes an http or https URL apart, and encodes its host by IDNA, its path and query as UTF-8 in %XX.
-
-    Raises:
-        DownloadError: what is wrong with it.
-    """
-    # urlsplit drops line ends and tabs, and others read a backslash as a slash: two readers, two hosts
-    if any(character < " " or character in "\x7f\\" for character in url):
-        raise DownloadError(f"{name} holds characters that no URL has: percent-encode them")
-    try:
-        parts = urlsplit(url)
-        port, host = parts.port, parts.hostname or ""
-        path = _percent_encoded(parts.path or "/", "/:@!$&'()*+,;=~")
-        query = _percent_encoded(parts.query, "/?:@!$&'()*+,;=~[]")
-    except ValueError:
-        raise DownloadError(f"{name} is not a valid URL: check it") from None
-    if parts.scheme not in ("http", "https"):
-        raise DownloadError(f"{name} leads to a URL of scheme {parts.scheme!r}: only http and https are allowed", 403)
-    if parts.username is not None or parts.password is not None:
-        raise DownloadError(f"{name} holds a user name: leave it out")
-    try:
-        host = str(IPv6Address(host)) if ":" in host and "%" not in host else ascii_host(host)
-    except ValueError:
-        raise DownloadError(f"{name} has no valid host name ({host[:60]!r}): check the URL") from None
-    secure = parts.scheme == "https"
-    if port == 0:
-        raise DownloadError(f"{name} leads to port 0, which does not exist: check the URL")
-    return Target(secure, host, port or (443 if secure else 80), f"{path}?{query}" if query else path)
-
-
-def ascii_host(host: str) -> str:
-    """A host's name in lower case ASCII, without the dot at its end.
-
-    Raises:
-        ValueError: it isn't one.
-    """
-    # names of ASCII may have underscores, which IDNA refuses
-    encoded = host.lower() if host.isascii() else idna.encode(host, uts46=True).decode()
-    encoded = encoded.removesuffix(".")
-    if not _HOST.fullmatch(encoded):
-        raise ValueError(f"{host!r} is not a host name")
-    return encoded
 
 
 async def resolve_name(host: str, port: int) -> list[str]:
     """The addresses of a host, as the system's resolver gives them."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
-
-
-async def open_stream(
-    addresses: Sequence[str], port: int, tls: ssl.SSLContext | None, host: str
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Connects to the first address that answers; TLS verifies `host`.
-
-    Raises:
-        OSError: the last one's.
-    """
-    for number, address in enumerate(addresses, 1):
-        seconds = CONNECT_SECONDS if number < len(addresses) else None
-        try:
-            async with asyncio.timeout(seconds):
-                return await asyncio.open_connection(address, port, ssl=tls, server_hostname=host if tls else None)
-        except OSError:  # TLS's and the time-out's are OSErrors too
-            if number == len(addresses):
-                raise
-    raise OSError(0, "the host has no address")
-
-
-def explain(error: Exception) -> str:
-    """What went wrong, without what the other side sent."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the certificate is not valid: {error.verify_message}"
-    return (getattr(error, "strerror", None) or type(error).__name__)[:120]
 
 
 @cache
@@ -233,76 +132,54 @@ def tls_context() -> ssl.SSLContext:
 # one request and its answer
 
 
-@dataclass(frozen=True)
-class _Redirect:
-    location: str
+async def _exchange(
+    target: Target, proxy: httpcore.Proxy | None, network: "_Network", name: str, budget: ByteBudget
+) -> bytes | str:
+    """The body, or where a redirect leads."""
+    headers = [("Host", target.authority), *_HEADERS.items()]
+    tls = tls_context() if target.secure else None
+    async with (
+        httpcore.AsyncConnectionPool(tls, proxy, network_backend=network) as pool,
+        pool.stream("GET", _httpcore_url(target), headers=headers) as response,
+    ):
+        answer = _checked(response, name, budget)
+        if isinstance(answer, str):
+            return answer
+        decoders = [_Inflater(encoding, name, network.most) for encoding in reversed(answer)]
+        return await _read_body(response, decoders, name, budget)
 
 
-async def _exchange(target: Target, stream: Stream, name: str, budget: ByteBudget) -> bytes | _Redirect:
-    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_PIECE)
-    headers = [
-        ("Host", target.authority),
-        ("User-Agent", "deepstack-jax"),
-        ("Accept", "*/*"),
-        ("Accept-Encoding", "identity"),
-        ("Connection", "close"),
-        *stream.headers,
-    ]
-    request = h11.Request(method="GET", target=stream.request_target, headers=headers)
-    for event in (request, h11.EndOfMessage()):
-        stream.writer.write(connection.send(event) or b"")
-    await stream.writer.drain()
-
-    # of what comes, and of what each decoder but the last one gives
-    most = 2 * budget.bytes + _PIECE
-    body, raw, decoders = bytearray(), 0, []
-    while True:
-        event = _next_event(connection)
-        if event is h11.NEED_DATA:
-            piece = await stream.reader.read(_PIECE)
-            raw += len(piece)
-            if raw > most:  # headers, and the frames of tiny chunks, count as well
-                raise DownloadError(f"{name} sends more than the bytes allowed: give a smaller file", 413)
-            connection.receive_data(piece)
-        elif isinstance(event, h11.Response):
-            answer = _checked(event, name, budget)
-            if isinstance(answer, _Redirect):
-                return answer
-            decoders = [_Inflater(encoding, name, most) for encoding in reversed(answer)]
-        elif isinstance(event, h11.Data):
-            for number, piece in enumerate(_decoded(decoders, bytes(event.data))):
-                if number:  # a little that inflates to much leaves the loop to others, and to the time-out
-                    await asyncio.sleep(0)
-                budget.spend("bytes", len(piece), name)
-                body += piece
-        elif isinstance(event, h11.EndOfMessage):
-            if not all(decoder.complete for decoder in decoders):
-                raise DownloadError(f"{name} ended early: check the URL")
-            if not body:
-                raise DownloadError(f"{name} answered with an empty body: check the URL")
-            return bytes(body)
+async def _read_body(response: httpcore.Response, decoders: "list[_Inflater]", name: str, budget: ByteBudget) -> bytes:
+    body = bytearray()
+    async for data in response.aiter_stream():
+        for number, piece in enumerate(_decoded(decoders, data)):
+            if number:  # a little that inflates to much leaves the loop to others, and to the time-out
+                await asyncio.sleep(0)
+            budget.spend("bytes", len(piece), name)
+            body += piece
+    if not all(decoder.complete for decoder in decoders):
+        raise DownloadError(f"{name} ended early: check the URL")
+    if not body:
+        raise DownloadError(f"{name} answered with an empty body: check the URL")
+    return bytes(body)
 
 
-def _next_event(connection: h11.Connection) -> Any:
-    try:
-        event = connection.next_event()
-    except h11.RemoteProtocolError:
-        _, ended = connection.trailing_data
-        raise OSError(0, "the answer ended early" if ended else "the answer is not valid HTTP") from None
-    if isinstance(event, h11.ConnectionClosed):
-        raise OSError(0, "the answer ended early")
-    return event
+def _httpcore_url(target: Target) -> httpcore.URL:
+    """With brackets around an IPv6 address, which httpcore would leave out where it asks a proxy."""
+    port = None if target.authority == target.url_host else target.port
+    scheme = b"https" if target.secure else b"http"
+    return httpcore.URL(scheme=scheme, host=target.url_host.encode(), port=port, target=target.path.encode())
 
 
-def _checked(response: h11.Response, name: str, budget: ByteBudget) -> _Redirect | list[str]:
-    """Refuses a response by its head. Gives a redirect, or the body's encodings in the order of their application."""
+def _checked(response: httpcore.Response, name: str, budget: ByteBudget) -> str | list[str]:
+    """Reads or refuses a head: where a redirect leads, or the body's encodings in the order of their application."""
     fields: dict[str, list[str]] = {}
     for key, value in response.headers:
-        fields.setdefault(key.decode("latin-1"), []).append(_text(value))
-    if response.status_code in _REDIRECTS and fields.get("location", [""])[0]:
-        return _Redirect(fields["location"][0].strip())
-    if response.status_code != 200:
-        raise DownloadError(f"{name} answered {_status(response.status_code)}: check the URL")
+        fields.setdefault(key.decode("latin-1").lower(), []).append(_text(value))
+    if response.status in _REDIRECTS and fields.get("location", [""])[0]:
+        return fields["location"][0].strip()
+    if response.status != 200:
+        raise DownloadError(f"{name} answered {_status(response.status)}: check the URL")
     named = [word.strip().lower() for value in fields.get("content-encoding", []) for word in value.split(",")]
     encodings = [encoding.removeprefix("x-") for encoding in named if encoding not in ("", "identity")]
     if unknown := [encoding for encoding in encodings if encoding not in ("gzip", "deflate")]:
@@ -381,9 +258,15 @@ def _decoded(decoders: Sequence[_Inflater], data: bytes) -> Iterator[bytes]:
         yield from _decoded(decoders[1:], piece)
 
 
-def _percent_encoded(text: str, safe: str) -> str:
-    """A `%` that begins no %XX is one that was meant as it stands."""
-    return quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", text), safe=safe + "%")
+def _explain(error: Exception, ended: bool = False) -> str:
+    """What went wrong, without what the other side sent; `ended` says whether it had closed the connection."""
+    if isinstance(error, httpcore.ProxyError):  # its message begins with the status
+        return f"it answered {_status(int(str(error).split()[0]))}"
+    if isinstance(error, httpcore.RemoteProtocolError):
+        return "the answer ended early" if ended else "the answer is not valid HTTP"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate is not valid: {error.verify_message}"
+    return (getattr(error, "strerror", None) or type(error).__name__)[:120]
 
 
 def _text(value: bytes) -> str:
@@ -401,6 +284,94 @@ def _status(code: int) -> str:
         return str(code)
 
 
+# connections
+
+
+class _Network(httpcore.AsyncNetworkBackend):
+    """Opens the connection of one exchange, to an address that `resolve` gives.
+
+    Attributes:
+        most: how many bytes may arrive; headers, and the frames of tiny chunks, count as well.
+    """
+
+    def __init__(self, resolve: Resolve, budget: ByteBudget, name: str, role: str):
+        self.most = 2 * budget.bytes + _PIECE
+        self._resolve, self._name, self._role = resolve, name, role
+        self._stream: _Stream | None = None
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        host = host.strip("[]")
+        addresses = await self._addresses(host, port)
+        for number, address in enumerate(addresses, 1):
+            last = number == len(addresses)
+            try:
+                async with asyncio.timeout(None if last else CONNECT_SECONDS):
+                    opened = await asyncio.open_connection(address, port)
+                self._stream = _Stream(*opened, self.most, self._name)
+                return self._stream
+            except OSError as error:  # the time-out is one too
+                if last:
+                    reason = f"no connection to the {self._role} {host!r} port {port} ({_explain(error)})"
+                    raise self._error(f" can't be fetched: {reason}") from None
+        raise self._error(f": the {self._role} {host!r} can't be resolved")
+
+    @property
+    def ended(self) -> bool:
+        """Whether the other side has closed the connection."""
+        return self._stream is not None and self._stream.ended
+
+    async def aclose(self) -> None:
+        """Closes the connection, which httpcore leaves open if TLS fails."""
+        if self._stream:
+            await self._stream.aclose()
+
+    async def _addresses(self, host: str, port: int) -> Sequence[str]:
+        try:
+            return await self._resolve(host, port)
+        except (OSError, UnicodeError):
+            return ()
+
+    def _error(self, reason: str) -> DownloadError:
+        remedy = "URL" if self._role == "host" else "environment's http_proxy and https_proxy"
+        return DownloadError(f"{self._name}{reason}: check the {remedy}")
+
+
+class _Stream(httpcore.AsyncNetworkStream):
+    """A connection of asyncio. It ignores httpcore's time-outs, because one limits the whole download."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int, name: str):
+        self.ended = False
+        self._reader, self._writer, self._left, self._name = reader, writer, most, name
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        piece = await self._reader.read(max_bytes)
+        self.ended = not piece
+        self._left -= len(piece)
+        if self._left < 0:
+            raise DownloadError(f"{self._name} sends more than the bytes allowed: give a smaller file", 413)
+        return piece
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._writer.write(buffer)
+        await self._writer.drain()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore.AsyncNetworkStream:
+        await self._writer.start_tls(ssl_context, server_hostname=(server_hostname or "").strip("[]"))
+        return self
+
+    async def aclose(self) -> None:
+        self._writer.transport.abort()
+
+
 # what only the library does
 
 
@@ -414,81 +385,17 @@ class _ByteLimit:
             raise DownloadError(f"{name} holds more than {self._most} {what}: pass a smaller file", 413)
 
 
-def _direct_or_proxy(name: str) -> Connect:
-    """Opens connections as the environment says (`http_proxy`, `https_proxy`, `no_proxy`)."""
-    proxies = getproxies()
-
-    async def connect(target: Target) -> Stream:
-        proxy = proxies.get("https" if target.secure else "http")
-        tls = tls_context() if target.secure else None
-        if not proxy or proxy_bypass(target.authority):
-            return Stream(*await _open(target.host, target.port, tls, "host", name), target.path)
-        host, port, proxy_tls, headers = _parse_proxy(proxy, name)
-        if tls is None:
-            url = f"http://{target.authority}{target.path}"
-            return Stream(*await _open(host, port, proxy_tls, "proxy", name), url, headers)
-        reader, writer = await _open(host, port, None, "proxy", name)
-        try:
-            await _tunnel(reader, writer, target, headers)
-            await writer.start_tls(tls, server_hostname=target.host)
-        except OSError as error:
-            writer.transport.abort()
-            raise DownloadError(f"{name} can't be fetched by proxy {host!r} ({explain(error)}): check both") from None
-        except BaseException:
-            writer.transport.abort()
-            raise
-        return Stream(reader, writer, target.path)
-
-    return connect
-
-
-async def _open(
-    host: str, port: int, tls: ssl.SSLContext | None, what: str, name: str
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+def _proxy_of(name: str, target: Target) -> httpcore.Proxy | None:
+    """The environment's proxy for a target (`http_proxy`, `https_proxy`, `no_proxy`)."""
+    setting = getproxies().get("https" if target.secure else "http")
+    if not setting or proxy_bypass(target.authority):
+        return None
     try:
-        addresses = await resolve_name(host, port)
-    except (OSError, UnicodeError):
-        raise DownloadError(f"{name}: the {what} {host!r} can't be resolved: check the {_REMEDY[what]}") from None
-    try:
-        return await open_stream(addresses, port, tls, host)
-    except OSError as error:
-        reason = f"no connection to the {what} {host!r} port {port} ({explain(error)})"
-        raise DownloadError(f"{name} can't be fetched: {reason}: check the {_REMEDY[what]}") from None
-
-
-_REMEDY = {"host": "URL", "proxy": "environment's http_proxy and https_proxy"}
-
-
-def _parse_proxy(proxy: str, name: str) -> tuple[str, int, ssl.SSLContext | None, tuple[tuple[str, str], ...]]:
-    """(host, port, TLS to it for a plain URL, headers)."""
-    try:
-        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        host, port = parts.hostname or "", parts.port
+        parts = urlsplit(setting if "://" in setting else f"http://{setting}")
+        proxy = parse_url(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", name)
     except ValueError:
-        host, port, parts = "", None, urlsplit("http://")
-    if parts.scheme not in ("http", "https") or not host:
-        raise DownloadError(f"{name}: the environment's proxy is not one of http: set http_proxy or no_proxy anew")
-    headers = ()
-    if parts.username is not None:
-        user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        headers = (("Proxy-Authorization", "Basic " + b64encode(user.encode()).decode()),)
-    secure = parts.scheme == "https"
-    return host, port or (443 if secure else 80), tls_context() if secure else None, headers
-
-
-async def _tunnel(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, target: Target, headers: tuple[tuple[str, str], ...]
-) -> None:
-    """Asks a proxy for a connection to the target."""
-    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_PIECE)
-    host = f"[{target.host}]" if ":" in target.host else target.host
-    there = f"{host}:{target.port}"
-    request = h11.Request(method="CONNECT", target=there, headers=[("Host", there), *headers])
-    for event in (request, h11.EndOfMessage()):
-        writer.write(connection.send(event) or b"")
-    await writer.drain()
-    while not isinstance(event := _next_event(connection), h11.Response):
-        if event is h11.NEED_DATA:
-            connection.receive_data(await reader.read(_PIECE))
-    if not 200 <= event.status_code < 300:
-        raise OSError(0, f"it answered {_status(event.status_code)}")
+        remedy = "set http_proxy or no_proxy anew"
+        raise DownloadError(f"{name}: the environment's proxy is not one of http: {remedy}") from None
+    login = unquote(parts.username or "").encode(), unquote(parts.password or "").encode()
+    tls = tls_context() if proxy.secure else None
+    return httpcore.Proxy(_httpcore_url(proxy), None if parts.username is None else login, ssl_context=tls)

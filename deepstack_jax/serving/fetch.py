@@ -7,28 +7,16 @@ hand, each as if it were a new URL. Proxies of the environment are not used: the
 
 import asyncio
 import ipaddress
-import ssl
-from collections.abc import Awaitable, Callable
-from functools import cache
+from collections.abc import Sequence
 
-from deepstack_jax.processing.download import (
-    DownloadError,
-    Stream,
-    Target,
-    explain,
-    fetch_body,
-    open_stream,
-    resolve_name,
-    url_name,
-)
+from deepstack_jax.processing.download import Resolve, fetch_body, resolve_name
+from deepstack_jax.processing.urls import DownloadError, url_name
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
 
 MAX_REDIRECTS = 3
 
-Resolver = Callable[[str, int], Awaitable[list[str]]]
 
-
-async def fetch(url: str, policy: MediaPolicy, budget: Budget, resolve: Resolver = resolve_name) -> bytes:
+async def fetch(url: str, policy: MediaPolicy, budget: Budget, resolve: Resolve = resolve_name) -> bytes:
     """The body behind a URL.
 
     Raises:
@@ -36,18 +24,17 @@ async def fetch(url: str, policy: MediaPolicy, budget: Budget, resolve: Resolver
     """
     name = url_name(url)
 
-    async def connect(target: Target) -> Stream:
-        _check(target, name, policy)
-        addresses = await _addresses(target, name, policy, resolve)
-        try:
-            reader, writer = await open_stream(addresses, target.port, _tls() if target.secure else None, target.host)
-        except OSError as error:
-            raise MediaError(f"{name}: no connection to {target.host!r} ({explain(error)}): check the URL") from None
-        return Stream(reader, writer, target.path)
+    async def checked_addresses(host: str, port: int) -> Sequence[str]:
+        _check_allowed(host, port, name, policy)
+        addresses = await resolve(host, port)
+        # all of them: a name with one good and one bad address is not an accident
+        if not all(is_public(address) or policy.allows_address(address) for address in addresses):
+            raise MediaError(f"{name}: {host!r} has an address that is not public: send a data URI", 403)
+        return addresses
 
     try:
         async with asyncio.timeout(policy.timeout):
-            return await fetch_body(url, name, budget, connect, MAX_REDIRECTS)
+            return await fetch_body(url, name, budget, checked_addresses, MAX_REDIRECTS)
     except TimeoutError:
         remedy = "send a data URI, or start the server with a longer --url-timeout"
         raise MediaError(f"{name} did not arrive within {policy.timeout:g} s: {remedy}") from None
@@ -79,26 +66,8 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _NEVER = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "168.63.129.16/32", "192.88.99.0/24")))
 
 
-def _check(target: Target, name: str, policy: MediaPolicy) -> None:
-    if not policy.allows_domain(target.host):
-        raise MediaError(f"{name} leads to {target.host!r}, which is not an allowed domain: send a data URI", 403)
-    if target.port not in policy.allowed_ports:
-        raise MediaError(f"{name} leads to port {target.port}, which is not allowed: use {policy.allowed_ports}", 403)
-
-
-async def _addresses(target: Target, name: str, policy: MediaPolicy, resolve: Resolver) -> list[str]:
-    try:
-        addresses = await resolve(target.host, target.port)
-    except (OSError, UnicodeError):
-        addresses = []
-    if not addresses:
-        raise MediaError(f"{name}: the host {target.host!r} can't be resolved: check the URL")
-    # all of them: a name with one good and one bad address is not an accident
-    if not all(is_public(address) or policy.allows_address(address) for address in addresses):
-        raise MediaError(f"{name}: {target.host!r} has an address that is not public: send a data URI", 403)
-    return addresses
-
-
-@cache
-def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()
+def _check_allowed(host: str, port: int, name: str, policy: MediaPolicy) -> None:
+    if not policy.allows_domain(host):
+        raise MediaError(f"{name} leads to {host!r}, which is not an allowed domain: send a data URI", 403)
+    if port not in policy.allowed_ports:
+        raise MediaError(f"{name} leads to port {port}, which is not allowed: use {policy.allowed_ports}", 403)

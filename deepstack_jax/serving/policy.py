@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 
-from deepstack_jax.processing.download import ascii_host
+from deepstack_jax.processing.urls import ascii_host
 
 
 class MediaError(ValueError):
