@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -24,9 +24,12 @@ from deepstack_jax.engine.prefix_cache import PrefixCache
 from deepstack_jax.engine.request import GenerationPlan, Request, chunk_of
 from deepstack_jax.engine.scheduler import Scheduler
 from deepstack_jax.engine.shape import EngineShape
-from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Prefill, Turn
-from deepstack_jax.programs import EngineState, decode_loop, empty_rows, prefill_chunk
+from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Part, Prefill, Turn
+from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, empty_rows, prefill_chunk
 from deepstack_jax.sampling import SamplingParams
+
+
+_empty_state = jax.jit(EngineState.empty, static_argnums=range(5))  # one program, not one per array
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Failed:
 
 
 Event = NewTokens | Stopped | Failed
+_Parts = Sequence[tuple[Part, Request]]
 
 
 @dataclass
@@ -107,7 +111,8 @@ class Engine:
         self.encode_seconds = 0.0
         self._stalled = True
         vision = model.config.vision is not None
-        self._no_rows = empty_rows(model.config, shape.chunk) if vision else None
+        most_rows = max(width * requests for width, requests in shape.tail_rows)
+        self._no_rows = empty_rows(model.config, most_rows) if vision else None
         self._reset()
 
     def _reset(self) -> None:
@@ -117,12 +122,13 @@ class Engine:
         self.scheduler = Scheduler(self.shape, ledger, self.prefix_cache, self._max_waiting)
         self._requests: dict[int, Request] = {}
         self._flights: deque[_Flight] = deque()
-        self._state = EngineState.empty(
-            self.model.config, self.shape.slots, self.num_pages, self.shape.page, self._end_tokens
-        )
+        sizes = self.shape.slots, self.num_pages, self.shape.page, self._end_tokens
+        self._state = _empty_state(self.model.config, *sizes)
 
     def warm_up(self) -> None:
-        """Compiles every language program: runs a prompt of each width to its second token, and forgets it."""
+        """Compiles every language program: decodes nothing at each width, then prefills a prompt of each width."""
+        for width in self.shape.decode_widths:
+            self._decode(np.zeros(self.shape.slots, bool), 1, False, width)
         options = SamplingParams.of(1, end_token_ids=[-1] * self._end_tokens)
         limit = self.model.config.text.max_position_embeddings
         for width, _ in self.shape.tail_rows:
@@ -175,6 +181,7 @@ class Engine:
             QueueFull: too many requests are in line.
         """
         self.check(request)
+        request.plan = request.plan.with_room(self._end_tokens)
         request.id = next(self._ids)
         keys = request.keys(self.shape, salt) if self._cache_prefixes else ()
         job = Job(
@@ -232,34 +239,61 @@ class Engine:
 
     def _launch(self, turn: Turn, events: list[Event]) -> bool:
         """Launches the prefill, then the decode call; says whether there was anything to launch."""
-        config, params = self.model.config, self.model.text_params
         flight = _Flight(turn.prefill, None, turn.decode, None)
         if turn.prefill:
-            width, table_width = turn.prefill.width, self._state.cache.page_table.shape[1]
-            parts = [(part, self._requests[part.id]) for part in turn.prefill.parts]
-            with self._failing([request for _, request in parts], events):
-                chunk = chunk_of(config, self.shape, width, parts, self._no_rows, table_width)
-                self._state, flight.first_tokens = prefill_chunk(config, params, self._state, chunk)
-                for part, request in parts:
-                    request.release_rows(part.start + part.count)
-                    if not part.last:  # later launches come after it on the device: others may share its pages
-                        self.scheduler.prefilled(part.id)
+            flight.prefill, flight.first_tokens = self._prefill(turn.prefill, events)
         if turn.decode:
             running = np.zeros(self.shape.slots, bool)
             running[[slot for slot, number in turn.decode.rows if number in self._requests]] = True
-            limits = np.int32(turn.decode.steps), np.bool_(turn.decode.leave_on_end)
-            flight.rows = self._decode_rows(running)
-            self._state, flight.tokens = decode_loop(config, params, self._state, running, *limits, flight.rows)
+            width = self.shape.decode_width(int(running.sum()))
+            flight.rows, flight.tokens = self._decode(running, turn.decode.steps, turn.decode.leave_on_end, width)
         if turn.prefill or turn.decode:
             self._flights.append(flight)
         return turn.prefill is not None or turn.decode is not None
 
-    def _decode_rows(self, running: np.ndarray) -> np.ndarray | None:
-        """The rows that the decode program computes: None for all, otherwise of the smallest width that holds them."""
-        width = self.shape.decode_width(int(running.sum()))
-        if width == self.shape.slots:
-            return None
-        return np.argsort(~running, kind="stable")[:width].astype(np.int32)
+    def _prefill(self, prefill: Prefill, events: list[Event]) -> tuple[Prefill, jax.Array | None]:
+        """Launches a prefill; returns its parts without those of requests that failed, and the first tokens."""
+        parts = [(part, self._requests[part.id]) for part in prefill.parts]
+        chunk, parts = self._chunk_of(prefill.width, parts, events)
+        first_tokens = None
+        with self._failing([request for _, request in parts], events):
+            if chunk is not None:
+                program = self.model.config, self.model.text_params
+                self._state, first_tokens = prefill_chunk(*program, self._state, chunk)
+            for part, request in parts:
+                request.release_rows(part.start + part.count)
+                if not part.last:  # later launches come after it on the device: others may share its pages
+                    self.scheduler.prefilled(part.id)
+        return replace(prefill, parts=tuple(part for part, _ in parts)), first_tokens
+
+    def _chunk_of(self, width: int, parts: _Parts, events: list[Event]) -> tuple[PromptChunk | None, _Parts]:
+        """The arrays of a prefill program with the parts in it: requests whose own arrays can't be made fail alone."""
+        table_width = self._state.cache.page_table.shape[1]
+
+        def arrays(parts: _Parts) -> PromptChunk:
+            return chunk_of(self.model.config, self.shape, width, parts, self._no_rows, table_width)
+
+        try:
+            return arrays(parts), parts
+        except Exception:
+            sound = []
+            for each in parts:
+                with self._failing([each[1]], events):
+                    arrays([each])
+                    sound.append(each)
+            return arrays(sound) if sound else None, sound
+
+    def _decode(
+        self, running: np.ndarray, steps: int, leave_on_end: bool, width: int
+    ) -> tuple[np.ndarray | None, jax.Array]:
+        """Launches a decode call of `width` rows; returns the slots of its rows, None for all, and their tokens."""
+        rows = None
+        if width < self.shape.slots:
+            rows = np.argsort(~running, kind="stable")[:width].astype(np.int32)
+        limits = np.int32(steps), np.bool_(leave_on_end)
+        program = self.model.config, self.model.text_params
+        self._state, tokens = decode_loop(*program, self._state, running, *limits, rows)
+        return rows, tokens
 
     def _encode(self, events: list[Event]) -> bool:
         """Runs the vision encoder once, over images of one bucket of the requests that came first, if any waits."""

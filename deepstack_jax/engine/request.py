@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import jax
@@ -30,6 +30,14 @@ class GenerationPlan:
     def row(self, row: int) -> "GenerationPlan":
         """The plan of one row."""
         return GenerationPlan(jax.tree.map(lambda x: x[row : row + 1], self.sampling), self.max_new_tokens)
+
+    def with_room(self, end_tokens: int) -> "GenerationPlan":
+        """The same plan with room for `end_tokens` end tokens, which is what an engine's rows have."""
+        ends = self.sampling.end_token_ids
+        if (missing := end_tokens - ends.shape[1]) < 1:
+            return self
+        ends = np.pad(ends, [(0, 0), (0, missing)], constant_values=-1)
+        return replace(self, sampling=replace(self.sampling, end_token_ids=ends))
 
     @property
     def ends(self) -> set[int]:

@@ -21,6 +21,7 @@ from deepstack_jax.engine import core
 from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.request import GenerationPlan
 from deepstack_jax.engine.request import Request as EngineRequest
+from deepstack_jax.engine.scheduler import QueueFull
 from deepstack_jax.errors import one_line
 from deepstack_jax.processing.batch import Batch, prepare_batch
 from deepstack_jax.programs import PromptArrays
@@ -303,7 +304,20 @@ class Runner:
             if request.cancelled:
                 del self._requests[request.prompt]
             else:
-                self.engine.add(request.prompt)
+                self._add(request)
+
+    def _add(self, request: Request) -> None:
+        """Hands a request to the engine. The place in line was counted before those taken last were in it."""
+        try:
+            self.engine.add(request.prompt, salt=request.prompt.tenant.encode())
+            return
+        except QueueFull as error:
+            last: RequestFailed = QueueFullError(str(error))
+        except Exception as error:
+            last = self._failed(error)
+        with self._changed:
+            del self._requests[request.prompt]
+        _emit(request, last)
 
     def _cancel(self) -> None:
         """Passes on what was cancelled, and stops what is left when the grace is over."""
