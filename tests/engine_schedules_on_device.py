@@ -1,0 +1,216 @@
+"""Random schedules of a whole engine: whatever else it does, each request gets the bits that it has alone.
+
+`simulate` asks some of a bench's questions in a random order, at random turns, in engines whose paces, pools and prefix
+caches differ, and cancels some, delays the rows of some and breaks some. Nothing that it draws may show in an answer.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+import jax.numpy as jnp
+import numpy as np
+
+from deepstack_jax.engine.core import Engine, Event, Failed, NewTokens
+from deepstack_jax.engine.request import Image, Request, _digest
+from deepstack_jax.models.vision import separate_deepstack_embeds
+from tests.engine_questions import Bench, Question, read_kv_bits, scramble
+
+MOST_TURNS = 400  # a request that needs more is not going to end
+SALTS = (b"", b"", b"", b"another tenant")
+
+
+class Violation(AssertionError):
+    """A request whose answer shows what else the engine did."""
+
+
+@dataclass(eq=False)
+class Asked:
+    """A request of the schedule, and what came of it."""
+
+    question: Question
+    request: Request
+    arrives: int  # turn
+    salt: bytes
+    cancelled_at: int | None = None
+    broken: bool = False  # its rows can't be used
+    late: list[tuple[int, Image, int]] = field(default_factory=list)  # turn, image, its number in the question
+    pages: tuple[int, ...] = ()
+    matched_again: bool = False
+    tokens: tuple[int, ...] = ()
+    end: str = ""
+
+
+def simulate_all(bench: Bench, seeds: Iterable[int]) -> Counter[str]:
+    """Counts what happened in the schedules.
+
+    Raises:
+        Violation: a request's bits are not those that it has alone; names the schedule's seed.
+    """
+    seen: Counter[str] = Counter()
+    for seed in seeds:
+        try:
+            simulate(bench, seed, seen)
+        except Violation as violation:
+            raise Violation(f"schedule {seed}: {violation}") from None
+    return seen
+
+
+def simulate(bench: Bench, seed: int, seen: Counter[str]) -> None:
+    rng = random.Random(seed)
+    engine = _engine(bench, rng)
+    held = engine.scheduler.ledger.in_use
+    waiting = _schedule(bench, rng)
+    asked = {each.request: each for each in waiting}
+    for turn in range(MOST_TURNS):
+        _interfere(engine, [each for each in waiting if not each.end], turn)
+        events = engine.step()
+        _note_pages(engine, waiting)  # while they run
+        for event in events:
+            _hear(bench, engine, asked[event.request], event)
+        if engine.idle and all(each.end for each in waiting):
+            break
+    _check_whole(engine, waiting, held)
+    _count(seen, waiting)
+
+
+def _note_pages(engine: Engine, asked: list[Asked]) -> None:
+    by_id = {each.request.id: each for each in asked}
+    for id, entry in engine.scheduler.running.items():
+        each = by_id[id]
+        each.matched_again |= each.pages not in ((), entry.pages)
+        each.pages = entry.pages
+
+
+def _engine(bench: Bench, rng: random.Random) -> Engine:
+    """An engine of the bench's shape: its pace, its pool and what lies in it are not part of the shape."""
+    shape = replace(
+        bench.shape, decode_steps=rng.choice((1, 2, 3, 8)), steps_beside_prefill=rng.choice((0, 1, 2, 2, 5))
+    )
+    engine = Engine(bench.model, shape, bench.num_pages, prefix_cache=rng.random() < 0.85)
+    scramble(engine, np.random.default_rng(rng.randrange(2**32)))
+    longest = max(shape.pages_of(_tokens_of(question)) for question in bench.questions)
+    _shuffle_pages(engine, rng, rng.choice((longest, longest + 2, 2 * longest, bench.num_pages - 1)))
+    return engine
+
+
+def _shuffle_pages(engine: Engine, rng: random.Random, count: int) -> None:
+    """Leaves `count` pages, which are given out in a random order: another pool would be another program."""
+    ledger = engine.scheduler.ledger
+    pages = list(ledger.take(ledger.free))
+    rng.shuffle(pages)
+    for page in pages[:count]:
+        ledger.release([page])
+
+
+def _tokens_of(question: Question) -> int:
+    return int(question.batch.lengths[0]) + question.plan.max_new_tokens - 1
+
+
+def _schedule(bench: Bench, rng: random.Random) -> list[Asked]:
+    questions = list(bench.questions)
+    repeats = rng.random() < 0.5  # prefixes are met again, most of them after they were computed
+    if repeats:
+        long = [question for question in questions if question.batch.lengths[0] > bench.shape.chunk]
+        questions = rng.sample(long, 2)
+    arrivals = [rng.choice((0, 1, rng.randint(0, 20 if repeats else 10))) for _ in range(rng.randint(2, 6))]
+    return [_ask(rng.choice(questions), rng, arrives) for arrives in arrivals]
+
+
+def _ask(question: Question, rng: random.Random, arrives: int) -> Asked:
+    whole = rng.random() < 0.3
+    request = Request.of_row(question.prompt if whole else question.batch, question.plan)
+    asked = Asked(question, request, arrives, rng.choice(SALTS))
+    if rng.random() < 0.15:
+        asked.cancelled_at = arrives + rng.randint(0, 8)
+    if question.has_images and not whole and rng.random() < 0.5:
+        _delay(asked, rng)
+    elif question.has_images and rng.random() < 0.05:
+        asked.broken = True
+        for image in request.images:
+            image.pixels, image.encoded = None, jnp.zeros((16, 3), jnp.float32)
+    return asked
+
+
+def _delay(asked: Asked, rng: random.Random) -> None:
+    """The rows of each image come by themselves, in any order, as they do from encode nodes."""
+    request = asked.request
+    request.digests = tuple(_digest(image.pixels) for image in request.images if image.pixels)
+    for number, image in enumerate(request.images):
+        image.pixels = None
+        asked.late.append((asked.arrives + rng.randint(0, 9), image, number))
+
+
+def _interfere(engine: Engine, left: list[Asked], turn: int) -> None:
+    """What comes from outside before a turn: requests, rows, cancellations."""
+    for each in left:
+        if each.arrives == turn:
+            engine.add(each.request, each.salt)
+        for at, image, number in each.late:
+            if at == turn:
+                _deliver(engine, each, image, number)
+        if each.cancelled_at == turn:
+            engine.cancel(each.request)
+
+
+def _deliver(engine: Engine, asked: Asked, image: Image, number: int) -> None:
+    rows = asked.question.rows[number]
+    parts = separate_deepstack_embeds(rows, engine.model.config.num_deepstack_levels)
+    image.encoded = rows if number % 2 else parts
+    engine.scheduler.arrived(asked.request.id, asked.request.ready)
+
+
+def _hear(bench: Bench, engine: Engine, asked: Asked, event: Event) -> None:
+    expected = bench.answer(asked.question)
+    if isinstance(event, Failed):
+        if not asked.broken:
+            raise Violation(f"it failed with {event.error!r}")
+        asked.end = "failed"
+    elif not isinstance(event, NewTokens):
+        asked.end = event.reason
+    else:
+        asked.tokens += event.tokens
+        if asked.tokens != expected.tokens[: len(asked.tokens)]:
+            raise Violation(f"tokens {asked.tokens}, alone {expected.tokens}")
+        if event.finish_reason:
+            asked.end = event.finish_reason
+            _compare_kv(engine, asked, expected.kv_bits)
+
+
+def _compare_kv(engine: Engine, asked: Asked, expected: np.ndarray) -> None:
+    length = asked.request.length + len(asked.tokens) - 1
+    found = read_kv_bits(engine, asked.pages, length)
+    if found.shape != expected.shape or not (found == expected).all():
+        raise Violation(f"keys and values of {length} tokens, {asked.request.cached_tokens} of them cached, differ")
+
+
+def _check_whole(engine: Engine, asked: list[Asked], held: int) -> None:
+    if left := [each for each in asked if not each.end]:
+        raise Violation(f"{len(left)} requests have not ended after {MOST_TURNS} turns")
+    ledger, cache = engine.scheduler.ledger, engine.prefix_cache
+    ledger.assert_consistent()
+    if ledger.in_use - held != len(cache) or engine.free_slots != engine.shape.slots:
+        raise Violation(
+            f"{ledger.in_use - held} pages are in use and {len(cache)} in the cache, {engine.free_slots} free slots"
+        )
+
+
+def _count(seen: Counter[str], asked: list[Asked]) -> None:
+    seen.update(each.end for each in asked)
+    for what in _happenings(asked):
+        seen[what] += 1
+
+
+def _happenings(asked: list[Asked]) -> Iterator[str]:
+    for each in asked:
+        if each.request.cached_tokens:
+            yield "cached"
+            if each.question.has_images:
+                yield "cached with images"
+            if each.late:
+                yield "cached while its rows were awaited"
+        if each.matched_again:
+            yield "matched again"
+        if each.late and each.end in ("length", "stop"):
+            yield "late"
