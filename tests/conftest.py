@@ -33,6 +33,7 @@ install_import_hook(["deepstack_jax.models", "deepstack_jax.programs"], "beartyp
 QUICKLY_COMPILED = {
     "test_cli",
     "test_docs",
+    "test_engine_core",
     "test_packaging",
     "test_public_surface",
     "test_same_inputs",

@@ -153,8 +153,12 @@ class TestAnswers:
         """More rows of a program than a chunk has tokens."""
         shape = EngineShape(slots=4, chunk=32, page=16, tail_rows=((16, 3), (32, 1)))
         prompts = [inputs_of(1, (IMAGE, (1, 4, 12)), 1, seed=seed) for seed in range(shared)]
-        events = run_all(engine_of(model, shape), [ask(model, each, max_new_tokens=3) for each in prompts])
-        assert [tokens_of(each) for each in events] == [greedy_by_forward(model, each, 3) for each in prompts]
+        questions = [ask(model, each, max_new_tokens=3) for each in prompts]
+        engine, requests = engine_of(model, shape), [Request.of_row(each.prompt, each.plan) for each in questions]
+        for request in requests:
+            engine.add(request)
+        events = run(engine)
+        assert [tokens_of(events[each]) for each in requests] == [greedy_by_forward(model, each, 3) for each in prompts]
 
     def test_narrow_decode_programs(self, model: dsj.Model):
         shape = EngineShape(slots=4, chunk=32, page=16, decode_widths=(1, 2, 4))

@@ -16,6 +16,7 @@ import deepstack_jax as dsj
 from deepstack_jax import programs
 from deepstack_jax.engine import core, prefix_cache
 from deepstack_jax.engine import request as request_module
+from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.models import moe, qwen3_moe
 from deepstack_jax.models.parameters import _declared
 from deepstack_jax.processing.batch import prepare_batch
@@ -56,6 +57,9 @@ class TestSmallEngine:
         # they reach what they are for
         often = {"length", "stop", "cancelled", "failed", "late", "cached", "cached with images", "matched again"}
         assert {what for what in often if seen[what] < 10} == set()
+
+    def test_nor_with_one_request_per_program(self, model: dsj.Model):
+        simulate_all(small_bench(model, EngineShape(slots=4, chunk=32, page=16)), range(100))
 
     @pytest.mark.exhaustive
     @pytest.mark.parametrize("part", range(10))
