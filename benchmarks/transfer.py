@@ -114,9 +114,8 @@ class Sender:
         def written(blocks: list[BlockWrite]) -> None:
             self.tell({"written": [(b.token_block, b.pool_block, b.checksum.hex(), b.num_bytes) for b in blocks]})
 
-        assert request.rows is not None
         tokens = len(request.fill_ids)
-        self.tell({"expect": [tokens, len(request.rows.embeds)]})
+        self.tell({"expect": tokens})
         blocks = range(cdiv(tokens, BLOCK))
         seconds = 0.0
         for start in range(0, len(blocks), self.layout.num_blocks):  # one round if the pool holds the whole prompt
@@ -159,11 +158,11 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
     host = [np.asarray(array) for array in rows]
     num_bytes = both.nbytes
     total = tokens + 2 * TEXT_TOKENS
-    index = np.full(total, -1, np.int32)
-    index[TEXT_TOKENS:][:tokens] = np.arange(tokens)
+    ids, positions = prompt_of(total)
+    index = np.where(ids == IMAGE_TOKEN, np.arange(total, dtype=np.int32) - TEXT_TOKENS, -1)
     request = OutgoingRequest(
-        fill_ids=np.where(index < 0, 7, IMAGE_TOKEN).astype(np.int32),
-        mrope_positions=np.tile(np.arange(total, dtype=np.int32), (3, 1)),
+        fill_ids=ids,
+        mrope_positions=positions,
         aux_datas=np.zeros(16, np.int32),
         visual_index=index,
         rows=rows,
@@ -214,6 +213,13 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
     return figures
 
 
+def prompt_of(tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and positions of an image between two short texts."""
+    ids = np.full(tokens, IMAGE_TOKEN, np.int32)
+    ids[:TEXT_TOKENS] = ids[-TEXT_TOKENS:] = 7
+    return ids, np.tile(np.arange(tokens, dtype=np.int32), (3, 1))
+
+
 def core_seconds() -> float:
     """The seconds that all cores together have been busy since the machine started."""
     user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split(maxsplit=9)[1:8])
@@ -229,30 +235,37 @@ def receive(num_blocks: int, raw_bytes: int) -> None:
     raw.fill(1)
     transport.register(raw)
     request: IncomingRequest | None = None
-    rows: VisualRows | None = None
-    before = 0.0
+    rows: list[VisualRows] = []  # of one token block after another
+    before, num_copied = 0.0, 0
 
     def answer(message: dict[str, Any]) -> None:
         print(json.dumps(message), flush=True)
 
     def copied(token_block: int, expected: BlockCopy, copy: "Future[BlockCopy]") -> None:
         """Runs in the bridge's thread. A round ends with the prompt or with the pool."""
-        nonlocal rows
+        nonlocal num_copied
         assert request
         if copy.result() != expected:
             answer({"error": f"token block {token_block} arrived damaged"})
-        if request.complete:
-            rows = jax.block_until_ready(request.rows())
-        if request.complete or (token_block + 1) % num_blocks == 0:
+        num_copied += 1
+        if (of_block := request.take_rows(token_block)) is not None:
+            rows.append(
+                VisualRows(*(array[: request.blocks[token_block].rows] for array in of_block if array is not None))
+            )
+        complete = num_copied == cdiv(len(request.input_ids), BLOCK)
+        if complete:
+            jax.block_until_ready(rows)
+        if complete or (token_block + 1) % num_blocks == 0:
             answer({"seconds": bridge.times.host - before})
 
     answer({"session": transport.session, "raw": raw.ctypes.data, "infos": pool.get_buf_infos()})
     for line in sys.stdin:
         message = json.loads(line)
         if "expect" in message:
-            request = rows = None  # so that their memory is reused
-            before = bridge.times.host
-            request = bridge.expect(*message["expect"], visual_ids=[IMAGE_TOKEN])
+            request = None  # so that its memory is reused
+            rows.clear()
+            before, num_copied = bridge.times.host, 0
+            request = bridge.expect(*prompt_of(message["expect"]), visual_ids=[IMAGE_TOKEN])
         elif "written" in message:
             assert request
             for token_block, pool_block, checksum, num_bytes in message["written"]:
@@ -260,8 +273,7 @@ def receive(num_blocks: int, raw_bytes: int) -> None:
                 copy = bridge.copy_out(request, token_block, pool_block, expected)
                 copy.add_done_callback(partial(copied, token_block, expected))
         elif "digest" in message:
-            assert rows is not None
-            answer({"digest": digest([np.asarray(array) for array in rows])})
+            answer({"digest": digest([np.asarray(array) for buffer in zip(*rows, strict=True) for array in buffer])})
         else:
             break
     bridge.close()

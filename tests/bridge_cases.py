@@ -1,13 +1,17 @@
 """Requests with random rows for tests of bridges and transports, and sending them."""
 
 import threading
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import DTypeLike
 
+from deepstack_jax.disagg import MultimodalDataBuffers
 from deepstack_jax.disagg.encode.bridge import BlockWrite, SendBridge
 from deepstack_jax.disagg.encode.outgoing import OutgoingRequest
+from deepstack_jax.disagg.language.incoming import IncomingRequest
 from deepstack_jax.models.vision import separate_deepstack_embeds
 from tests.cases import side_by_side
 
@@ -51,6 +55,23 @@ def send(bridge: SendBridge, request: OutgoingRequest, blocks: list[tuple[int, i
     bridge.write(request, blocks, on_end)
     assert done.wait(WAIT_S), f"{len(ended)} of {len(blocks)} blocks ended"
     return ended
+
+
+def expected_by(request: OutgoingRequest) -> list[Any]:
+    """What a peer is told to expect."""
+    return [request.fill_ids.tolist(), request.mrope_positions.tolist(), [IMAGE, VIDEO]]
+
+
+def incoming_for(request: OutgoingRequest, pool: MultimodalDataBuffers) -> IncomingRequest:
+    """The other side of a request, in this process."""
+    return IncomingRequest(pool, request.fill_ids, request.mrope_positions, [IMAGE, VIDEO])
+
+
+def arrived_rows(request: IncomingRequest) -> np.ndarray:
+    """All rows of a request that has arrived, as bytes: embeddings, then deepstack levels."""
+    rows = {block.first_row: (block, request.take_rows(number)) for number, block in request.blocks.items()}
+    parts = [side_by_side(jax.tree.map(np.asarray, rows[first][1]))[: rows[first][0].rows] for first in sorted(rows)]
+    return np.concatenate(parts).view(np.uint8) if parts else np.zeros((0, 0), np.uint8)
 
 
 def in_token_order(request: OutgoingRequest) -> np.ndarray:

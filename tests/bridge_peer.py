@@ -18,7 +18,7 @@ from deepstack_jax.disagg.language.bridge import ReceiveBridge
 from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
 from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
 from deepstack_jax.disagg.wire.layout import BufferLayout
-from tests.cases import side_by_side
+from tests.bridge_cases import arrived_rows
 from tests.nodes import NodeProcess
 
 
@@ -69,8 +69,8 @@ def main() -> None:
     answer({"session": transport.session, "block_size": block_size, "infos": pool.get_buf_infos()})
     for line in sys.stdin:
         match json.loads(line):
-            case {"expect": [tokens, rows, visual_ids, num_rows]}:
-                request = bridge.expect(tokens, rows, visual_ids, num_rows)
+            case {"expect": [ids, positions, visual_ids]}:
+                request = bridge.expect(np.array(ids, np.int32), np.array(positions, np.int32), visual_ids)
                 answer({})
             case {"copy_out": blocks} if request is not None:
                 copies = [
@@ -82,14 +82,7 @@ def main() -> None:
                 np.savez(path, *buffers)
                 answer({})
             case {"save_request": path} if request is not None:
-                np.savez(
-                    path,
-                    rows=side_by_side(request.rows()).view(np.uint8),
-                    fill_ids=request.fill_ids,
-                    mrope_positions=request.mrope_positions,
-                    aux_datas=request.aux_datas,
-                    visual_index=request.visual_index,
-                )
+                np.savez(path, rows=arrived_rows(request), visual_index=request.visual_index)
                 answer({})
 
 

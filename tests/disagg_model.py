@@ -1,5 +1,8 @@
 """A model of one Receiver, some Senders, an unreliable network and a receive pool, whose states can all be visited.
 
+Every block of a request has an image of its own. The engine of the language node admits a request some time after its
+prompt is known, and may find the rows of its first blocks in its prefix cache, then and once more.
+
 The network delivers any message in flight, in any order. A world has a budget of faults: a lost or duplicated message,
 a write that fails, lands late or is damaged, an encoder that dies or seems to, a client that disconnects, and time that
 passes while another step is possible. All other steps are free.
@@ -13,12 +16,14 @@ from typing import Any
 import msgspec
 
 from deepstack_jax.disagg.encode.sender import Sender, SenderSettings
-from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
-from deepstack_jax.disagg.wire.messages import Abort, Message, WrittenBlock
+from deepstack_jax.disagg.language.pending import ReceiverSettings
+from deepstack_jax.disagg.language.receiver import Receiver
+from deepstack_jax.disagg.wire.messages import Abort, Encoded, Message, Prepared, Want, WrittenBlock
 from deepstack_jax.disagg.wire.transfer import (
     Action,
     AttemptKey,
     CopyOut,
+    EncodeBlocks,
     EncodeLocally,
     Ended,
     Forget,
@@ -27,6 +32,7 @@ from deepstack_jax.disagg.wire.transfer import (
     Send,
     StartWrite,
     State,
+    from_ranges,
 )
 
 NODE = "node"  # the name of the language node
@@ -65,6 +71,9 @@ class Case:
     timeout: int = 5
     slow_copies: bool = False  # other steps may happen before a copy is done
     slow_preparation: bool = False
+    slow_encoding: bool = False  # images are encoded one by one
+    slow_admission: bool = False
+    cached: tuple[int, ...] = (0,)  # the number of first blocks in the prefix cache: when asked first, then later
     slow_starts: bool = False  # writes wait in a queue before they start
     own_prompts: bool = False  # every encoder prepares a different prompt
     encodes_locally: bool = False
@@ -96,6 +105,9 @@ class World:
         self.hashes: dict[str, int] = {}  # of machines; only this world shares a machine without a hash
         self.mail: Counter[tuple[str, str, Message]] = Counter()  # (from, to, message)
         self.preparing: dict[Prepare, str] = {}
+        self.encoding: dict[tuple[AttemptKey, int], str] = {}  # images that are waiting for the encoder
+        self.admissions: dict[str, int] = {}  # requests in the engine's line -> how often it has looked into its cache
+        self.wanted: dict[str, frozenset[int]] = {}
         self.queued: dict[Write, str] = {}  # writes that have been requested but have not started
         self.writing: dict[Write, str] = {}
         self.lost_writes: set[Write] = set()  # failed writes that may still land
@@ -129,7 +141,17 @@ class World:
         for name, machine in self.machines.items():
             if name not in self.hashes:
                 self.hashes[name] = hash(frozen(machine))
-        maps = (self.hashes, self.mail, self.preparing, self.queued, self.writing, self.pool)
+        maps = (
+            self.hashes,
+            self.mail,
+            self.preparing,
+            self.encoding,
+            self.admissions,
+            self.wanted,
+            self.queued,
+            self.writing,
+            self.pool,
+        )
         maps += (self.arrived, self.ended, self.started)
         sets = (self.lost_writes, self.copying, self.dead, self.expired)
         return hash((self.now, self.used, self.harmless, *(frozenset(m.items()) for m in maps), *map(frozenset, sets)))
@@ -139,6 +161,8 @@ class World:
     def steps(self) -> Iterator[tuple[str, Any]]:
         yield from (("deliver", letter) for letter in self.mail)
         yield from (("prepare", prepare) for prepare in self.preparing)
+        yield from (("encode", image) for image in self.encoding)
+        yield from (("admit", request_id) for request_id in self.admissions)
         yield from (("start", write) for write in self.queued)
         yield from (("write", write) for write in self.writing)
         yield from (("copy", copy) for copy in self.copying)
@@ -168,7 +192,8 @@ class World:
             yield "wait", None
 
     def busy(self) -> bool:
-        return bool(self.mail or self.preparing or self.queued or self.writing or self.copying or self.dead)
+        waiting = self.mail or self.preparing or self.encoding or self.admissions or self.queued
+        return bool(waiting or self.writing or self.copying or self.dead)
 
     def timers(self) -> list[float]:
         return [time for machine in self.machines.values() if (time := machine.next_timer()) is not None]
@@ -199,7 +224,25 @@ class World:
         name = self.preparing.pop(prepare)
         tokens = self.case.blocks[int(prepare.key.request_id[1:])] * BLOCK_SIZE - 1  # the last block is partial
         prompt = self.prompt(prepare.key.request_id, name).ljust(8)
-        self.notify(name, "prepared", prepare.key, tokens, tokens, 0, prompt)
+        key = prepare.key
+        self.notify(name, "prepared", key, Prepared(key.request_id, key.attempt, tokens, tokens, 0, prompt))
+
+    def do_encode(self, image: tuple[AttemptKey, int]) -> None:
+        key, block = image
+        name = self.encoding.pop(image)
+        self.notify(name, "encoded", key, [block])
+
+    def do_admit(self, request_id: str) -> None:
+        """The engine looks into its prefix cache: before it has a slot for the request, then once or more with it."""
+        times = self.admissions.pop(request_id)
+        cached = self.case.cached[min(times, len(self.case.cached) - 1)]
+        blocks = range(self.case.blocks[int(request_id[1:])])
+        self.wanted[request_id] = frozenset(blocks[cached:])
+        if times < max(1, len(self.case.cached) - 1):
+            self.admissions[request_id] = times + 1
+        self.notify(NODE, "want", request_id, sorted(self.wanted[request_id]), times > 0)
+        if request_id in self.admissions and not self.case.slow_admission:
+            self.do_admit(request_id)
 
     def do_write(self, write: Write, content: bytes | None = None) -> None:
         name = self.writing.pop(write)
@@ -255,6 +298,7 @@ class World:
         self.hashes.pop(name, None)
         self.dead.add(name)
         self.preparing = {prepare: at for prepare, at in self.preparing.items() if at != name}
+        self.encoding = {image: at for image, at in self.encoding.items() if at != name}
         self.queued = {write: at for write, at in self.queued.items() if at != name}
         self.lost_writes |= {write for write, at in self.writing.items() if at == name}
         self.writing = {write: at for write, at in self.writing.items() if at != name}
@@ -312,7 +356,10 @@ class World:
                 msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message))
                 self.mail[name, peer, message] += 1
             case PromptKnown(request_id):
-                self.arrived = {index: content for index, content in self.arrived.items() if index[0] != request_id}
+                if request_id in self.wanted:
+                    raise Violation(f"{request_id} has a second prompt")
+                self.admissions[request_id] = 0
+                self.do_admit(request_id)
             case CopyOut():
                 self.copying.add(action)
                 if not self.case.slow_copies:
@@ -322,15 +369,22 @@ class World:
             case Ended(request_id, state, status):
                 if state == State.SUCCESS:
                     arrived = {index[1]: what for index, what in self.arrived.items() if index[0] == request_id}
-                    if sorted(arrived) != list(range(self.case.blocks[int(request_id[1:])])):
+                    if not self.wanted[request_id] <= arrived.keys():
                         raise Violation(f"{request_id} ended with only blocks {sorted(arrived)}")
-                    if len({content[:5] for content in arrived.values()}) != 1:
+                    if len({content[:5] for content in arrived.values()}) > 1:
                         raise Violation(f"{request_id} has blocks of two prompts")
                 self.end(request_id, f"{state.name} {status}")
             case Prepare():
                 self.preparing[action] = name
                 if not self.case.slow_preparation:
                     self.do_prepare(action)
+            case EncodeBlocks(key, blocks):
+                self.encoding = {image: at for image, at in self.encoding.items() if (image[0], at) != (key, name)}
+                images = dict.fromkeys(((key, block) for block in from_ranges(blocks, 99)), name)
+                self.encoding |= images
+                if images and not self.case.slow_encoding:
+                    self.encoding = {image: at for image, at in self.encoding.items() if image not in images}
+                    self.notify(name, "encoded", key, [block for _, block in images])
             case StartWrite(key, round, blocks):
                 for block in blocks:
                     self.queue(Write(key, round, *block), name)
@@ -338,9 +392,12 @@ class World:
                 if any(write.key == key and at == name for write, at in self.writing.items()):
                     raise Violation(f"{key} forgotten while it is being written")
                 self.preparing = {p: at for p, at in self.preparing.items() if (p.key, at) != (key, name)}
+                self.encoding = {image: at for image, at in self.encoding.items() if (image[0], at) != (key, name)}
 
     def queue(self, write: Write, name: str) -> None:
         index = (write.key.request_id, write.token_block)
+        if index[1] < self.case.cached[min(1, len(self.case.cached) - 1)]:
+            raise Violation(f"{write}: written although the engine had it when it admitted the request")
         self.started[index] += 1
         if write in self.queued or write in self.writing or (self.harmless and self.started[index] > 1):
             raise Violation(f"{write}: written twice although no write was lost")
@@ -349,7 +406,8 @@ class World:
             self.do_start(write)
 
     def discard_useless(self) -> None:
-        """Delivers messages that have no effect, now or later: those of finished attempts and those to dead encoders.
+        """Delivers messages that have no effect, now or later: those of finished attempts, outdated ones, and those to
+        dead encoders.
 
         This reduces the number of states. The method checks that they really have no effect.
         """
@@ -361,9 +419,14 @@ class World:
                 request = self.receiver.requests.get(message.request_id)
                 current = request and (request.attempt, request.peer) == (message.attempt, source)
                 useless = not current and key not in self.receiver.abandoned
+                if current and isinstance(message, Encoded) and request.prepared:
+                    useless = from_ranges(message.blocks, 99) <= request.encoded
             else:
                 finished = machine and machine.finished.get(AttemptKey(NODE, *key))
                 useless = not machine or (finished and not finished.error and not isinstance(message, Abort))
+                outgoing = machine and machine.outgoing.get(AttemptKey(NODE, *key))
+                if outgoing and not outgoing.error and isinstance(message, Want):
+                    useless = message.version < outgoing.version
             if useless:
                 del self.mail[letter]
                 if machine and machine.receive(source, message, self.now):
@@ -392,6 +455,7 @@ class World:
         if request_id in self.ended:
             raise Violation(f"{request_id} ended twice: {self.ended[request_id]} and {how}")
         self.ended[request_id] = how
+        self.admissions.pop(request_id, None)
 
     def check(self) -> None:
         """Checks the invariants of every state."""

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepstack_jax.engine.core import Engine, Event, Failed, NewTokens
-from deepstack_jax.engine.request import Image, Request, _digest
+from deepstack_jax.engine.prefix_cache import ImageSpan
+from deepstack_jax.engine.request import Image, Request
 from deepstack_jax.models.vision import separate_deepstack_embeds
 from tests.engine_questions import Bench, Question, read_kv_bits, scramble
 
@@ -136,7 +137,8 @@ def _ask(question: Question, rng: random.Random, arrives: int) -> Asked:
 def _delay(asked: Asked, rng: random.Random) -> None:
     """The rows of each image come by themselves, in any order, as they do from encode nodes."""
     request = asked.request
-    request.digests = tuple(_digest(image.pixels) for image in request.images if image.pixels)
+    spans = (ImageSpan(image.first_row, image.rows, image.pixels.digest()) for image in request.images if image.pixels)
+    request.spans = tuple(spans)
     for number, image in enumerate(request.images):
         image.pixels = None
         asked.late.append((asked.arrives + rng.randint(0, 9), image, number))

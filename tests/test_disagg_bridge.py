@@ -20,13 +20,21 @@ from deepstack_jax.disagg import MultimodalDataBuffers
 from deepstack_jax.disagg.encode import bridge as bridge_module
 from deepstack_jax.disagg.encode.bridge import BlockWrite, SendBridge, WriteSkippedError
 from deepstack_jax.disagg.encode.outgoing import OutgoingRequest
-from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
+from deepstack_jax.disagg.language.incoming import BlockCopy
 from deepstack_jax.disagg.transports import TransferError, Transport, WriteSegment
 from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
-from deepstack_jax.disagg.wire.device_rows import DeviceRows, HostMemory, HostRows, rows_per_step
+from deepstack_jax.disagg.wire.device_rows import HostMemory, HostRows, rows_per_step, to_device
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.rounding import cdiv
-from tests.bridge_cases import IMAGE, VIDEO, WAIT_S, in_token_order, make_request, send
+from tests.bridge_cases import (
+    WAIT_S,
+    arrived_rows,
+    expected_by,
+    in_token_order,
+    incoming_for,
+    make_request,
+    send,
+)
 from tests.bridge_peer import Peer, peer
 from tests.cases import side_by_side
 from tests.faults import Fault, FaultyTransport, random_faults
@@ -67,23 +75,18 @@ def test_what_arrives_is_what_was_sent(transport, shared_peers, tmp_path, monkey
     count = cdiv(len(kinds), 4)
     pool_blocks = [5, 6, 2, 3, 0, 7, 1, 4][:count]  # some are adjacent, others are not
     bridge = SendBridge(transport, receiver.session, receiver.layout)
-    receiver.command(expect=[len(kinds), int((request.visual_index >= 0).sum()), [IMAGE, VIDEO], 32])
+    receiver.command(expect=expected_by(request))
 
     writes = send(bridge, request, list(enumerate(pool_blocks)))
     assert [write.error for write in writes] == [None] * count
     assert receiver.command(copy_out=as_json(writes)) == [[write.checksum.hex(), write.num_bytes] for write in writes]
 
     got = receiver.request(tmp_path)
-    np.testing.assert_array_equal(got["fill_ids"], request.fill_ids)
-    np.testing.assert_array_equal(got["mrope_positions"], request.mrope_positions)
-    np.testing.assert_array_equal(got["aux_datas"], request.aux_datas)
     visual = request.visual_index >= 0
     np.testing.assert_array_equal(got["visual_index"], np.where(visual, visual.cumsum() - 1, -1))
-    assert len(got["rows"]) == 32
-    rows = visual.sum()
-    if rows:
-        np.testing.assert_array_equal(got["rows"][:rows], in_token_order(request))
-    assert not got["rows"][rows:].any()  # the padding up to the bucket
+    assert len(got["rows"]) == visual.sum()
+    if visual.any():
+        np.testing.assert_array_equal(got["rows"], in_token_order(request))
     # only these bytes crossed the wire
     assert bridge.times.num_bytes == sum(write.num_bytes for write in writes) == bytes_of(request)
     bridge.close()
@@ -133,7 +136,7 @@ def test_blocks_in_any_order_and_in_several_rounds(transport, tmp_path):
     request = make_request(kinds, 40, 3, np.float32)
     with peer(2, 4, 40, 3, "float32") as receiver:
         bridge = SendBridge(transport, receiver.session, receiver.layout)
-        receiver.command(expect=[len(kinds), 26, [IMAGE, VIDEO], None])
+        receiver.command(expect=expected_by(request))
         for round in ([(5, 0), (1, 1)], [(7, 1), (0, 0)], [(2, 0), (3, 1)], [(6, 1), (4, 0)]):
             writes = send(bridge, request, round)
             assert [write.token_block for write in writes] == [token_block for token_block, _ in round]
@@ -149,7 +152,7 @@ def test_more_segments_than_the_engine_queues(transport, tmp_path):
     with peer(2 * count, 2, 4, 1, "bfloat16") as receiver:
         request = make_request("i" * 2 * count, 4, 1, ml_dtypes.bfloat16)
         bridge = SendBridge(transport, receiver.session, receiver.layout)
-        receiver.command(expect=[2 * count, 2 * count, [IMAGE], None])
+        receiver.command(expect=expected_by(request))
         writes = send(bridge, request, [(block, 2 * block) for block in range(count)])
         assert not any(write.error for write in writes)
         assert bridge.times.num_segments == 4 * count + 1 > 2048
@@ -196,7 +199,7 @@ def test_rows_live_until_nothing_can_read_them(transport, shared_peers, tmp_path
             return any(room.ctypes.data == place for room in [memory.take(4 * 3 * 24 * 2)])
 
         ended: list[BlockWrite] = []
-        receiver.command(expect=[4, 4, [IMAGE], None])
+        receiver.command(expect=expected_by(request))
         bridge.write(request, [(0, 0)], ended.extend)
         del request, room, levels
         if not fails:
@@ -238,7 +241,7 @@ def test_each_fault_has_its_declared_effect(transport, tmp_path):
     def meet(fault: Fault) -> tuple[BlockWrite, BlockWrite, list[bool], float, Peer, list[np.ndarray]]:
         faulty = FaultyTransport(transport, [fault], seed=3)
         bridge = SendBridge(faulty, receiver.session, receiver.layout)
-        receiver.command(expect=[8, 8, [IMAGE], None])
+        receiver.command(expect=expected_by(request))
         started = time.perf_counter()
         first = send(bridge, request, [(0, 0)])[0]
         took = time.perf_counter() - started
@@ -459,26 +462,33 @@ class LocalTransport(Transport):
 def test_copied_blocks_do_not_change_with_the_pool():
     request = make_request("i" * 6 + "tt", 24, 3, ml_dtypes.bfloat16)
     pool, local = filled_pool(request, 2)
-    incoming = IncomingRequest(pool, 8, 6, [IMAGE], num_rows=8)
-    for write in reversed(local.writes):  # the second block is parked until the first arrives
+    incoming = incoming_for(request, pool)
+    for write in reversed(local.writes):
         copy = BlockCopy(write.checksum, write.num_bytes)
         assert incoming.copy_out(write.token_block, write.pool_block, copy) == copy
         for array in pool.arrays:
             array[write.pool_block] = 0
-    assert incoming.complete
-    rows = incoming.rows()
-    np.testing.assert_array_equal(side_by_side(rows)[:6].view(np.uint8), in_token_order(request))
-    np.testing.assert_array_equal(incoming.fill_ids, request.fill_ids)
     # a block that has arrived is not read again
     another = BlockCopy(b"another", 1)  # as reported by another encoder, whose rows differ in their last bits
     assert incoming.copy_out(0, 0, another) == another
-    np.testing.assert_array_equal(side_by_side(rows)[:6].view(np.uint8), in_token_order(request))
+    first = incoming.take_rows(0)
+    assert first is not None
+    assert incoming.take_rows(0) is None  # rows are given out once
+    incoming.copy_out(0, 0, another)
+    assert incoming.take_rows(0) is None
+    second = incoming.take_rows(1)
+    assert second is not None
+    assert all(len(rows) == 4 for part in (first, second) for rows in part)  # whole blocks: one shape for all programs
+    expected = in_token_order(request)
+    np.testing.assert_array_equal(side_by_side(first).view(np.uint8), expected[:4])
+    np.testing.assert_array_equal(side_by_side(second).view(np.uint8)[:2], expected[4:])
+    assert not side_by_side(second)[2:].any()
 
 
 def test_a_damaged_block_does_not_count_and_may_be_sent_again():
     request = make_request("i" * 8, 24, 3, ml_dtypes.bfloat16)
     pool, local = filled_pool(request, 2)
-    incoming = IncomingRequest(pool, 8, 8, [IMAGE])
+    incoming = incoming_for(request, pool)
     expected = [BlockCopy(write.checksum, write.num_bytes) for write in local.writes]
     for buffer, place in ((4, (0, 3, 71)), (1, (0, 0)), (2, (0, 1, 2)), (3, (0, 5))):
         good = pool.arrays[buffer][place].copy()
@@ -486,20 +496,47 @@ def test_a_damaged_block_does_not_count_and_may_be_sent_again():
         assert incoming.copy_out(0, 0, expected[0]) != expected[0]
         pool.arrays[buffer][place] = good
     assert incoming.copy_out(1, 1, expected[1]) == expected[1]
-    with pytest.raises(RuntimeError, match="1 of 2 blocks have not arrived"):
-        incoming.rows()
+    assert incoming.take_rows(0) is None
     assert incoming.copy_out(0, 0, expected[0]) == expected[0]
-    np.testing.assert_array_equal(side_by_side(incoming.rows()).view(np.uint8), in_token_order(request))
+    np.testing.assert_array_equal(arrived_rows(incoming), in_token_order(request))
 
 
-def test_more_visual_tokens_than_announced_rows_are_refused():
-    request = make_request("i" * 8, 24, 3, ml_dtypes.bfloat16)
+@pytest.mark.parametrize("what", ["ids", "positions"])
+def test_blocks_that_contradict_the_prompt_are_refused(what: str):
+    request = make_request("ttii" + "i" * 4, 24, 3, ml_dtypes.bfloat16)
     pool, local = filled_pool(request, 2)
-    incoming = IncomingRequest(pool, 8, 7, [IMAGE])
+    announced = {"fill_ids": request.fill_ids.copy(), "mrope_positions": request.mrope_positions.copy()}
+    announced["fill_ids" if what == "ids" else "mrope_positions"][..., 1] += 1
+    incoming = incoming_for(replace(request, **announced), pool)
     first, second = (BlockCopy(write.checksum, write.num_bytes) for write in local.writes)
-    assert incoming.copy_out(0, 0, first) == first
-    with pytest.raises(ValueError, match="more visual tokens than the 7 rows"):
-        incoming.copy_out(1, 1, second)
+    with pytest.raises(ValueError, match="the ids or positions of token block 0 contradict the prompt"):
+        incoming.copy_out(0, 0, first)
+    assert incoming.take_rows(0) is None
+    assert incoming.copy_out(1, 1, second) == second
+
+
+def test_rows_are_added_image_by_image_and_missing_ones_are_never_sent():
+    whole = make_request("tiii" + "iiit" + "vvvv", 24, 3, ml_dtypes.bfloat16)
+    rows = whole.rows
+    assert rows is not None
+    request = replace(whole, rows=None)
+
+    def add(first: int, stop: int) -> None:
+        """With rows of padding, as an encoder's bucket has."""
+        request.add_rows(first, stop - first, VisualRows(*(jnp.pad(x[first:stop], [(0, 3), (0, 0)]) for x in rows)))
+
+    pool = MultimodalDataBuffers(3, 4, 24, 3, ml_dtypes.bfloat16)
+    bridge = SendBridge(LocalTransport(), "here", pool.layout)
+    add(6, 10)
+    add(0, 2)
+    assert isinstance(send(bridge, request, [(0, 0)])[0].error, ValueError)  # the third row is missing
+    add(2, 6)
+    incoming = incoming_for(whole, pool)
+    for write in send(bridge, request, [(2, 2), (0, 0), (1, 1)]):
+        copy = BlockCopy(write.checksum, write.num_bytes)
+        assert incoming.copy_out(write.token_block, write.pool_block, copy) == copy
+    bridge.close()
+    np.testing.assert_array_equal(arrived_rows(incoming), in_token_order(whole))
 
 
 def test_memory_is_reused_only_when_nothing_refers_to_it():
@@ -539,9 +576,8 @@ def test_rows_through_pinned_memory_as_on_an_accelerator(count):
         np.testing.assert_array_equal(np.concatenate(read), expected[start:stop])
 
     filled = HostMemory().take(rows.nbytes).view(np.float32).reshape(rows.shape)
-    device = DeviceRows(filled, in_place=False)
-    for ready in (0, count // 2, count):
-        filled[:ready] = np.asarray(rows)[:ready]
-        device.send(ready)
-    np.testing.assert_array_equal(np.asarray(device.finish()), np.asarray(rows))
-    assert device.finish().unsafe_buffer_pointer() != filled.ctypes.data
+    filled[...] = np.asarray(rows)
+    device = to_device(filled, in_place=False)
+    np.testing.assert_array_equal(np.asarray(device), np.asarray(rows))
+    assert device.unsafe_buffer_pointer() != filled.ctypes.data
+    assert not filled.flags.writeable

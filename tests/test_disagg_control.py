@@ -21,7 +21,8 @@ import zmq.asyncio
 import deepstack_jax as dsj
 from deepstack_jax.disagg.encode import server as encode_node
 from deepstack_jax.disagg.encode.server import EncodeServer
-from deepstack_jax.disagg.language.encoder_pool import EncoderPool, TransferFailedError
+from deepstack_jax.disagg.language.encoder_pool import EncoderPool
+from deepstack_jax.disagg.language.fetch import TransferFailedError
 from deepstack_jax.disagg.language.link import HEARTBEAT_TIMEOUT_S
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
 from deepstack_jax.disagg.wire.control import (
@@ -54,6 +55,7 @@ from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_ch
 from tests.faults import inject_message_faults
 from tests.media import media
 from tests.nodes import EncodeProcess, encode_process
+from tests.whole_prompts import fetch
 
 BLOCK = 16
 CONFIG = tiny_config(text_config={"num_hidden_layers": 1}, vision_config={"depth": 1, "deepstack_visual_indexes": [0]})
@@ -413,7 +415,7 @@ class TestLiving:
             async with with_simulated_encoder(model) as (encoders, _, _):
                 monkeypatch.setattr(encoders.receiver, "tick", broken)
                 with pytest.raises(TransferFailedError, match="deadline passed"):
-                    await asyncio.wait_for(encoders.fetch("r", b"", time.monotonic() + 0.5), 5)
+                    await asyncio.wait_for(fetch(encoders, "r", b"", time.monotonic() + 0.5), 5)
 
         asyncio.run(work())
 
@@ -451,10 +453,10 @@ class TestRequests:
     def test_a_duplicate_id_is_refused_and_the_first_request_continues(self, model: dsj.Model):
         async def work() -> None:
             async with with_simulated_encoder(model) as (encoders, _, received):
-                first = asyncio.create_task(encoders.fetch("r", b"", time.monotonic() + 60))
+                first = asyncio.create_task(fetch(encoders, "r", b"", time.monotonic() + 60))
                 assert isinstance(await received.get(), Submit)
                 with pytest.raises(ValueError, match="'r' is already in progress"):
-                    await encoders.fetch("r", b"", time.monotonic() + 60)
+                    await fetch(encoders, "r", b"", time.monotonic() + 60)
                 assert not first.done()
                 assert list(encoders.receiver.requests) == ["r"]
                 first.cancel()
@@ -470,10 +472,10 @@ class TestRequests:
     def test_closing_ends_requests_in_progress_and_refuses_new_ones(self, model: dsj.Model):
         async def work() -> None:
             async with with_simulated_encoder(model) as (encoders, _, received):
-                pending = asyncio.create_task(encoders.fetch("r", b"", time.monotonic() + 60))
+                pending = asyncio.create_task(fetch(encoders, "r", b"", time.monotonic() + 60))
                 await received.get()
                 await encoders.close()
-                for request in (pending, encoders.fetch("s", b"", time.monotonic() + 60)):
+                for request in (pending, fetch(encoders, "s", b"", time.monotonic() + 60)):
                     with pytest.raises(TransferFailedError, match="stopping: try again later") as error:
                         await asyncio.wait_for(request, 1)
                     assert error.value.status == 503
@@ -485,7 +487,7 @@ class TestRequests:
     def test_more_visual_rows_than_tokens_end_the_attempt(self, model: dsj.Model):
         async def work() -> None:
             async with with_simulated_encoder(model) as (encoders, send, received):
-                request = asyncio.create_task(encoders.fetch("r", b"", time.monotonic() + 60))
+                request = asyncio.create_task(fetch(encoders, "r", b"", time.monotonic() + 60))
                 for _ in range(4):
                     while not isinstance(message := await asyncio.wait_for(received.get(), 5), Submit):
                         pass
@@ -527,7 +529,7 @@ class TestRequests:
                 async with connected(model, [process.endpoint]) as encoders:
                     await until(lambda: encoders.num_encoders == 1)
                     payload = pack("What is this?", *media("one image"))
-                    request = asyncio.create_task(encoders.fetch("r", payload, time.monotonic() + 600))
+                    request = asyncio.create_task(fetch(encoders, "r", payload, time.monotonic() + 600))
                     if lost is Abort:
                         await until(lambda: encoders.receiver.requests and encoders.receiver.requests["r"].accepted, 60)
                         request.cancel()

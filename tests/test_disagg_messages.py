@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepstack_jax.disagg.encode.sender import Sender, SenderSettings
-from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
+from deepstack_jax.disagg.language.pending import ReceiverSettings
+from deepstack_jax.disagg.language.receiver import Receiver
 from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
 from deepstack_jax.disagg.wire.messages import (
     MAX_MESSAGE,
@@ -18,17 +19,20 @@ from deepstack_jax.disagg.wire.messages import (
     Abort,
     Aborted,
     Accepted,
+    Encoded,
     Error,
     Goodbye,
     Grant,
     Heartbeat,
     HeartbeatReply,
     Hello,
+    ImageRows,
     Message,
     Prepared,
     Refused,
     Release,
     Submit,
+    Want,
     Welcome,
     Written,
     WrittenBlock,
@@ -36,7 +40,17 @@ from deepstack_jax.disagg.wire.messages import (
     refusal,
     unpack_message,
 )
-from deepstack_jax.disagg.wire.transfer import CopyOut, EncodeLocally, Ended, Prepare, Send, StartWrite
+from deepstack_jax.disagg.wire.transfer import (
+    CopyOut,
+    EncodeBlocks,
+    EncodeLocally,
+    Ended,
+    Prepare,
+    PromptKnown,
+    Send,
+    StartWrite,
+    from_ranges,
+)
 
 NUM_FUZZED = 200_000
 FINGERPRINT, CHECKSUM = b"a prompt", b"checksum"
@@ -74,9 +88,11 @@ EXAMPLES: list[Message] = [
     Heartbeat(7),
     HeartbeatReply(7, "i1", 250),
     Goodbye("restarting"),
-    Submit("r1", 2, 30_000, b"payload", ((0, 2), (5, 6)), FINGERPRINT),
+    Submit("r1", 2, 30_000, b"payload"),
     Accepted("r1", 2),
-    Prepared("r1", 2, 4000, 1000, -37, FINGERPRINT),
+    Prepared("r1", 2, 3, 2, -37, FINGERPRINT, bytes(48), (ImageRows(0, 2, bytes(32)),), 1500),
+    Want("r1", 2, 3, ((0, 2), (5, 6))),
+    Encoded("r1", 2, ((0, 2),), 250_000),
     Grant("r1", 2, 3, ((0, 7), (1, 2))),
     Written("r1", 2, 3, (WrittenBlock(0, CHECKSUM, 123456),)),
     Release("r1", 2),
@@ -233,13 +249,15 @@ def any_message(rng: random.Random, live: list[tuple[str, int, int]]) -> Message
     checksum = rng.choice((CHECKSUM, b"wrong..."))
     pairs = tuple((rng.randrange(5), rng.randrange(9)) for _ in range(rng.randint(1, 3)))
     reports = tuple(WrittenBlock(block, checksum, rng.choice((8, 9))) for block, _ in pairs)
-    have = tuple((start, start + 1) for start, _ in pairs)
+    ranges = tuple((start, rng.choice((start + 1, 1, 1 << 20))) for start, _ in pairs)
     return rng.choice(
         (
             *EXAMPLES,
-            Submit(name, attempt, rng.choice((0, 5, 3000)), rng.choice((None, b"x")), have, FINGERPRINT),
+            Submit(name, attempt, rng.choice((0, 5, 3000)), rng.choice((None, b"x"))),
             Accepted(name, attempt),
             Prepared(name, attempt, rng.choice((1, 5, 9, 1 << 20)), 1, 0, rng.choice((FINGERPRINT, b"another prompt"))),
+            Want(name, attempt, round, ranges),
+            Encoded(name, attempt, ranges),
             Grant(name, attempt, round, pairs),
             Written(name, attempt, round, reports),
             Release(name, attempt),
@@ -321,7 +339,7 @@ class Nodes:
             assert not isinstance(action, EncodeLocally)
             if isinstance(action, Ended):
                 self.ended.append(action)
-            elif isinstance(action, Send | CopyOut | StartWrite | Prepare):
+            elif isinstance(action, Send | CopyOut | StartWrite | Prepare | EncodeBlocks | PromptKnown):
                 self.actions.append((name, action))
         pool = self.receiver.pool
         assert pool.num_free + pool.num_used + pool.num_quarantined == 8
@@ -345,7 +363,16 @@ class Nodes:
                 assert again == message, why
                 self.deliver(peer, name, message)
             case Prepare(key):
-                self.perform(name, self.senders[name].prepared(key, 9, 9, 0, FINGERPRINT, now))
+                prompt = Prepared(key.request_id, key.attempt, 9, 9, 0, FINGERPRINT)
+                self.perform(name, self.senders[name].prepared(key, prompt, now))
+            case PromptKnown(request_id, prompt):
+                blocks = range(rng.choice((0, 0, 0, 2)), 5)
+                self.perform("node", self.receiver.want(request_id, blocks, rng.random() < 0.8, now))
+                if rng.random() < 0.9:  # otherwise the engine never has a place for it
+                    self.perform("node", self.receiver.want(request_id, blocks[rng.randrange(2) :], True, now))
+            case EncodeBlocks(key, blocks):
+                for block in from_ranges(blocks, 99):
+                    self.perform(name, self.senders[name].encoded(key, [block], now))
             case StartWrite(key, round, blocks):
                 reports = [WrittenBlock(block, CHECKSUM, 8) for block, _ in blocks]
                 done, lost = (reports[:1], [block for block, _ in blocks[1:]]) if rng.random() < 0.03 else (reports, [])

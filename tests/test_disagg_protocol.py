@@ -3,22 +3,26 @@
 import pytest
 
 from deepstack_jax.disagg.encode.sender import FinishedAttempt, Sender, SenderSettings
-from deepstack_jax.disagg.language.receiver import Receiver, ReceiverSettings
+from deepstack_jax.disagg.language.pending import ReceiverSettings
+from deepstack_jax.disagg.language.receiver import Receiver
 from deepstack_jax.disagg.wire.messages import (
     Abort,
     Aborted,
     Accepted,
+    Encoded,
     Error,
     Grant,
     Prepared,
     Release,
     Submit,
+    Want,
     Written,
     WrittenBlock,
 )
 from deepstack_jax.disagg.wire.transfer import (
     AttemptKey,
     CopyOut,
+    EncodeBlocks,
     EncodeLocally,
     Ended,
     Forget,
@@ -40,18 +44,43 @@ class TestEveryState:
     @pytest.mark.parametrize(
         ("case", "least_states"),
         [
-            pytest.param(Case((2, 2), pool=1, share=1), 200, id="one block for two requests"),
-            pytest.param(Case((2, 2), pool=1, share=1, faults=2, kinds=NETWORK_FAULTS), 10_000, id="a lossy network"),
-            pytest.param(Case((2, 2), pool=1, share=1, faults=1), 30_000, id="one block, any fault"),
-            pytest.param(Case((2, 2), pool=2, share=2, faults=1), 46_000, id="two blocks, any fault"),
-            pytest.param(Case((3,), pool=2, share=2, faults=2), 54_000, id="rounds, any two faults"),
+            pytest.param(Case((2, 2), pool=1, share=1), 300, id="one block for two requests"),
+            pytest.param(Case((2, 2), pool=1, share=1, faults=2, kinds=NETWORK_FAULTS), 23_000, id="a lossy network"),
+            pytest.param(Case((2, 2), pool=1, share=1, faults=1), 59_000, id="one block, any fault"),
+            pytest.param(Case((2, 2), pool=2, share=2, faults=1), 87_000, id="two blocks, any fault"),
+            pytest.param(Case((3,), pool=2, share=2, faults=2), 63_000, id="rounds, any two faults"),
             pytest.param(
                 Case((2,), pool=1, share=1, faults=2, encoders=2, own_prompts=True),
-                59_000,
+                50_000,
                 id="another encoder, another prompt",
             ),
             pytest.param(
-                Case((2,), pool=2, share=2, faults=2, slow_copies=True, encodes_locally=True), 52_000, id="slow copies"
+                Case((2, 1), pool=1, share=1, faults=1, kinds=NETWORK_FAULTS, slow_encoding=True, slow_admission=True),
+                24_900,
+                id="image by image",
+            ),
+            pytest.param(
+                Case((2,), pool=1, share=1, faults=1, encoders=2, slow_encoding=True, slow_admission=True),
+                16_500,
+                id="image by image, any fault",
+            ),
+            pytest.param(
+                Case((2,), pool=1, share=1, faults=1, slow_encoding=True, slow_admission=True, cached=(0, 1, 2)),
+                7_600,
+                id="blocks found in the prefix cache",
+            ),
+            pytest.param(
+                Case((3,), pool=1, share=1, faults=1, slow_encoding=True, slow_admission=True, cached=(2, 1)),
+                4_300,
+                id="blocks lost from the prefix cache",
+            ),
+            pytest.param(
+                Case((1, 1), pool=1, share=1, faults=1, slow_admission=True, cached=(0, 1)),
+                10_000,
+                id="everything found in the prefix cache",
+            ),
+            pytest.param(
+                Case((2,), pool=2, share=2, faults=2, slow_copies=True, encodes_locally=True), 61_000, id="slow copies"
             ),
             pytest.param(
                 Case((2,), 1, 1, faults=2, slow_copies=True, slow_preparation=True, slow_starts=True),
@@ -104,10 +133,25 @@ class AsksOnce(Receiver):
 
 class MixesPrompts(Receiver):
     def _prepared(self, request, message, now):
-        received = set(request.received)
-        actions = super()._prepared(request, message, now)
-        request.received |= received
-        return [action for action in actions or [] if not (received and isinstance(action, PromptKnown))]
+        request.fingerprint = request.fingerprint and message.fingerprint
+        return super()._prepared(request, message, now)
+
+
+class WantsOnce(Receiver):
+    def _send_unanswered(self, request_id, request, now):
+        return [one for one in super()._send_unanswered(request_id, request, now) if not isinstance(one.message, Want)]
+
+
+class GrantsWithoutAdmission(Receiver):
+    def want(self, request_id, blocks, admitted, now):
+        return super().want(request_id, blocks, True, now)
+
+
+class KeepsTheFirstWant(Sender):
+    def _want(self, key, message):
+        if key in self.outgoing and self.outgoing[key].version:
+            return self._report_encoded(key, self.outgoing[key])
+        return super()._want(key, message)
 
 
 class ConfirmsTooSoon(Sender):
@@ -143,7 +187,22 @@ class WritesAgain(Sender):
             Case((1,), pool=1, share=1, faults=1, kinds=NETWORK_FAULTS, receiver=AsksOnce),
             "despite a lossy network only",
         ),
-        (Case((2,), pool=1, share=1, faults=1, encoders=2, own_prompts=True, receiver=MixesPrompts), "two prompts"),
+        (
+            Case((2,), pool=1, share=1, faults=1, encoders=2, own_prompts=True, receiver=MixesPrompts),
+            "two prompts|a second prompt",
+        ),
+        (
+            Case((2,), 1, 1, faults=1, kinds=NETWORK_FAULTS, slow_encoding=True, receiver=WantsOnce),
+            "despite a lossy network only",
+        ),
+        (
+            Case((2,), pool=1, share=1, slow_admission=True, cached=(0, 1), receiver=GrantsWithoutAdmission),
+            "although the engine had it",
+        ),
+        (
+            Case((2,), pool=1, share=1, slow_admission=True, cached=(1, 0), sender=KeepsTheFirstWant),
+            "despite a lossy network only",
+        ),
         (Case((1, 1), pool=1, share=1, faults=1, sender=ConfirmsTooSoon), "free or not its own"),
         (Case((2,), pool=2, share=2, faults=1, sender=ConfirmsAfterFailure), "free or not its own"),
         (Case((1,), pool=1, share=1, faults=2, sender=ForgetsAttempts), "free or not its own"),
@@ -176,10 +235,24 @@ def sent(actions) -> list:
     return [action.message for action in actions if isinstance(action, Send)]
 
 
-def ready(made: Receiver, request_id: str, tokens: int, peer: str = "a", now: float = 0.0) -> list:
+def prepared(made: Receiver, request_id: str, tokens: int, peer: str = "a", now: float = 0.0) -> list:
     """Delivers Prepared for the request; returns the receiver's actions."""
-    request = made.requests[request_id]
-    return made.receive(peer, Prepared(request_id, request.attempt, tokens, tokens, -1, FINGERPRINT), now)
+    attempt = made.requests[request_id].attempt
+    return made.receive(peer, Prepared(request_id, attempt, tokens, tokens, -1, FINGERPRINT), now)
+
+
+def encoded(made: Receiver, request_id: str, *blocks: tuple[int, int], peer: str = "a", now: float = 0.0) -> list:
+    """Delivers Encoded for ranges of blocks of the request; returns the receiver's actions."""
+    return made.receive(peer, Encoded(request_id, made.requests[request_id].attempt, blocks), now)
+
+
+def ready(made: Receiver, request_id: str, tokens: int, peer: str = "a", now: float = 0.0) -> list:
+    """Delivers that the prompt is known and all of its blocks are encoded; returns the last actions."""
+    actions = prepared(made, request_id, tokens, peer, now)
+    if request_id not in made.requests:
+        return actions
+    made.want(request_id, range(-(-tokens // 2)), True, now)
+    return encoded(made, request_id, (0, -(-tokens // 2)), peer=peer, now=now)
 
 
 def arrive(made: Receiver, request_id: str, now: float = 0.0, checksum: bytes = CHECKSUM) -> list:
@@ -201,9 +274,10 @@ class TestReceiver:
         assert submit == Submit("r", 1, budget_ms=58000, payload=b"what is it?")
         made.receive("a", Accepted("r", 1), 2)
         assert made.requests["r"].state == State.BOOTSTRAPPING
-        began, grant = ready(made, "r", tokens=7)
-        assert began == PromptKnown("r", 7, 7, -1)
-        assert grant == Send("a", Grant("r", 1, 1, ((0, 0), (1, 1))))
+        prompt = Prepared("r", 1, 7, 7, -1, FINGERPRINT)
+        assert made.receive("a", prompt, 2) == [PromptKnown("r", prompt)]
+        assert made.want("r", range(4), True, 2) == [Send("a", Want("r", 1, 1, ((0, 4),)))]
+        assert encoded(made, "r", (0, 4)) == [Send("a", Grant("r", 1, 1, ((0, 0), (1, 1))))]
         assert made.requests["r"].state == State.TRANSFERRING
         assert arrive(made, "r") == [Send("a", Grant("r", 1, 2, ((2, 0), (3, 1))))]
         copies = made.receive("a", Written("r", 1, 2, (WrittenBlock(3, CHECKSUM, 8), WrittenBlock(2, CHECKSUM, 8))), 3)
@@ -219,7 +293,7 @@ class TestReceiver:
         for index in range(64):
             made.submit(f"r{index}", b"", 1000, 0)
         actions = []
-        for index in reversed(range(64)):  # the newest are prepared first
+        for index in reversed(range(64)):  # the newest are encoded first
             tokens = 2 * (1 + index % 5)  # one to five blocks, one to three rounds
             actions += ready(made, f"r{index}", tokens, made.requests[f"r{index}"].peer)
         actions = [action for action in actions if isinstance(action, Send)]
@@ -237,7 +311,7 @@ class TestReceiver:
             ended += [int(action.request_id[1:]) for action in actions if isinstance(action, Ended)]
             actions = [action for action in actions if isinstance(action, Send)]
         assert sorted(ended) == list(range(64))
-        # the newest got blocks before the others were prepared; each of the rest ends after at most two newer ones
+        # the newest got blocks before the others were encoded; each of the rest ends after at most two newer ones
         rest = [index for index in ended if index < 60]
         assert max(sum(other > index for other in rest[:place]) for place, index in enumerate(rest)) <= 2
 
@@ -265,10 +339,59 @@ class TestReceiver:
         assert sent(made.tick(1)) == [Submit("r", 1, 59000, b"payload")]
         made.receive("a", Accepted("r", 1), 1)
         assert sent(made.tick(2)) == [Submit("r", 1, 58000, None)]
+        prepared(made, "r", 6)
+        assert made.tick(3) == []  # nothing is wanted yet
+        made.want("r", range(3), True, 3)
+        assert sent(made.tick(4)) == [Want("r", 1, 1, ((0, 3),))]
+        encoded(made, "r", (0, 2), now=4)
+        assert sent(made.tick(5)) == [Grant("r", 1, 1, ((0, 0), (1, 1))), Want("r", 1, 1, ((0, 3),))]
+        encoded(made, "r", (0, 3), now=5)
+        made.receive("a", Written("r", 1, 1, (WrittenBlock(0, CHECKSUM, 8),)), 5)
+        assert sent(made.tick(6)) == [Grant("r", 1, 1, ((1, 1),))]
+
+    def test_blocks_are_granted_once_the_engine_has_admitted_the_request_and_their_images_are_encoded(self):
+        made = receiver()
+        made.submit("r", b"", 60, 0)
+        prepared(made, "r", 10)
+        assert sent(made.want("r", range(5), False, 0)) == [Want("r", 1, 1, ((0, 5),))]
+        assert encoded(made, "r", (0, 1), (3, 4)) == []  # it holds no blocks while it waits
+        assert made.want("r", range(5), True, 0) == [Send("a", Grant("r", 1, 1, ((0, 0), (3, 1))))]
+        assert encoded(made, "r", (0, 2), (3, 4)) == []  # one round at a time
+        assert arrive(made, "r") == [Send("a", Grant("r", 1, 2, ((1, 0),)))]
+
+    def test_what_the_engine_has_is_neither_encoded_nor_granted(self):
+        made = receiver()
+        made.submit("r", b"", 60, 0)
+        prepared(made, "r", 8)
+        made.want("r", range(4), False, 0)
+        assert sent(made.want("r", (2, 3), True, 0)) == [Want("r", 1, 2, ((2, 4),))]
+        assert sent(encoded(made, "r", (0, 1), (2, 3))) == [Grant("r", 1, 1, ((2, 0),))]
+        assert arrive(made, "r") == []
+        assert made.want("r", (2,), True, 0) == [Send("a", Release("r", 1)), Ended("r", State.SUCCESS, 200, "")]
+
+    def test_a_request_whose_rows_the_engine_has_ends_at_once(self):
+        made = receiver()
+        made.submit("r", b"", 60, 0)
+        prepared(made, "r", 8)
+        assert sent(made.want("r", (), False, 0)) == [Want("r", 1, 1, ())]  # not yet: the cache may lose them
+        assert made.want("r", (), True, 0) == [Send("a", Release("r", 1)), Ended("r", State.SUCCESS, 200, "")]
+
+    def test_granted_blocks_that_are_no_longer_wanted_are_waited_for(self):
+        made = receiver()
+        made.submit("r", b"", 60, 0)
         ready(made, "r", 4)
-        assert sent(made.tick(3)) == [Grant("r", 1, 1, ((0, 0), (1, 1)))]
-        made.receive("a", Written("r", 1, 1, (WrittenBlock(0, CHECKSUM, 8),)), 3)
-        assert sent(made.tick(4)) == [Grant("r", 1, 1, ((1, 1),))]
+        assert sent(made.want("r", (), True, 0)) == [Want("r", 1, 2, ())]
+        assert [type(action) for action in arrive(made, "r")] == [Send, Ended]
+        assert made.pool.num_free == 4
+
+    def test_wanted_blocks_outside_the_prompt_do_not_count(self):
+        made = receiver()
+        assert made.want("unknown", (0,), True, 0) == []
+        made.submit("r", b"", 60, 0)
+        assert made.want("r", (0,), True, 0) == []  # its prompt is not known
+        prepared(made, "r", 4)
+        assert sent(made.want("r", (-1, 1, 2), True, 0)) == [Want("r", 1, 1, ((1, 2),))]
+        assert sent(encoded(made, "r", (1, 1 << 20))) == [Grant("r", 1, 1, ((1, 0),))]
 
     def test_another_encoder_sends_only_the_missing_blocks(self):
         made = receiver()
@@ -277,19 +400,20 @@ class TestReceiver:
         arrive(made, "r")
         abort, submit = sent(made.peer_down("a", "a is dead", 5))
         assert abort == Abort("r", 1, "a is dead")
-        assert submit == Submit("r", 2, 55000, b"payload", have=((0, 2),), fingerprint=FINGERPRINT)
-        [grant] = ready(made, "r", 9, "b")
+        assert submit == Submit("r", 2, 55000, b"payload")
+        assert prepared(made, "r", 9, "b") == [Send("b", Want("r", 2, 1, ((2, 5),)))]
+        [grant] = encoded(made, "r", (2, 5), peer="b")
         assert grant == Send("b", Grant("r", 2, 3, ((2, 2), (3, 3))))  # blocks 0 and 1 are in quarantine
 
-    def test_a_different_prompt_starts_over(self):
-        made = receiver()
+    @pytest.mark.parametrize(("tokens", "fingerprint"), [(9, b"prompt B"), (8, FINGERPRINT)])
+    def test_an_encoder_that_prepares_another_prompt_is_not_used(self, tokens, fingerprint):
+        made = receiver(max_attempts=2)
         made.submit("r", b"payload", 60, 0)
         ready(made, "r", 9)
         arrive(made, "r")
         made.peer_down("a", "a is dead", 5)
-        began, grant = made.receive("b", Prepared("r", 2, 9, 9, 0, b"prompt B"), 5)
-        assert isinstance(began, PromptKnown)
-        assert [block for block, _ in grant.message.blocks] == [0, 1]
+        ended = made.receive("b", Prepared("r", 2, tokens, tokens, 0, fingerprint), 5)[-1]
+        assert (ended.status, "b prepared another prompt than the encoder before" in ended.reason) == (502, True)
 
     @pytest.mark.parametrize("confirmed", [True, False])
     def test_blocks_of_an_aborted_attempt_are_freed_when_confirmed_or_after_the_timeout(self, confirmed):
@@ -379,16 +503,26 @@ class TestReceiver:
 
     @pytest.mark.parametrize(
         ("stage", "reason"),
-        [(0, "prepared and encoded"), (1, "waited for receive blocks"), (2, "during the transfer")],
+        [
+            (0, "while a prepared the request"),
+            (1, "waited for the engine"),
+            (2, "encoded the images"),
+            (3, "waited for receive blocks"),
+            (4, "during the transfer"),
+        ],
     )
     def test_deadline_errors_name_what_the_request_was_waiting_for(self, stage, reason):
         made = receiver(num_blocks=2, transfer_timeout=100)
-        if stage == 1:
+        if stage == 3:
             made.submit("before", b"", 200, 0)
             ready(made, "before", 4)
         made.submit("r", b"", 60, 0)
+        peer = made.requests["r"].peer
         if stage:
-            ready(made, "r", 4, made.requests["r"].peer)
+            prepared(made, "r", 4, peer)
+            made.want("r", range(2), stage > 1, 0)
+        if stage > 2:
+            encoded(made, "r", (0, 2), peer=peer)
         ended = made.tick(60)[-1]
         assert (ended.request_id, ended.status) == ("r", 504)
         assert reason in ended.reason
@@ -411,11 +545,13 @@ class TestReceiver:
             ("a", Written("r", 1, 1, (WrittenBlock(9, CHECKSUM, 8),))),
             ("a", Written("r", 9, 1, (WrittenBlock(0, CHECKSUM, 8),))),
             ("a", Prepared("r", 1, 4, 4, 0, FINGERPRINT)),
+            ("a", Encoded("r", 1, ((0, 1),))),  # it is known
+            ("b", Encoded("r", 1, ((0, 3),))),
             ("a", Aborted("r", 1)),
             ("a", Submit("r", 1, 5)),
         ):
             assert made.receive(peer, message, 0) == []
-        assert sum(made.ignored.values()) == 7
+        assert sum(made.ignored.values()) == 9
         assert made.copied("r", 1, 1, 0, CHECKSUM, 8, 0) == []  # no copy is in progress
         assert made.abort("unknown", "", 0) == []
 
@@ -435,6 +571,7 @@ class TestReceiver:
 
 class TestSender:
     KEY = AttemptKey("lang", "r", 1)
+    PROMPT = Prepared("r", 1, 7, 5, -2, FINGERPRINT)
 
     def made(self, **changed) -> Sender:
         made = Sender(SenderSettings(block_size=2, **changed))
@@ -445,17 +582,21 @@ class TestSender:
         """Blocks 0 and 1 are being written."""
         made = self.made()
         made.receive("lang", Submit("r", 1, 60000, b"payload"), 0)
-        made.prepared(self.KEY, 7, 5, 0, FINGERPRINT, 0)
+        made.prepared(self.KEY, self.PROMPT, 0)
+        made.encoded(self.KEY, range(4), 0)
         made.receive("lang", Grant("r", 1, 1, ((0, 2), (1, 3))), 0)
         return made
 
     def test_a_request_from_its_start_to_its_end(self):
         made = self.made()
-        accepted, prepare = made.receive("lang", Submit("r", 1, 60000, b"payload", ((0, 1),), FINGERPRINT), 1)
+        accepted, prepare = made.receive("lang", Submit("r", 1, 60000, b"payload"), 1)
         assert accepted == Send("lang", Accepted("r", 1))
-        assert prepare == Prepare(self.KEY, b"payload", 61.0, ((0, 1),), FINGERPRINT)
-        prepared = made.prepared(self.KEY, 7, 5, -2, FINGERPRINT, 2)
-        assert prepared == [Send("lang", Prepared("r", 1, 7, 5, -2, FINGERPRINT))]
+        assert prepare == Prepare(self.KEY, b"payload", 61.0)
+        assert made.prepared(self.KEY, self.PROMPT, 2) == [Send("lang", self.PROMPT)]
+        encode = made.receive("lang", Want("r", 1, 1, ((1, 2), (3, 9))), 2)
+        assert encode == [EncodeBlocks(self.KEY, ((1, 2), (3, 4)))]
+        assert made.encoded(self.KEY, [3], 3, 500) == [Send("lang", Encoded("r", 1, ((3, 4),), 500))]
+        assert made.encoded(self.KEY, [1], 3, 900) == [Send("lang", Encoded("r", 1, ((1, 2), (3, 4)), 900))]
         writes = made.receive("lang", Grant("r", 1, 1, ((1, 2), (3, 0))), 3)
         assert writes == [StartWrite(self.KEY, 1, ((1, 2), (3, 0)))]
         written = made.written(self.KEY, 1, [WrittenBlock(3, CHECKSUM, 8)], 3)
@@ -469,14 +610,32 @@ class TestSender:
         submit, grant = Submit("r", 1, 60000, b"payload"), Grant("r", 1, 1, ((0, 2),))
         made.receive("lang", submit, 0)
         assert made.receive("lang", submit, 0) == [Send("lang", Accepted("r", 1))]
-        prepared = made.prepared(self.KEY, 7, 5, 0, FINGERPRINT, 0)
+        prepared = made.prepared(self.KEY, self.PROMPT, 0)
         assert made.receive("lang", submit, 0) == prepared
+        assert made.receive("lang", grant, 0) == []  # its rows are not encoded
+        made.encoded(self.KEY, [0], 0)
         made.receive("lang", grant, 0)
         assert made.receive("lang", grant, 0) == []  # in progress
         written = made.written(self.KEY, 1, [WrittenBlock(0, CHECKSUM, 8)], 0)
         assert made.receive("lang", grant, 0) == written
         assert made.receive("lang", Grant("r", 1, 1, ((0, 3),)), 0) == []  # another block in the same round
         assert made.receive("lang", Grant("r", 1, 2, ((0, 3),)), 0) == [StartWrite(self.KEY, 2, ((0, 3),))]
+
+    def test_the_newest_want_counts(self):
+        made = self.made()
+        made.receive("lang", Submit("r", 1, 60000, b"payload"), 0)
+        assert made.receive("lang", Want("r", 1, 1, ((0, 4),)), 0) == []  # too early
+        assert made.encoded(self.KEY, [0], 0) == []
+        made.prepared(self.KEY, self.PROMPT, 0)
+        assert made.receive("lang", Want("r", 1, 2, ((0, 2),)), 0) == [EncodeBlocks(self.KEY, ((0, 2),))]
+        assert made.receive("lang", Want("r", 1, 1, ((0, 4),)), 0) == []  # overtaken
+        reports = made.encoded(self.KEY, [0], 0, 5)
+        assert made.receive("lang", Want("r", 1, 2, ((0, 2),)), 0) == reports  # repeated
+        assert made.receive("lang", Want("r", 1, 3, ((0, 4),)), 0) == [EncodeBlocks(self.KEY, ((1, 4),)), *reports]
+        made.receive("lang", Release("r", 1), 0)
+        assert made.receive("lang", Want("r", 1, 4, ()), 0) == []
+        [unknown] = sent(made.receive("lang", Want("s", 9, 1, ()), 0))
+        assert unknown.status == 503
 
     def test_abort_is_confirmed_when_the_last_write_has_ended(self):
         made = self.transferring()
@@ -530,7 +689,8 @@ class TestSender:
         [unknown] = sent(made.receive("lang", Grant("s", 9, 1, ((0, 0),)), 0))
         assert unknown.status == 503
         made.receive("lang", Submit("t", 3, 60000, b""), 0)
-        assert sent(made.prepared(AttemptKey("lang", "t", 3), 0, 0, 0, FINGERPRINT, 0))[0].status == 400
+        empty = Prepared("t", 3, 0, 0, 0, FINGERPRINT)
+        assert sent(made.prepared(AttemptKey("lang", "t", 3), empty, 0))[0].status == 400
 
     def test_a_lost_language_node_leaves_nothing_behind(self):
         made = self.transferring()

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import deepstack_jax as dsj
-from deepstack_jax.disagg.encode.worker import MAX_TOGETHER
-from deepstack_jax.disagg.language.encoder_pool import EncoderPool, FetchedPrompt, TransferFailedError
+from deepstack_jax.disagg.language.encoder_pool import EncoderPool
+from deepstack_jax.disagg.language.fetch import TransferFailedError
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
 from deepstack_jax.disagg.wire.payload import pack
 from deepstack_jax.engine.core import NewTokens
@@ -25,6 +25,7 @@ from deepstack_jax.programs import PromptArrays, all_logits
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.media import CASES, IMAGES, VIDEOS, media, opened
 from tests.nodes import EncodeProcess, encode_process
+from tests.whole_prompts import FetchedPrompt, fetch
 
 BLOCK = 16  # tokens
 
@@ -63,7 +64,7 @@ def fetch_all(model: dsj.Model, process: EncodeProcess, payloads: list[bytes], *
 
     async def work() -> list[FetchedPrompt]:
         deadline = time.monotonic() + 100
-        return await asyncio.gather(*(encoders.fetch(f"r{i}", data, deadline) for i, data in enumerate(payloads)))
+        return await asyncio.gather(*(fetch(encoders, f"r{i}", data, deadline) for i, data in enumerate(payloads)))
 
     return asyncio.run(with_pool(encoders, work()))
 
@@ -92,8 +93,10 @@ def test_the_split_gives_the_bits_of_the_whole(pair: tuple[dsj.Model, EncodeProc
     )
     plan = plan_generation(model, whole, dsj.SamplingOptions(max_new_tokens=8, eos_token_id=[]))
     assert answer_to(model, whole, plan) == answer_to(model, split, plan)
-    blocks = -(-int(whole.lengths[0]) // BLOCK)
-    assert len(fetched.rounds) == -(-blocks // max(1, num_blocks // 4))
+    assert sum(block.rows for block in fetched.known.blocks.values()) == rows
+    least = -(-len(fetched.known.blocks) // max(1, num_blocks // 4))
+    # a round has only blocks whose images are encoded
+    assert least <= len(fetched.fetch.rounds) <= least + len(fetched.known.images)
 
 
 def answer_to(model: dsj.Model, prompt: PromptArrays, plan: GenerationPlan) -> list[int]:
@@ -101,21 +104,22 @@ def answer_to(model: dsj.Model, prompt: PromptArrays, plan: GenerationPlan) -> l
     return [token for event in events if isinstance(event, NewTokens) for token in event.tokens]
 
 
-def test_only_visual_rows_and_sixteen_bytes_per_token_cross_the_wire(pair: tuple[dsj.Model, EncodeProcess]):
-    """Nothing is sent twice, in one round or in many."""
+def test_only_blocks_with_visual_rows_cross_the_wire(pair: tuple[dsj.Model, EncodeProcess]):
+    """Such a block has its rows and 16 bytes per token. Nothing is sent twice, in one round or in many."""
     model, process = pair
     text = "a long story " * 400
     payload = pack(text, *media("one image"))
     itemsize = model.dtype.itemsize
     for num_blocks in (1, 64):
-        before = process.command()["bytes"]
         (fetched,) = fetch_all(model, process, [payload], num_blocks=num_blocks)
         tokens = int(fetched.prompt.lengths[0])
-        visual = int((np.asarray(fetched.prompt.visual_index) >= 0).sum())
+        index = np.asarray(fetched.prompt.visual_index)[0]
+        visual, blocks = int((index >= 0).sum()), sorted(fetched.known.blocks)
+        assert blocks == np.unique(np.flatnonzero(index >= 0) // BLOCK).tolist()
+        sent = sum(min(BLOCK, tokens - BLOCK * block) for block in blocks)
         rows = visual * (1 + model.config.num_deepstack_levels) * model.config.text.hidden_size * itemsize
         assert tokens > 500
-        assert fetched.num_bytes == rows + 16 * tokens + 64  # aux_datas once
-        del before
+        assert fetched.fetch.num_bytes == rows + 16 * sent + 64 * (0 in blocks)  # aux_datas with the first block
 
 
 def test_one_image_is_encoded_once_and_the_cache_keeps_its_bound(checkpoint: Path):
@@ -148,7 +152,7 @@ def test_sixty_four_requests_share_a_pool_for_three(pair: tuple[dsj.Model, Encod
 def test_with_two_encoders_sixty_four_requests_end_about_in_order(
     pair: tuple[dsj.Model, EncodeProcess], checkpoint: Path
 ):
-    """At most 16 later requests end before any request: as many as an encoder encodes together."""
+    """At most 16 later requests end before any request: less than an encoder is ahead of the other."""
     model, process = pair
     dtype = model.dtype.name
     payloads = [pack(f"What is number {i}?", *media("one image")) for i in range(64)]
@@ -159,7 +163,7 @@ def test_with_two_encoders_sixty_four_requests_end_about_in_order(
         encoders = open_encoder_pool(text_only, endpoints, block_size=BLOCK, num_blocks=12, share=4)
 
         async def one(number: int) -> tuple[int, str]:
-            fetched = await encoders.fetch(f"r{number}", payloads[number], time.monotonic() + 100)
+            fetched = await fetch(encoders, f"r{number}", payloads[number], time.monotonic() + 100)
             ended.append(number)
             return fetched.encoder, model.processor.tokenizer.decode(fetched.prompt.input_ids[0])
 
@@ -167,7 +171,7 @@ def test_with_two_encoders_sixty_four_requests_end_about_in_order(
             while encoders.num_encoders < 2:
                 await asyncio.sleep(0.02)
             await asyncio.gather(
-                *(encoders.fetch(f"w{i}", payloads[0], time.monotonic() + 100) for i in range(4))
+                *(fetch(encoders, f"w{i}", payloads[0], time.monotonic() + 100) for i in range(4))
             )  # compile
             return await asyncio.gather(*map(one, range(64)))
 
@@ -177,7 +181,7 @@ def test_with_two_encoders_sixty_four_requests_end_about_in_order(
         assert encoders.receiver.attempts == 4 + 64  # one per request
         assert other.command()["jobs"] == process.command()["jobs"] == 0
     overtaken = [sum(later > number for later in ended[:place]) for place, number in enumerate(ended)]
-    assert max(overtaken) <= MAX_TOGETHER, overtaken
+    assert max(overtaken) <= 16, overtaken
 
 
 def test_an_invalid_request_fails_with_the_reason(pair: tuple[dsj.Model, EncodeProcess]):
@@ -242,7 +246,7 @@ def test_invalid_requests_do_not_affect_others(pair: tuple[dsj.Model, EncodeProc
     async def work() -> list[Any]:
         payloads = [good, *(payload for bad in reasons for payload in (bad, good))]
         deadline = time.monotonic() + 100
-        asked = (encoders.fetch(f"r{i}", payload, deadline) for i, payload in enumerate(payloads))
+        asked = (fetch(encoders, f"r{i}", payload, deadline) for i, payload in enumerate(payloads))
         return await asyncio.gather(*asked, return_exceptions=True)
 
     answers = asyncio.run(with_pool(encoders, work()))
@@ -263,7 +267,7 @@ def test_a_failure_inside_the_encoder_is_reported_with_its_reason(checkpoint: Pa
         await server.start()
         encoders = open_encoder_pool(text_only, [server.listener.endpoint], block_size=BLOCK)
         try:
-            await with_pool(encoders, encoders.fetch("r", pack("?", *media("one image")), time.monotonic() + 60))
+            await with_pool(encoders, fetch(encoders, "r", pack("?", *media("one image")), time.monotonic() + 60))
         finally:
             await server.close()
 
@@ -299,7 +303,7 @@ def test_without_an_encoder_a_request_fails_immediately_with_the_reason(checkpoi
     async def work() -> None:
         await encoders.start()
         try:
-            await encoders.fetch("r", b"", time.monotonic() + 60)
+            await fetch(encoders, "r", b"", time.monotonic() + 60)
         finally:
             await encoders.close()
 

@@ -22,12 +22,11 @@ import pytest
 import deepstack_jax as dsj
 from deepstack_jax.cli import COMMANDS, main
 from deepstack_jax.disagg.encode.bridge import SendBridge
-from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
+from deepstack_jax.disagg.language.incoming import BlockCopy
 from deepstack_jax.disagg.transports import TransferError, Transport, WriteSegment
 from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
 from pallas_kernels.fused_moe.arg_specs import ODD, TILED
-from tests.bridge_cases import IMAGE, in_token_order, make_request, send
-from tests.cases import side_by_side
+from tests.bridge_cases import arrived_rows, in_token_order, incoming_for, make_request, send
 from tests.test_kernels import arrays, error_of, error_of_plain_form
 
 ROOT = Path(__file__).parent.parent
@@ -263,13 +262,11 @@ def test_the_transport_of_the_page_carries_a_prompt(transports):
     writes = send(sender, prompt, [(0, 2), (1, 0), (2, 1)])
     sender.close()
     assert [write.error for write in writes] == [None] * 3
-    incoming = IncomingRequest(pool, 12, 9, [IMAGE], num_rows=16)
+    incoming = incoming_for(prompt, pool)
     for write in writes:
         copy = BlockCopy(write.checksum, write.num_bytes)
         assert incoming.copy_out(write.token_block, write.pool_block, copy) == copy
-    assert incoming.complete
-    np.testing.assert_array_equal(incoming.fill_ids, prompt.fill_ids)
-    np.testing.assert_array_equal(side_by_side(incoming.rows())[:9].view(np.uint8), in_token_order(prompt))
+    np.testing.assert_array_equal(arrived_rows(incoming), in_token_order(prompt))
 
 
 def test_the_transport_of_the_page_fails_as_it_promises(transports):

@@ -15,11 +15,10 @@ import pytest
 import deepstack_jax as dsj
 from deepstack_jax import programs
 from deepstack_jax.engine import core, prefix_cache
-from deepstack_jax.engine import request as request_module
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.models import moe, qwen3_moe
 from deepstack_jax.models.parameters import _declared
-from deepstack_jax.processing.batch import prepare_batch
+from deepstack_jax.processing.batch import VisionInput, prepare_batch
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import IMAGE
 from tests.engine_questions import (
@@ -109,7 +108,7 @@ def sparse_moe_without_activity(self: moe.SparseMoE, hidden: jax.Array, active: 
 
 # what the mistakes are made of
 sample, attention, sparse_moe = programs.sample, qwen3_moe.paged_attention, moe.SparseMoE.__call__
-digest, visual_fields = request_module._digest, prefix_cache._visual_fields
+digest, visual_fields = VisionInput.digest, prefix_cache._visual_fields
 
 
 class TestPlantedMistakes:
@@ -139,7 +138,7 @@ class TestPlantedMistakes:
 
     def test_a_short_hash_of_images(self, model: dsj.Model, monkeypatch: pytest.MonkeyPatch):
         """One byte of it is equal for two of the pictures."""
-        monkeypatch.setattr(request_module, "_digest", lambda pixels: digest(pixels)[:1] + bytes(31))
+        monkeypatch.setattr(VisionInput, "digest", lambda pixels: digest(pixels)[:1] + bytes(31))
         inputs = inputs_of(3, (IMAGE, (1, 4, 8)), 45, seed=1)
         changed = (with_one_pixel_changed(inputs, value) for value in range(5000))
         twin = next(each for each in changed if first_byte(model, each) == first_byte(model, inputs))

@@ -10,7 +10,7 @@ from deepstack_jax.disagg.encode.server import EncodeServer, new_incarnation
 from deepstack_jax.disagg.encode.worker import EncodeWorker
 from deepstack_jax.disagg.language.bridge import ReceiveBridge
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
-from deepstack_jax.disagg.language.receiver import ReceiverSettings
+from deepstack_jax.disagg.language.pending import ReceiverSettings
 from deepstack_jax.disagg.transports import Transport, open_transport
 from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
 from deepstack_jax.disagg.wire.control import ClusterKey, Listener

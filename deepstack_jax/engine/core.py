@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
@@ -25,9 +26,9 @@ from deepstack_jax.engine.request import GenerationPlan, Request, chunk_of
 from deepstack_jax.engine.scheduler import Scheduler
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Part, Prefill, Turn
-from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, empty_rows, prefill_chunk
+from deepstack_jax.models.vision import VisualRows
+from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, empty_rows, prefill_chunk, write_rows
 from deepstack_jax.sampling import SamplingParams
-
 
 _empty_state = jax.jit(EngineState.empty, static_argnums=range(5))  # one program, not one per array
 
@@ -142,6 +143,12 @@ class Engine:
                     raise event.error
         self.prefix_cache.clear()
 
+    def warm_up_rows(self, count: int) -> None:
+        """Compiles what puts `count` visual rows that come from elsewhere into a chunk."""
+        zero = np.int32(0)
+        rows = empty_rows(self.model.config, count)
+        write_rows(self.model.config, jax.tree.map(jnp.zeros_like, self._no_rows), rows, zero, zero, zero)
+
     @property
     def token_capacity(self) -> int:
         """Tokens that the KV pages hold."""
@@ -199,6 +206,16 @@ class Engine:
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
         """Ends a request at the next turn; ignored if it has ended."""
         self.scheduler.cancel(request.id, reason)
+
+    def add_rows(self, request: Request, first_row: int, rows: VisualRows) -> None:
+        """Rows of a request arrived: those of its image that begins with row `first_row`. Ignored if it has ended."""
+        request.add_rows(first_row, rows)
+        self.scheduler.arrived(request.id, request.ready)
+
+    def find_cached(self, request: Request, salt: bytes = b"") -> int:
+        """Prompt tokens that the prefix cache has now; more or fewer when it is admitted. Any thread may call it."""
+        keys = request.keys(self.shape, salt) if self._cache_prefixes else ()
+        return len(self.prefix_cache.find(keys, request.length)) * self.shape.chunk
 
     @property
     def stalled(self) -> bool:

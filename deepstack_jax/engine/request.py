@@ -1,8 +1,7 @@
 """A request in an engine: its prompt, from which chunks are cut, its images, and the state of its answer."""
 
-import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -47,13 +46,13 @@ class GenerationPlan:
 
 @dataclass(eq=False)
 class Image:
-    """One image or video of a prompt, or the rows of several that came together.
+    """One image or video of a prompt, or rows of one or several that come together.
 
     Attributes:
         first_row: number of its first visual row in the prompt.
         rows: how many it has.
         first_token, stop_token: the prompt tokens from its first visual token to after its last one.
-        pixels: until it is encoded.
+        pixels: until it is encoded; None where the rows come from elsewhere.
         encoded: from then on, until its last row is in the KV pages.
     """
 
@@ -77,7 +76,8 @@ class Request:
     plan: GenerationPlan
     deadline: float = float("inf")
     tenant: str = ""
-    digests: tuple[bytes, ...] | None = None  # of the images, for the prefix cache; None keeps the prompt out of it
+    spans: tuple[ImageSpan, ...] | None = None  # for the prefix cache, where images have no pixels here
+    on_admitted: Callable[[int], None] | None = None  # called with `cached_tokens` whenever they are known
     id: int = -1
     submitted: float = field(default_factory=time.monotonic)
     admitted_at: float = 0.0
@@ -129,6 +129,14 @@ class Request:
         """Notes an admission, or that more of the prompt was found in the cache. Frees images in the cached tokens."""
         self.admitted_at, self.cached_tokens = self.admitted_at or time.monotonic(), cached_tokens
         self.images = [image for image in self.images if image.stop_token > cached_tokens]
+        if self.on_admitted:
+            self.on_admitted(cached_tokens)
+
+    def add_rows(self, first_row: int, rows: VisualRows) -> None:
+        """The rows of the image that begins with row `first_row` came from elsewhere; ignored if it was let go."""
+        for image in self.images:
+            if image.first_row == first_row:
+                image.encoded = rows
 
     def add(self, tokens: tuple[int, ...]) -> None:
         """Counts new tokens of the answer."""
@@ -156,13 +164,14 @@ class Request:
         self.images = [image for image in self.images if image.stop_token > prefilled]
 
     def keys(self, shape: EngineShape, salt: bytes) -> tuple[bytes, ...]:
-        """The keys of the whole chunks in the prefix cache; none if the images' digests aren't known."""
-        digests = self.digests
-        if digests is None and self.length > shape.chunk and all(image.pixels for image in self.images):
-            digests = tuple(_digest(image.pixels) for image in self.images if image.pixels)
-        if digests is None:
+        """The keys of the whole chunks in the prefix cache; none if what the images show isn't known."""
+        if self.length <= shape.chunk:
             return ()
-        spans = [ImageSpan(im.first_row, im.rows, digest) for im, digest in zip(self.images, digests, strict=True)]
+        spans = self.spans
+        if spans is None and all(image.pixels for image in self.images):
+            spans = tuple(ImageSpan(im.first_row, im.rows, im.pixels.digest()) for im in self.images if im.pixels)
+        if spans is None:
+            return ()
         return chunk_keys(self.input_ids, self.visual_index, spans, chunk=shape.chunk, salt=salt, shape=shape.name())
 
 
@@ -253,14 +262,3 @@ def _images_of(prompt: Batch | PromptArrays, index: np.ndarray) -> list[Image]:
             images.append(Image(first, pixels.num_rows, int(tokens[0]), int(tokens[-1]) + 1, pixels))
         first += pixels.num_rows
     return images
-
-
-def _digest(pixels: VisionInput) -> bytes:
-    """SHA-256 of the patches as the encoder takes them, and of their geometry."""
-    hashed = hashlib.sha256()
-    arrays = [pixels.pixel_values, *jax.tree.leaves(pixels.geometry)]
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        hashed.update(f"{array.dtype.name}{array.shape}".encode())
-        hashed.update(array.view(np.uint8).reshape(-1))
-    return hashed.digest()

@@ -23,6 +23,7 @@ from deepstack_jax.engine.request import GenerationPlan
 from deepstack_jax.engine.request import Request as EngineRequest
 from deepstack_jax.engine.scheduler import QueueFull
 from deepstack_jax.errors import one_line
+from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, prepare_batch
 from deepstack_jax.programs import PromptArrays
 from deepstack_jax.sampling import SamplingParams
@@ -108,6 +109,7 @@ class Runner:
         self._probe_tokens: tuple[int, ...] | None = None
         self._busy_since: float | None = None
         self._inbox: deque[Request] = deque()
+        self._arrived: deque[tuple[EngineRequest, int, VisualRows]] = deque()
         self._requests: dict[EngineRequest, Request] = {}  # those that the engine has
         self._stop_at: float | None = None
         self._warm_up: threading.Event | None = None
@@ -117,13 +119,13 @@ class Runner:
 
     def submit(
         self,
-        prompt: Batch | PromptArrays,
+        prompt: Batch | PromptArrays | EngineRequest,
         plan: GenerationPlan,
         deadline: float,
         emit: Callable[[Event], None],
         tenant: str = "",
     ) -> Request:
-        """Puts one prompt (a batch of one row) in line.
+        """Puts one prompt in line: a batch of one row, or a request whose rows come by `add_rows`.
 
         `emit` is called in the runner's thread with each chunk, the last of which has a `finish_reason`, or with one
         `RequestFailed` in the end. Nothing more is emitted once the request is cancelled.
@@ -132,7 +134,9 @@ class Runner:
             QueueFullError, StoppingError: the request was not taken.
             ValueError: the prompt doesn't fit the engine.
         """
-        request = Request(EngineRequest.of_row(prompt, plan, deadline=deadline, tenant=tenant), emit)
+        if not isinstance(prompt, EngineRequest):
+            prompt = EngineRequest.of_row(prompt, plan, deadline=deadline, tenant=tenant)
+        request = Request(prompt, emit)
         self.engine.check(request.prompt)
         with self._changed:
             if self._stop_at is not None or not self._thread.is_alive():
@@ -146,7 +150,7 @@ class Runner:
         return request
 
     async def run(
-        self, prompt: Batch | PromptArrays, plan: GenerationPlan, deadline: float, tenant: str = ""
+        self, prompt: Batch | PromptArrays | EngineRequest, plan: GenerationPlan, deadline: float, tenant: str = ""
     ) -> AsyncGenerator[Chunk]:
         """`submit` for asyncio: the chunks of the answer. Closing it, or cancelling its task, ends the request.
 
@@ -177,6 +181,22 @@ class Runner:
                     return
         finally:
             request.cancel()
+
+    def find_cached(self, request: EngineRequest) -> int:
+        """Prompt tokens that the prefix cache has now, an estimate of what the request gets when it is admitted."""
+        return self.engine.find_cached(request, salt=request.tenant.encode())
+
+    def add_rows(self, request: EngineRequest, first_row: int, rows: VisualRows) -> None:
+        """Gives a request rows of its prompt, which its next chunks may be waiting for. Any thread may call it.
+
+        Args:
+            request: what `submit` took.
+            first_row: the first visual row of an image of `request.images`.
+            rows: all rows of that image; rows of padding may follow them.
+        """
+        with self._changed:
+            self._arrived.append((request, first_row, rows))
+            self._changed.notify_all()
 
     def warm_up(self) -> None:
         """Compiles every language program, in the runner's thread, before the first request.
@@ -283,16 +303,20 @@ class Runner:
         with self._changed:
             while not self._inbox and self._warm_up is None:
                 if self._requests:
-                    if self.engine.stalled:
+                    if self.engine.stalled and not self._arrived:
                         self._changed.wait(STALLED_SECONDS)
                     break
                 if self._stop_at is not None:
                     return False
                 self._changed.wait()
             taken, self._inbox = self._inbox, deque()
+            arrived, self._arrived = self._arrived, deque()
             for request in taken:
                 self._requests[request.prompt] = request
         self._start(taken)
+        for arrival in arrived:
+            if arrival[0] in self._requests:
+                self.engine.add_rows(*arrival)
         return True
 
     def _start(self, taken: deque[Request]) -> None:

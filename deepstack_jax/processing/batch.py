@@ -4,7 +4,8 @@ Rows are moved to the left edge, so that token i of a row stands in slot i whate
 length is rounded up to a bucket, so that a bounded number of programs serves all prompts.
 """
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -39,6 +40,15 @@ class VisionInput:
     pixel_values: np.ndarray  # float32 [P, C*Tp*p*p]
     geometry: PatchGeometry
     num_rows: int  # visual tokens
+
+    def digest(self) -> bytes:
+        """SHA-256 of the patches as the encoder takes them, and of where they stand: their grid."""
+        hashed = hashlib.sha256()
+        geometry = (getattr(self.geometry, each.name) for each in fields(self.geometry))
+        for array in map(np.ascontiguousarray, (self.pixel_values, *geometry)):
+            hashed.update(f"{array.dtype.name}{array.shape}".encode())
+            hashed.update(array.view(np.uint8).reshape(-1))
+        return hashed.digest()
 
 
 @dataclass

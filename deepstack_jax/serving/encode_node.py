@@ -122,9 +122,9 @@ class EncodeNode:
         await self._server.close()
 
     async def _self_test(self, timeout: float | None) -> str | None:
-        visuals = tiny_prompt(self._model).visuals
+        (visual,) = tiny_prompt(self._model).visuals
         try:
-            await asyncio.wait_for(asyncio.wrap_future(self._server.worker.submit(visuals)), timeout)
+            await asyncio.wait_for(asyncio.wrap_future(self._server.worker.submit(visual)), timeout)
         except TimeoutError:
             return f"the encoder has not come back within {timeout:g} s"
         except Exception as error:

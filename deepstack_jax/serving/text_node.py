@@ -1,18 +1,17 @@
 """A node with the text model: in the unified role it encodes too, in the language role encode nodes do."""
 
 import asyncio
-import secrets
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack
-from dataclasses import replace
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.disagg.language.encoder_pool import EncoderPool, FetchedPrompt, NoEncoderError, TransferFailedError
+from deepstack_jax.disagg.language.encoder_pool import EncoderPool
+from deepstack_jax.disagg.language.fetch import NoEncoderError, TransferFailedError
 from deepstack_jax.disagg.wire.payload import pack
 from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.request import GenerationPlan
@@ -24,11 +23,13 @@ from deepstack_jax.processing.messages import texts_in
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.programs import PromptArrays
 from deepstack_jax.serving.policy import MediaPolicy
+from deepstack_jax.serving.remote_rows import RemoteRows
 from deepstack_jax.serving.requests import GenerateRequest, Inputs, RequestError, admit_media
 
 MAX_PREPARED = 2  # requests whose pixels are in memory, the one that is being encoded included
 START_SECONDS = 3600.0  # within which the programs of a large model have to compile
 TEXT_BYTES_A_TOKEN = 64  # text longer than this times the context isn't tokenized at all
+_NO_ANSWER = "no answer in time (preparing the request): send fewer media, or retry later"
 
 
 class TextNode:
@@ -46,6 +47,7 @@ class TextNode:
         encoders: EncoderPool | None = None,
         engine: EngineOptions | None = None,
         warm_up: bool = True,
+        overlap: bool = True,
     ):
         """
         Args:
@@ -58,12 +60,14 @@ class TextNode:
             engine: sizes of the engine.
             warm_up: whether `start` compiles every language program; otherwise each compiles at its first use.
             encoders: make it a language node; not yet started, closed by `close`.
+            overlap: whether a language node prefills a request while its rows arrive (see `RemoteRows`).
         """
         self.role = "language" if encoders else "unified"
         self.control: str | None = None
         self._encoders = encoders
         self.model_names: Sequence[str] = [name]
         self.runner = Runner(model, max_waiting, engine, max_context)
+        self._remote = None if encoders is None else RemoteRows(self.runner, encoders, overlap=overlap)
         self._model, self._policy, self._stuck_after = model, policy, stuck_after
         most = model.config.text.max_position_embeddings
         self._warm_up = warm_up
@@ -84,40 +88,62 @@ class TextNode:
             RequestError, MediaError, ValueError: what is wrong with the request.
             RequestFailed: what went wrong with the work.
         """
-        started = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                self._check_text(request)
+                inputs = await admit_media(request, self._policy)
+        except TimeoutError:
+            raise DeadlineError(_NO_ANSWER) from None
+        try:
+            chunks = self._answer_remotely if inputs.has_media and self._remote else self._answer_here
+            async with aclosing(chunks(request, inputs, deadline)) as answer:
+                async for chunk in answer:
+                    yield chunk
+            return
+        except NoEncoderError:  # before the first chunk
+            pass
+        async with aclosing(self._answer_here(request, inputs, deadline)) as answer:
+            async for chunk in answer:
+                yield chunk
+
+    async def _answer_here(self, request: GenerateRequest, inputs: Inputs, deadline: float) -> AsyncGenerator[Chunk]:
+        """The chunks of an answer for which this node encodes the pictures, if there are any."""
         async with AsyncExitStack() as prepared:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    self._check_text(request)
-                    inputs = await admit_media(request, self._policy)
-                    pool = self._media if inputs.has_media else self._texts
-                    loop = asyncio.get_running_loop()
-                    batch = fetched = None
-                    if inputs.has_media and self._encoders:
-                        parts = inputs.prompt, inputs.images, inputs.videos, inputs.options
-                        payload = await loop.run_in_executor(pool, pack, *parts)
-                        fetched = await self._fetch(payload, deadline)
-                    if fetched is not None:
-                        batch, plan = fetched.prompt, self._plan(request, fetched.prompt)
-                    else:
-                        if inputs.has_media:
-                            await prepared.enter_async_context(self._prepared)
-                        batch, plan = await loop.run_in_executor(pool, self._prepare, request, inputs)
+                    if inputs.has_media:
+                        await prepared.enter_async_context(self._prepared)
+                    pool, loop = self._media if inputs.has_media else self._texts, asyncio.get_running_loop()
+                    batch, plan = await loop.run_in_executor(pool, self._prepare, request, inputs)
             except TimeoutError:
-                raise DeadlineError(
-                    "no answer in time (preparing the request): send fewer media, or retry later"
-                ) from None
+                raise DeadlineError(_NO_ANSWER) from None
             chunks = self.runner.run(batch, plan, deadline)
             del inputs, batch
-            try:
+            async with aclosing(chunks):
                 async for chunk in chunks:
                     await prepared.aclose()  # the pixels are encoded
-                    if fetched:
-                        timings, split = chunk.timings | fetched.timings, _transfer_stats(fetched, started)
-                        chunk = replace(chunk, timings=timings, transfer_stats=split)
                     yield chunk
-            finally:
-                await chunks.aclose()
+
+    async def _answer_remotely(
+        self, request: GenerateRequest, inputs: Inputs, deadline: float
+    ) -> AsyncGenerator[Chunk]:
+        """The chunks of an answer for which an encode node encodes the pictures.
+
+        Raises:
+            NoEncoderError: no encoder is left, and this node encodes by itself.
+        """
+        assert self._remote is not None
+        loop = asyncio.get_running_loop()
+        parts = inputs.prompt, inputs.images, inputs.videos, inputs.options
+        payload = await loop.run_in_executor(self._media, pack, *parts)
+        chunks = self._remote.answer(payload, lambda prompt: self._plan(request, prompt), deadline)
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+        except TransferFailedError as error:
+            headers = {"retry-after": "1"} if error.status == 503 else {}
+            raise RequestError(one_line(error), error.status, headers=headers) from None
 
     async def start(self) -> None:
         """Reads the tokenizer, compiles the language programs and runs a tiny prompt.
@@ -128,6 +154,8 @@ class TextNode:
         await asyncio.to_thread(lambda: self._model.processor.tokenizer)
         if self._warm_up:
             await asyncio.to_thread(self.runner.warm_up)
+            if self._remote:
+                await asyncio.to_thread(self._remote.warm_up)
         if (reason := await self.runner.self_test(START_SECONDS)) is not None:
             raise ValueError(reason)
         if self._encoders:
@@ -157,17 +185,6 @@ class TextNode:
         for pool in (self._media, self._texts):
             pool.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.runner.join, 10.0)
-
-    async def _fetch(self, payload: bytes, deadline: float) -> FetchedPrompt | None:
-        """The prompt with its rows, from an encode node; None if none is left and this node encodes by itself."""
-        assert self._encoders is not None
-        try:
-            return await self._encoders.fetch(secrets.token_hex(16), payload, deadline)
-        except NoEncoderError:
-            return None
-        except TransferFailedError as error:
-            headers = {"retry-after": "1"} if error.status == 503 else {}
-            raise RequestError(one_line(error), error.status, headers=headers) from None
 
     def _check_text(self, request: GenerateRequest) -> None:
         """Refuses what can't fit before it is rendered and tokenized."""
@@ -207,10 +224,3 @@ def _texts_of(message: Any) -> Iterator[str]:
     content = message.get("content")
     for part in content if isinstance(content, list) else [content]:
         yield from texts_in(part.get("text") if isinstance(part, dict) else part)
-
-
-def _transfer_stats(fetched: FetchedPrompt, started: float) -> dict[str, Any]:
-    """Builds `meta_info.split` of an answer, with each round as [begin, end] in seconds since `started`."""
-    begin_end = [(each.start - started, each.end - started) for each in fetched.rounds if each.num_blocks]
-    rounds = [[round(begin, 6), round(end, 6)] for begin, end in begin_end]
-    return {"encoder": fetched.encoder, "rounds": rounds, "bytes": fetched.num_bytes}

@@ -3,7 +3,7 @@
 While a group of blocks is on the wire, the sender computes its checksums and reads the next group, and the receiver
 copies the previous one out. Rows are written directly from host-visible memory: on a CPU from the encoder's own arrays,
 on an accelerator from pinned memory. Transports that need registered memory (rdma) send from a small ring of it. The
-receiving host copies each row once, from the receive pool to the request's own memory, which on a CPU becomes the array
+receiving host copies each row once, from the receive pool to the request's own memory, which on a CPU becomes an array
 that prefill takes. Checksums of copied bytes are computed while the bytes are still in the CPU's cache.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from deepstack_jax.disagg.encode.outgoing import OutgoingRequest
 from deepstack_jax.disagg.transports import Transport, WriteSegment
-from deepstack_jax.disagg.wire.device_rows import HostRows, page_aligned
+from deepstack_jax.disagg.wire.device_rows import page_aligned
 from deepstack_jax.disagg.wire.layout import (
     AUX_DATAS,
     AUX_LENGTH,
@@ -239,9 +239,9 @@ class SendBridge:
             visual = index >= 0
             first, rows = first_row(block_runs(visual)), index[visual]
             adjacent = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)
-            for buffer, host_rows in zip(ROW_BUFFERS, request.host_rows, strict=False):
+            for which, buffer in enumerate(ROW_BUFFERS[: 2 if len(self._widths) > DEEPSTACK_EMBEDDINGS else 1]):
                 offset = first
-                for source in self._read(host_rows, adjacent):
+                for source in self._read(request, which, adjacent):
                     target = area(buffer, len(source)) if self._staged else source
                     write(block, buffer, target, offset)
                     yield _Part(source, target)
@@ -250,11 +250,11 @@ class SendBridge:
         parts_by_block = [list(parts(block)) for block in group.blocks]
         return [merged for by_buffer in segments for merged in _merge_adjacent(by_buffer)], parts_by_block
 
-    def _read(self, host_rows: HostRows, adjacent: list[np.ndarray]) -> Iterator[np.ndarray]:
+    def _read(self, request: OutgoingRequest, which: int, adjacent: list[np.ndarray]) -> Iterator[np.ndarray]:
         """Yields the bytes of rows. Each array in `adjacent` indexes rows that are contiguous on the device."""
         for rows in adjacent:
             started = time.perf_counter()
-            for part in host_rows.read(int(rows[0]), int(rows[-1]) + 1):
+            for part in request.read(int(rows[0]), int(rows[-1]) + 1, which):
                 self.times.device += time.perf_counter() - started
                 yield part
                 started = time.perf_counter()

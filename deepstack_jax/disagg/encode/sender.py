@@ -1,6 +1,7 @@
 """The encode node's state machine for transfers: what to prepare, what to write and what to drop.
 
-A block is written once per round that grants it. A repeated Grant is answered from memory. Abort is confirmed with
+Images are encoded when the language node wants their rows. A block can be written as soon as all of its rows are
+encoded, and is written once per round that grants it. A repeated Grant is answered from memory. Abort is confirmed with
 Aborted as soon as no block of the attempt is being written and no failed write of it can still land.
 """
 
@@ -14,16 +15,29 @@ from deepstack_jax.disagg.wire.messages import (
     Abort,
     Aborted,
     Accepted,
+    Encoded,
     Error,
     Grant,
     Message,
     Prepared,
     Release,
     Submit,
+    Want,
     Written,
     WrittenBlock,
 )
-from deepstack_jax.disagg.wire.transfer import Action, AttemptKey, Forget, Prepare, Send, StartWrite, State
+from deepstack_jax.disagg.wire.transfer import (
+    Action,
+    AttemptKey,
+    EncodeBlocks,
+    Forget,
+    Prepare,
+    Send,
+    StartWrite,
+    State,
+    from_ranges,
+    to_ranges,
+)
 from deepstack_jax.rounding import cdiv
 
 _MAX_FINISHED = 4096  # finished attempts that are remembered
@@ -45,6 +59,9 @@ class OutgoingAttempt:
     state: State = State.BOOTSTRAPPING
     prepared: Prepared | None = None
     num_blocks: int = 0
+    version: int = 0  # of the latest Want
+    encoded: set[int] = field(default_factory=set)  # token blocks whose rows can be written
+    encode_us: int = 0
     granted: dict[int, tuple[int, int]] = field(default_factory=dict)  # token block -> latest (round, pool block)
     writing: dict[int, int] = field(default_factory=dict)  # token block -> round
     written: dict[int, tuple[int, WrittenBlock]] = field(default_factory=dict)  # token block -> (round, report)
@@ -73,32 +90,29 @@ class Sender:
 
     # events of this node
 
-    def prepared(
-        self,
-        key: AttemptKey,
-        total_tokens: int,
-        visual_rows: int,
-        rope_delta: int,
-        fingerprint: bytes,
-        now: float,
-        prepare_us: int = 0,
-        encode_us: int = 0,
-    ) -> list[Action]:
-        """A Prepare is done: the prompt is known, and its rows are encoded."""
+    def prepared(self, key: AttemptKey, message: Prepared, now: float) -> list[Action]:
+        """A Prepare is done: the prompt is known. Its images are encoded when the language node wants their rows."""
         outgoing = self.outgoing.get(key)
         if outgoing is None or outgoing.state != State.BOOTSTRAPPING:
             return []
-        if not 1 <= total_tokens <= MAX_TOKENS:
-            return self._fail(key, 400, f"the prompt has {total_tokens} tokens: expected 1 to {MAX_TOKENS}")
+        if not 1 <= message.total_tokens <= MAX_TOKENS:
+            return self._fail(key, 400, f"the prompt has {message.total_tokens} tokens: expected 1 to {MAX_TOKENS}")
         outgoing.state = State.WAITING_FOR_INPUT
-        outgoing.num_blocks = cdiv(total_tokens, self.settings.block_size)
-        outgoing.prepared = Prepared(
-            key.request_id, key.attempt, total_tokens, visual_rows, rope_delta, fingerprint, prepare_us, encode_us
-        )
-        return [Send(key.peer, outgoing.prepared)]
+        outgoing.num_blocks = cdiv(message.total_tokens, self.settings.block_size)
+        outgoing.prepared = message
+        return [Send(key.peer, message)]
+
+    def encoded(self, key: AttemptKey, blocks: Iterable[int], now: float, encode_us: int = 0) -> list[Action]:
+        """All rows of these token blocks are encoded, after `encode_us` microseconds for the request so far."""
+        if not self._is_active(key) or self.outgoing[key].prepared is None:
+            return []
+        outgoing = self.outgoing[key]
+        outgoing.encoded |= set(blocks)
+        outgoing.encode_us = encode_us
+        return self._report_encoded(key, outgoing)
 
     def failed(self, key: AttemptKey, status: int, reason: str, now: float) -> list[Action]:
-        """A Prepare has failed, or rows are lost; `status` is that of `messages.Error`."""
+        """A Prepare or the encoder has failed, or rows are lost; `status` is that of `messages.Error`."""
         return self._fail(key, status, reason) if self._is_active(key) else []
 
     def may_write(self, key: AttemptKey, now: float) -> bool:
@@ -149,11 +163,13 @@ class Sender:
 
     def receive(self, peer: str, message: Message, now: float) -> list[Action]:
         """A message has arrived from `peer`."""
-        if peer in self.peers and isinstance(message, Submit | Grant | Release | Abort):
+        if peer in self.peers and isinstance(message, Submit | Want | Grant | Release | Abort):
             key = AttemptKey(peer, message.request_id, message.attempt)
             match message:
                 case Submit():
                     return self._submit(key, message, now)
+                case Want():
+                    return self._want(key, message)
                 case Grant():
                     return self._grant(key, message, now)
                 case Abort():
@@ -190,7 +206,32 @@ class Sender:
         deadline = now + message.budget_ms / 1000
         self.outgoing[key] = OutgoingAttempt(deadline)
         accepted = Send(key.peer, Accepted(key.request_id, key.attempt))
-        return [accepted, Prepare(key, message.payload, deadline, message.have, message.fingerprint)]
+        return [accepted, Prepare(key, message.payload, deadline)]
+
+    def _want(self, key: AttemptKey, message: Want) -> list[Action]:
+        if error := self._repeat_error(key):
+            return error
+        if key in self.finished:
+            return []
+        outgoing = self.outgoing.get(key)
+        if outgoing is None:
+            return [self._unknown_attempt(key)]
+        if not self._is_active(key) or outgoing.prepared is None:
+            return []
+        if message.version < outgoing.version:
+            return []
+        actions: list[Action] = []
+        if message.version > outgoing.version:
+            outgoing.version = message.version
+            wanted = from_ranges(message.blocks, outgoing.num_blocks)
+            actions.append(EncodeBlocks(key, to_ranges(wanted - outgoing.encoded)))
+        return actions + self._report_encoded(key, outgoing)
+
+    def _report_encoded(self, key: AttemptKey, outgoing: OutgoingAttempt) -> list[Action]:
+        if not outgoing.encoded:
+            return []
+        blocks = to_ranges(outgoing.encoded)
+        return [Send(key.peer, Encoded(key.request_id, key.attempt, blocks, outgoing.encode_us))]
 
     def _grant(self, key: AttemptKey, message: Grant, now: float) -> list[Action]:
         if error := self._repeat_error(key):
@@ -204,7 +245,7 @@ class Sender:
         repeated: list[WrittenBlock] = []
         for token_block, pool_block in message.blocks if self.may_write(key, now) else ():
             round, granted_block = outgoing.granted.get(token_block, (-1, -1))
-            is_valid = token_block < outgoing.num_blocks and pool_block < self.peers[key.peer]
+            is_valid = token_block in outgoing.encoded and pool_block < self.peers[key.peer]
             if is_valid and round < message.round and token_block not in outgoing.writing:
                 outgoing.granted[token_block] = (message.round, pool_block)
                 outgoing.writing[token_block] = message.round

@@ -1,27 +1,28 @@
 """The encode node: answers language nodes' requests with rows of visual tokens.
 
 `sender.Sender` decides what to do, and this module does it: control messages run in the event loop, preparation in a
-pool of threads, the encoder in its own thread, and writes in one bridge per language node.
+pool of threads, the encoder in its own thread, and writes in one bridge per language node. Images are encoded one after
+another, and the rows of each are written while the next one is encoded.
 """
 
 import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.disagg.encode.bridge import BlockWrite, SendBridge, WriteSkippedError
+from deepstack_jax.disagg.encode.images import OutgoingImage, images_of
 from deepstack_jax.disagg.encode.outgoing import OutgoingRequest
 from deepstack_jax.disagg.encode.sender import Sender, SenderSettings
-from deepstack_jax.disagg.encode.worker import EncodeWorker, content_key
+from deepstack_jax.disagg.encode.worker import EncodedImage, EncodeWorker
 from deepstack_jax.disagg.transports import TransferError, Transport
 from deepstack_jax.disagg.wire.control import Listener
 from deepstack_jax.disagg.wire.layout import (
@@ -35,24 +36,37 @@ from deepstack_jax.disagg.wire.layout import (
 )
 from deepstack_jax.disagg.wire.messages import (
     MAX_REASON,
+    Accepted,
     Goodbye,
     Heartbeat,
     HeartbeatReply,
     Hello,
+    ImageRows,
     Message,
+    Prepared,
     Refused,
     Welcome,
     WrittenBlock,
     refusal,
 )
 from deepstack_jax.disagg.wire.payload import unpack
-from deepstack_jax.disagg.wire.transfer import Action, AttemptKey, Forget, Prepare, Send, StartWrite
+from deepstack_jax.disagg.wire.prompt import pack_prompt
+from deepstack_jax.disagg.wire.transfer import (
+    Action,
+    AttemptKey,
+    EncodeBlocks,
+    Forget,
+    Prepare,
+    Send,
+    StartWrite,
+    from_ranges,
+)
 from deepstack_jax.errors import one_line
-from deepstack_jax.processing.batch import VisionInput, prepare_batch
+from deepstack_jax.processing.batch import prepare_batch
 
 PEER_TIMEOUT_S = 10.0  # a language node counts as gone after this long without a message
 POLL_INTERVAL_S = 1.0  # maximum interval between two checks of timers and peers
-REMINDER_INTERVAL_S = 5.0  # interval between two Prepared messages of an attempt that waits for its language node
+REMINDER_INTERVAL_S = 5.0  # interval between two messages about an attempt that waits for its language node
 NUM_PREPARE_THREADS = 2  # they decode images and tokenize
 
 _log = logging.getLogger(__name__)
@@ -71,10 +85,13 @@ class _Peer:
 
 @dataclass
 class _Attempt:
-    """An attempt's preparation, and its result."""
+    """An attempt's preparation, its prompt, and its images that are not encoded yet."""
 
     task: "asyncio.Task[None] | None" = None
     request: OutgoingRequest | None = None
+    images: list[OutgoingImage] = field(default_factory=list)
+    encoding: "dict[int, Future[EncodedImage]]" = field(default_factory=dict)  # by the image's first row
+    encode_seconds: float = 0.0
 
 
 class EncodeServer:
@@ -218,10 +235,10 @@ class EncodeServer:
                 )
 
     def _send_reminders(self) -> None:
-        """Repeats Prepared for idle attempts. A language node that has ended such an attempt answers with Abort."""
+        """Repeats Accepted for idle attempts. A language node that has ended such an attempt answers with Abort."""
         for key, outgoing in self.sender.outgoing.items():
             if outgoing.prepared and not outgoing.writing and (peer := self._names.get(key.peer)):
-                self.listener.send(peer.connection, outgoing.prepared)
+                self.listener.send(peer.connection, Accepted(key.request_id, key.attempt))
 
     # performing actions
 
@@ -241,6 +258,8 @@ class EncodeServer:
             case Prepare(key):
                 self._attempts[key] = attempt = _Attempt()
                 attempt.task = asyncio.create_task(self._prepare(action))
+            case EncodeBlocks(key, blocks):
+                self._encode(key, blocks)
             case StartWrite(key, round, blocks):
                 try:
                     self._write(action)
@@ -250,46 +269,30 @@ class EncodeServer:
                     self._perform(self.sender.failed(key, 503, reason, now))
                     self._perform(self.sender.write_skipped(key, round, [block for block, _ in blocks], now))
             case Forget(key):
-                if (attempt := self._attempts.pop(key, None)) and attempt.task:
-                    attempt.task.cancel()
+                if attempt := self._attempts.pop(key, None):
+                    for future in attempt.encoding.values():
+                        future.cancel()
+                    if attempt.task:
+                        attempt.task.cancel()
 
     async def _prepare(self, action: Prepare) -> None:
-        """Prepares and encodes one request. A failure is reported for this request only."""
-        key, stage = action.key, "preparing the request"
+        """Prepares one request. A failure is reported for this request only."""
+        key, started = action.key, time.monotonic()
         try:
-            started = time.monotonic()
-            try:
-                arrays, visuals, keys = await self._loop.run_in_executor(
-                    self._pool, self._prepare_inputs, action.payload
-                )
-            except ValueError as error:  # only here does a ValueError mean that the request is invalid
-                self._perform(self.sender.failed(key, 400, one_line(error), time.monotonic()))
-                return
-            prepared, stage = time.monotonic(), "encoding the images and videos"
-            encoded = await asyncio.wrap_future(self.worker.submit(visuals, keys)) if visuals else None
+            request, images = await self._loop.run_in_executor(self._pool, self._prepare_inputs, action.payload)
             if (attempt := self._attempts.get(key)) is None:
                 return
-            attempt.request = OutgoingRequest(**arrays, rows=encoded.rows if encoded else None)
-            aux, ids, positions = (arrays[name] for name in ("aux_datas", "fill_ids", "mrope_positions"))
-            actions = self.sender.prepared(
-                key,
-                len(ids),
-                int(aux[AUX_VISUAL_ROWS]),
-                int(aux[AUX_ROPE_DELTA]),
-                fingerprint(self.hello.model, ids, positions, xxhash.xxh3_128(b"".join(keys)).digest()),
-                time.monotonic(),
-                prepare_us=int((prepared - started) * 1e6),
-                encode_us=int((time.monotonic() - prepared) * 1e6),
-            )
+            attempt.request, attempt.images = request, images
+            prepared = self._describe(key, request, images, time.monotonic() - started)
+        except ValueError as error:  # only here does a ValueError mean that the request is invalid
+            self._perform(self.sender.failed(key, 400, one_line(error), time.monotonic()))
         except Exception as error:
-            _log.exception("%s failed", stage)
-            reason = f"{stage} failed ({type(error).__name__}): {one_line(error)[:300]}"
-            self._perform(self.sender.failed(key, 500, reason, time.monotonic()))
-            return
-        self._perform(actions)
+            self._report_failure(key, "preparing the request", error)
+        else:
+            self._perform(self.sender.prepared(key, prepared, time.monotonic()))
 
-    def _prepare_inputs(self, payload: bytes) -> tuple[dict[str, Any], tuple[VisionInput, ...], list[bytes]]:
-        """Returns the arrays of an OutgoingRequest, its images and videos, and their content keys."""
+    def _prepare_inputs(self, payload: bytes) -> tuple[OutgoingRequest, list[OutgoingImage]]:
+        """Returns a request whose rows are still to be added, and its images and videos."""
         prompt, images, videos, options = unpack(payload)
         arrays = self._model.processor.prepare(prompt, images=images, videos=videos, **options)
         batch = prepare_batch(self._model.config, **arrays)
@@ -297,14 +300,66 @@ class EncodeServer:
         aux = np.zeros(AUX_LENGTH, np.int32)
         aux[AUX_TOTAL_TOKENS], aux[AUX_ROPE_DELTA] = count, batch.rope_deltas[0]
         aux[AUX_VISUAL_ROWS], aux[AUX_FORMAT_VERSION] = batch.num_visual_tokens, FORMAT_VERSION
-        index = np.full(count, -1, np.int32) if batch.visual_index is None else batch.visual_index[0, :count]
-        prompt_arrays = {
-            "fill_ids": batch.input_ids[0, :count],
-            "mrope_positions": np.ascontiguousarray(batch.position_ids[:, 0, :count]),
-            "aux_datas": aux,
-            "visual_index": index,
-        }
-        return prompt_arrays, batch.visuals, [content_key(visual) for visual in batch.visuals]
+        index, outgoing = images_of(batch, self.hello.block_size)
+        positions = np.ascontiguousarray(batch.position_ids[:, 0, :count])
+        return OutgoingRequest(batch.input_ids[0, :count], positions, aux, index), outgoing
+
+    def _describe(
+        self, key: AttemptKey, request: OutgoingRequest, images: list[OutgoingImage], seconds: float
+    ) -> Prepared:
+        ids, positions, aux = request.fill_ids, request.mrope_positions, request.aux_datas
+        digests = b"".join(image.digest for image in images)
+        return Prepared(
+            key.request_id,
+            key.attempt,
+            len(ids),
+            int(aux[AUX_VISUAL_ROWS]),
+            int(aux[AUX_ROPE_DELTA]),
+            fingerprint(self.hello.model, ids, positions, digests),
+            pack_prompt(ids, positions),
+            tuple(ImageRows(image.first_row, image.rows, image.digest) for image in images),
+            prepare_us=int(seconds * 1e6),
+        )
+
+    def _encode(self, key: AttemptKey, ranges: Iterable[tuple[int, int]]) -> None:
+        """Queues the images that have rows in the blocks, and takes others out of the queue."""
+        attempt = self._attempts[key]
+        assert attempt.request is not None
+        wanted = from_ranges(ranges, len(attempt.request.fill_ids))
+        for image in attempt.images:
+            future, is_wanted = attempt.encoding.get(image.first_row), not wanted.isdisjoint(image.blocks)
+            if is_wanted and future is None:
+                attempt.encoding[image.first_row] = future = self.worker.submit(image.visual, image.digest)
+                future.add_done_callback(lambda future, image=image: self._in_loop(self._encoded, key, image, future))
+            elif future is not None and not is_wanted and future.cancel():
+                del attempt.encoding[image.first_row]
+
+    def _encoded(self, key: AttemptKey, image: OutgoingImage, future: "Future[EncodedImage]") -> None:
+        """Adds the rows of an image to its request, and reports the blocks that are complete with them."""
+        attempt = self._attempts.get(key)
+        if attempt is None or attempt.request is None or attempt.encoding.get(image.first_row) is not future:
+            return
+        try:
+            rows, seconds = future.result()
+        except (Exception, CancelledError) as error:
+            self._report_failure(key, "encoding the images and videos", error)
+            return
+        attempt.request.add_rows(image.first_row, image.rows, rows)
+        attempt.images.remove(image)  # its pixels are no longer needed
+        attempt.encode_seconds += seconds
+        incomplete = {block for other in attempt.images for block in other.blocks}
+        now, encode_us = time.monotonic(), int(attempt.encode_seconds * 1e6)
+        self._perform(self.sender.encoded(key, image.blocks - incomplete, now, encode_us))
+
+    def _report_failure(self, key: AttemptKey, stage: str, error: BaseException) -> None:
+        _log.error("%s failed", stage, exc_info=error)
+        reason = f"{stage} failed ({type(error).__name__}): {one_line(error)[:300]}"
+        self._perform(self.sender.failed(key, 500, reason, time.monotonic()))
+
+    def _in_loop(self, call: Callable[..., None], *args: Any) -> None:
+        """Runs `call` in the event loop, unless it is closed; any thread may call it."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(call, *args)
 
     def _write(self, action: StartWrite) -> None:
         """Starts writing blocks through the peer's bridge."""
@@ -317,8 +372,7 @@ class EncodeServer:
             return
 
         def ended(blocks: list[BlockWrite]) -> None:
-            with suppress(RuntimeError):  # the event loop is closed
-                self._loop.call_soon_threadsafe(self._written, key, round, blocks)
+            self._in_loop(self._written, key, round, blocks)
 
         # the bridge's thread calls `may_write`, which only reads a dictionary and a clock
         peer.bridge.write(attempt.request, action.blocks, ended, lambda: self.sender.may_write(key, time.monotonic()))

@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 from jax.sharding import Sharding
 
 from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
@@ -26,16 +27,13 @@ class ReceiveBridge:
 
     def expect(
         self,
-        total_tokens: int,
-        visual_rows: int,
+        input_ids: np.ndarray,
+        mrope_positions: np.ndarray,
         visual_ids: Sequence[int],
-        num_rows: int | None = None,
         sharding: Sharding | None = None,
     ) -> IncomingRequest:
-        """Allocates memory for a request, or reuses that of finished ones; for the arguments see `IncomingRequest`."""
-        return IncomingRequest(
-            self._pool, total_tokens, visual_rows, visual_ids, num_rows=num_rows, sharding=sharding, memory=self._memory
-        )
+        """A request whose rows are copied to memory of finished ones; for the arguments see `IncomingRequest`."""
+        return IncomingRequest(self._pool, input_ids, mrope_positions, visual_ids, sharding, self._memory)
 
     def copy_out(
         self, request: IncomingRequest, token_block: int, pool_block: int, expected: BlockCopy

@@ -1,13 +1,14 @@
-"""A request on a language node: the tokens and rows that have arrived."""
+"""A request on a language node: its prompt, and the rows that have arrived, one token block at a time."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Sharding
 
 from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
-from deepstack_jax.disagg.wire.device_rows import DeviceRows, HostMemory
+from deepstack_jax.disagg.wire.device_rows import HostMemory, to_device
 from deepstack_jax.disagg.wire.layout import (
     AUX_DATAS,
     AUX_LENGTH,
@@ -18,7 +19,6 @@ from deepstack_jax.disagg.wire.layout import (
 )
 from deepstack_jax.disagg.wire.rows import block_runs, copy_in_parts, first_row
 from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.rounding import cdiv
 
 
 class BlockCopy(NamedTuple):
@@ -28,134 +28,134 @@ class BlockCopy(NamedTuple):
     num_bytes: int
 
 
-class IncomingRequest:
-    """A request's own memory on the language node: T tokens and M visual rows, as far as they have arrived.
+@dataclass(frozen=True)
+class BlockRows:
+    """The visual rows of a token block.
 
-    Blocks may arrive in any order. A block counts once its checksum matches, and is never overwritten afterwards.
+    Attributes:
+        first_row, rows: the first of them, and how many there are.
+        first_token, stop_token: the prompt's tokens from its first visual token to after its last one.
+    """
+
+    first_row: int
+    rows: int
+    first_token: int
+    stop_token: int
+
+
+class IncomingRequest:
+    """A request's own memory on the language node: T tokens, and the rows of blocks that have arrived.
+
+    Blocks may arrive in any order. A block counts once its checksum matches, and is never copied again.
+
+    Attributes:
+        input_ids: int32 [T].
+        mrope_positions: int32 [3, T].
+        visual_index: int32 [T], the row of each visual token in the order of tokens, -1 for text.
+        blocks: the token blocks that have visual rows.
     """
 
     def __init__(
         self,
         pool: MultimodalDataBuffers,
-        total_tokens: int,
-        visual_rows: int,
+        input_ids: np.ndarray,
+        mrope_positions: np.ndarray,
         visual_ids: Sequence[int],
-        num_rows: int | None = None,
         sharding: Sharding | None = None,
         memory: HostMemory | None = None,
     ):
-        """Allocates memory for the request, from `memory` if it is given.
-
+        """
         Args:
             pool: the receive pool that blocks are copied from.
-            total_tokens: T.
-            visual_rows: M.
+            input_ids: int32 [T].
+            mrope_positions: int32 [3, T].
             visual_ids: ids of the placeholder tokens, each of which stands for one visual row.
-            num_rows: length of the arrays that `rows` returns, padded with zeros: a prefill bucket. None takes M.
-            sharding: where `rows` puts its arrays; None takes the first device.
+            sharding: where `take_rows` puts its arrays; None takes the first device.
+            memory: where rows are copied to.
         """
-        self._pool, self._visual_ids = pool, np.asarray(visual_ids)
-        self.total_tokens, self.visual_rows = total_tokens, visual_rows
-        self.fill_ids = np.zeros(total_tokens, np.int32)
-        self.aux_datas = np.zeros(AUX_LENGTH, np.int32)
-        self._positions = np.zeros((total_tokens, 3), np.int32)
-        self._arrived: list[BlockCopy | None] = [None] * cdiv(total_tokens, pool.block_size)
-        memory, height = memory or HostMemory(), max(num_rows or visual_rows, visual_rows)
-        self._rows: list[np.ndarray] = []  # embeddings, then deepstack embeddings if the model has any
-        for buffer in ROW_BUFFERS[: 2 if pool.num_deepstack_embeddings else 1]:
-            width = pool.arrays[buffer].shape[-1]
-            buffer_bytes = memory.take(height * width * pool.dtype.itemsize)
-            self._rows.append(buffer_bytes.view(pool.dtype).reshape(height, width))
-            self._rows[-1][visual_rows:] = 0
-        self._ready_blocks = self._ready_rows = 0  # contiguous from the start
-        self._parked: dict[int, list[np.ndarray]] = {}  # rows of blocks after the first gap
-        self._devices = [DeviceRows(rows, sharding) for rows in self._rows]
-
-    @property
-    def complete(self) -> bool:
-        return None not in self._arrived
-
-    @property
-    def mrope_positions(self) -> np.ndarray:
-        """int32 [3, T]."""
-        return np.ascontiguousarray(self._positions.T)
-
-    @property
-    def visual_index(self) -> np.ndarray:
-        """int32 [T]: the row of each visual token, -1 for text."""
-        visual = self._is_visual(self.fill_ids)
-        return np.where(visual, np.cumsum(visual) - 1, -1).astype(np.int32)
-
-    def rows(self) -> VisualRows:
-        """Returns `num_rows` rows on the device, in the order of the visual tokens.
-
-        On a CPU the arrays share this object's memory, which is not written afterwards.
-
-        Raises:
-            RuntimeError: a block is missing, or the prompt has fewer visual tokens than rows.
-        """
-        if not self.complete:
-            raise RuntimeError(f"{self._arrived.count(None)} of {len(self._arrived)} blocks have not arrived")
-        if self._ready_rows < self.visual_rows:
-            raise RuntimeError(f"{self._ready_rows} visual tokens for the {self.visual_rows} rows that were announced")
-        return VisualRows(*(device.finish() for device in self._devices))
+        self._pool, self._sharding, self._memory = pool, sharding, memory or HostMemory()
+        self.input_ids, self.mrope_positions = input_ids, mrope_positions
+        self._positions = np.ascontiguousarray(mrope_positions.T)
+        self._visual = np.isin(input_ids, visual_ids)
+        self.visual_index = np.where(self._visual, np.cumsum(self._visual) - 1, -1).astype(np.int32)
+        self.blocks = self._find_blocks()
+        self._arrived: dict[int, VisualRows | None] = {}  # None once they are taken
 
     def copy_out(self, token_block: int, pool_block: int, expected: BlockCopy) -> BlockCopy:
         """Copies a block out of the pool, and counts it if the copy matches `expected`.
 
         Raises:
-            ValueError: the block does not exist, or the prompt has more visual tokens than rows.
+            ValueError: the block does not exist, or its ids or positions are not those of the prompt.
         """
-        if not 0 <= token_block < len(self._arrived):
-            raise ValueError(f"token block {token_block} is outside the prompt of {len(self._arrived)} blocks")
+        size = self._pool.block_size
+        if not 0 <= token_block * size < len(self.input_ids):
+            raise ValueError(f"token block {token_block} is outside the prompt of {len(self.input_ids)} tokens")
         if not 0 <= pool_block < self._pool.num_blocks:
             raise ValueError(f"block {pool_block} is outside the pool of {self._pool.num_blocks} blocks")
-        if self._arrived[token_block] is not None:
-            return expected  # it has matched before; another encoder's rows may differ in their last bits
-        block = [array[pool_block] for array in self._pool.arrays]
-        start = token_block * self._pool.block_size
-        tokens = slice(start, min(start + self._pool.block_size, self.total_tokens))
-        ids, positions = self.fill_ids[tokens], self._positions[tokens]
-        ids[...] = block[FILL_IDS][: len(ids)]
-        positions[...] = block[MROPE_POSITIONS][: len(ids)]
-        small = [ids, positions]
-        if token_block == 0:
-            self.aux_datas[...] = block[AUX_DATAS]
-            small.append(self.aux_datas)
+        if token_block in self._arrived:
+            return expected  # it has matched before
+        tokens = slice(token_block * size, min((token_block + 1) * size, len(self.input_ids)))
         # read these copies from here on: a late write may change the pool at any time
-        runs = block_runs(self._is_visual(ids))
-        count = sum(stop - start for start, stop in runs)
-        if token_block == self._ready_blocks and self._ready_rows + count <= self.visual_rows:
-            rows = [rows[self._ready_rows : self._ready_rows + count] for rows in self._rows]
-        else:
-            rows = [np.empty((count, rows.shape[1]), rows.dtype) for rows in self._rows]
+        small, rows = self._copy_small(token_block, pool_block, tokens), self._take_memory()
+        copy = self._copy_rows(small, rows, tokens, pool_block)
+        if copy == expected:
+            if not (
+                np.array_equal(small[0], self.input_ids[tokens]) and np.array_equal(small[1], self._positions[tokens])
+            ):
+                raise ValueError(f"the ids or positions of token block {token_block} contradict the prompt")
+            self._arrived[token_block] = VisualRows(*(to_device(array, self._sharding) for array in rows))
+        return copy
+
+    def take_rows(self, token_block: int) -> VisualRows | None:
+        """Returns the rows of a block that has arrived, once; they are padded to the size of a block.
+
+        On a CPU the arrays share the memory that the block was copied to, which is not written afterwards.
+        """
+        rows = self._arrived.get(token_block)
+        if rows is not None:
+            self._arrived[token_block] = None
+        return rows
+
+    def _find_blocks(self) -> dict[int, BlockRows]:
+        tokens, size = np.flatnonzero(self._visual), self._pool.block_size
+        blocks = {}
+        for first, stop in zip(*_bounds(tokens // size), strict=True):
+            of_block = tokens[first:stop]
+            blocks[int(of_block[0]) // size] = BlockRows(first, stop - first, int(of_block[0]), int(of_block[-1]) + 1)
+        return blocks
+
+    def _copy_small(self, token_block: int, pool_block: int, tokens: slice) -> list[np.ndarray]:
+        count, arrays = tokens.stop - tokens.start, self._pool.arrays
+        small = [arrays[buffer][pool_block][:count].copy() for buffer in (FILL_IDS, MROPE_POSITIONS)]
+        return small if token_block else [*small, arrays[AUX_DATAS][pool_block][:AUX_LENGTH].copy()]
+
+    def _take_memory(self) -> list[np.ndarray]:
+        """Memory for the rows of one block: embeddings, then deepstack embeddings if the model has any."""
+        height, dtype = self._pool.block_size, self._pool.dtype
+        widths = [self._pool.arrays[buffer].shape[-1] for buffer in self._row_buffers]
+        return [self._memory.take(height * width * dtype.itemsize).view(dtype).reshape(height, -1) for width in widths]
+
+    @property
+    def _row_buffers(self) -> tuple[int, ...]:
+        return ROW_BUFFERS[: 2 if self._pool.num_deepstack_embeddings else 1]
+
+    def _copy_rows(self, small: list[np.ndarray], rows: list[np.ndarray], tokens: slice, pool_block: int) -> BlockCopy:
+        runs = block_runs(self._visual[tokens])
+        first, count = first_row(runs) if runs else 0, sum(stop - start for start, stop in runs)
 
         def parts() -> Iterator[np.ndarray]:
             yield from small
-            first = first_row(runs)
-            for buffer, target in zip(ROW_BUFFERS, rows, strict=False):
-                yield from copy_in_parts(block[buffer][first : first + count], target)
+            for buffer, target in zip(self._row_buffers, rows, strict=True):
+                target[count:] = 0
+                yield from copy_in_parts(self._pool.arrays[buffer][pool_block][first : first + count], target[:count])
 
-        copy = BlockCopy(checksum(parts()), sum(part.nbytes for part in (*small, *rows)))
-        if copy == expected:
-            self._arrived[token_block] = copy
-            self._parked[token_block] = rows
-            self._advance()
-        return copy
+        num_bytes = sum(part.nbytes for part in small) + sum(array[:count].nbytes for array in rows)
+        return BlockCopy(checksum(parts()), num_bytes)
 
-    def _is_visual(self, ids: np.ndarray) -> np.ndarray:
-        return (ids[:, None] == self._visual_ids).any(axis=1)
 
-    def _advance(self) -> None:
-        """Moves parked rows up to the next gap into place, and sends what is contiguous to the device."""
-        while (rows := self._parked.pop(self._ready_blocks, None)) is not None:
-            first, stop = self._ready_rows, self._ready_rows + len(rows[0])
-            if stop > self.visual_rows:
-                raise ValueError(f"more visual tokens than the {self.visual_rows} rows that were announced")
-            for all_rows, parked in zip(self._rows, rows, strict=True):
-                if all_rows[first:stop].ctypes.data != parked.ctypes.data:
-                    all_rows[first:stop] = parked
-            self._ready_rows = stop
-            self._ready_blocks += 1
-        for device in self._devices:
-            device.send(self._ready_rows)
+def _bounds(numbers: np.ndarray) -> tuple[list[int], list[int]]:
+    """Where runs of equal numbers start and stop."""
+    if not len(numbers):
+        return [], []
+    edges = (np.flatnonzero(np.diff(numbers)) + 1).tolist()
+    return [0, *edges], [*edges, len(numbers)]

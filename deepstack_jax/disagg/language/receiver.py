@@ -2,97 +2,50 @@
 
 The blocks of the pool are a sliding window. A request that waits for blocks holds none. It receives up to its share of
 blocks at once, and returns each as soon as the block has been copied out. Blocks are granted to the oldest request
-first, which waits until its whole share is free. Every request therefore waits only for older ones, and those wait only
-for their own writes or a deadline.
+whose rows are encoded, which waits until its whole share is free. Every request therefore waits only for older ones,
+and those wait only for their own writes or a deadline.
+
+Rows come only in the token blocks that the node wants, which are decided twice: as soon as the prompt is known, so that
+encoding starts, and when the engine admits the request. Blocks are granted from then on.
 """
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
+from deepstack_jax.disagg.language.pending import AbandonedAttempt, PendingRequest, ReceiverSettings
 from deepstack_jax.disagg.wire.buffers import BlockAllocator
 from deepstack_jax.disagg.wire.messages import (
-    MAX_LIST,
     MAX_PAYLOAD,
     MAX_REASON,
     NAME_PATTERN,
     Abort,
     Aborted,
     Accepted,
+    Encoded,
     Error,
     Grant,
     Message,
     Prepared,
     Release,
     Submit,
+    Want,
     Written,
-    WrittenBlock,
 )
-from deepstack_jax.disagg.wire.transfer import Action, CopyOut, EncodeLocally, Ended, PromptKnown, Send, State
+from deepstack_jax.disagg.wire.transfer import (
+    Action,
+    CopyOut,
+    EncodeLocally,
+    Ended,
+    PromptKnown,
+    Send,
+    State,
+    from_ranges,
+    to_ranges,
+)
 from deepstack_jax.rounding import cdiv
 
 _MAX_BUDGET_MS = 24 * 3600 * 1000
-
-
-@dataclass(frozen=True)
-class ReceiverSettings:
-    """Limits of a language node's transfers. Times are in seconds."""
-
-    num_blocks: int  # in the receive pool
-    block_size: int  # tokens per block
-    share: int  # maximum blocks that one request holds at once
-    max_tokens: int  # per prompt
-    retry_interval: float = 1.0  # unanswered messages are repeated at this interval
-    transfer_timeout: float = 30.0  # limit without progress, and the quarantine of blocks that may still be written
-    max_attempts: int = 4  # per request, with different encoders as far as there are any
-    max_damaged: int = 3  # a request fails after more blocks with a wrong checksum
-    encodes_locally: bool = False  # this node has loaded the vision weights
-
-    def __post_init__(self):
-        if not 1 <= self.share <= min(self.num_blocks, MAX_LIST):
-            raise ValueError(f"share {self.share}: expected 1 to {min(self.num_blocks, MAX_LIST)} blocks")
-
-
-@dataclass
-class PendingRequest:
-    """A request whose rows are being fetched. It has one attempt with one peer at a time, and one round of blocks."""
-
-    payload: bytes
-    deadline: float
-    state: State = State.BOOTSTRAPPING
-    attempt: int = 0
-    peer: str = ""
-    accepted: bool = False
-    prepared: bool = False
-    resend_at: float = 0.0
-    stall_deadline: float = 0.0
-    attempts_by_peer: dict[str, int] = field(default_factory=dict)  # number of attempts per peer
-    fingerprint: bytes = b""
-    total_tokens: int = 0
-    round: int = 0
-    granted: dict[int, int] = field(default_factory=dict)  # token block -> pool block, in this round
-    written: dict[int, WrittenBlock] = field(default_factory=dict)  # granted blocks that are being copied out
-    received: set[int] = field(default_factory=set)  # token blocks
-    num_damaged: int = 0
-    failure: str = ""  # the last status 500, an encoder's failure that concerns only this request
-
-    @property
-    def waits_for_blocks(self) -> bool:
-        return self.prepared and not self.granted
-
-    @property
-    def waits_for_peer(self) -> bool:
-        return not self.prepared or len(self.written) < len(self.granted)
-
-
-@dataclass
-class AbandonedAttempt:
-    """An abandoned attempt whose peer may still write to these blocks."""
-
-    peer: str
-    blocks: list[int]
-    release_at: float
-    resend_at: float
 
 
 class Receiver:
@@ -124,6 +77,23 @@ class Receiver:
         self.requests[request_id] = PendingRequest(payload, deadline)
         return self._next_attempt(request_id, "no encoder is connected", now)
 
+    def want(self, request_id: str, blocks: Iterable[int], admitted: bool, now: float) -> list[Action]:
+        """Says which token blocks need rows, of a request whose prompt is known; blocks out of the prompt count not.
+
+        Once `admitted`, rows may arrive, and the request ends as soon as they have: a later call may leave blocks out,
+        and not add any.
+        """
+        request = self.requests.get(request_id)
+        if request is None or not request.fingerprint:
+            return []
+        before, request.admitted = request.wanted, request.admitted or admitted
+        request.wanted = {block for block in blocks if 0 <= block < self._num_blocks(request)}
+        actions = self._end_if_complete(request_id, request)
+        if not actions and request.wanted != before:
+            request.version += 1
+            actions += [self._send_want(request_id, request, now)] if request.prepared else []
+        return actions + self._grant(now)
+
     def abort(self, request_id: str, reason: str, now: float) -> list[Action]:
         """Ends the request if it is in progress, because its result is no longer needed."""
         return self._fail(request_id, 499, reason, now) + self._grant(now) if request_id in self.requests else []
@@ -149,19 +119,14 @@ class Receiver:
         if (reported := request.written.pop(token_block, None)) is None:
             return []
         self.pool.free_block(request_id, request.granted.pop(token_block))
-        actions: list[Action] = []
         if (reported.checksum, reported.num_bytes) == (checksum, num_bytes):
             request.received.add(token_block)
-            if len(request.received) == self._num_blocks(request):
-                del self.requests[request_id]
-                request.state = State.SUCCESS
-                actions += [Send(request.peer, Release(request_id, attempt)), Ended(request_id, State.SUCCESS, 200, "")]
         else:
             request.num_damaged += 1
             if request.num_damaged > self.settings.max_damaged:
                 reason = f"{request.num_damaged} blocks arrived damaged from {request.peer}: check the network"
-                actions += self._fail(request_id, 502, reason, now)
-        return actions + self._grant(now)
+                return self._fail(request_id, 502, reason, now) + self._grant(now)
+        return self._end_if_complete(request_id, request) + self._grant(now)
 
     # events from other nodes and the clock
 
@@ -184,7 +149,7 @@ class Receiver:
             abandoned = self.abandoned.get((message.request_id, message.attempt))
             if abandoned and abandoned.peer == peer:
                 actions = self._release((message.request_id, message.attempt))
-        elif isinstance(message, Accepted | Prepared | Written | Error):
+        elif isinstance(message, Accepted | Prepared | Encoded | Written | Error):
             request = self.requests.get(message.request_id)
             if request and request.peer == peer and request.attempt == message.attempt:
                 match message:
@@ -192,6 +157,8 @@ class Receiver:
                         request.accepted, actions = True, []
                     case Prepared():
                         actions = self._prepared(request, message, now)
+                    case Encoded():
+                        actions = self._encoded(request, message)
                     case Written():
                         actions = self._written(request, message, now)
                     case Error(request_id, _, status, reason) if status < 500:
@@ -220,7 +187,7 @@ class Receiver:
             elif self._awaits_writes(request) and request.stall_deadline <= now:
                 actions += self._next_attempt(request_id, f"{request.peer} stopped writing", now)
             elif request.waits_for_peer and request.resend_at <= now:
-                actions.append(self._send_unanswered(request_id, request, now))
+                actions += self._send_unanswered(request_id, request, now)
         return actions + self._grant(now)
 
     def next_timer(self) -> float | None:
@@ -257,10 +224,11 @@ class Receiver:
         self.attempts += 1
         request.peer, request.attempt = peer, self.attempts
         request.accepted = request.prepared = False
+        request.encoded.clear()
         if is_retry:  # it has just failed: wait for the retry interval
             request.resend_at = now + self.settings.retry_interval
             return actions
-        return [*actions, self._send_unanswered(request_id, request, now)]
+        return actions + self._send_unanswered(request_id, request, now)
 
     def _abandon(self, request_id: str, request: PendingRequest, reason: str, now: float) -> list[Action]:
         """Leaves the request's peer, which may only seem dead, and quarantines blocks that it may still write to."""
@@ -288,21 +256,37 @@ class Receiver:
         request.state = State.FAILED
         return [*actions, Ended(request_id, State.FAILED, status, reason)]
 
-    def _send_unanswered(self, request_id: str, request: PendingRequest, now: float) -> Send:
-        """Sends what the peer has not answered yet: a Submit, or the Grant of blocks that are not written."""
+    def _end_if_complete(self, request_id: str, request: PendingRequest) -> list[Action]:
+        """Ends the request if all that it wants has been received and nothing is in flight."""
+        if not request.admitted or request.missing or request.granted:
+            return []
+        del self.requests[request_id]
+        request.state = State.SUCCESS
+        # an encoder that has not answered may have no Submit yet, which Abort would overtake
+        kind = Release if request.prepared else Abort
+        return [Send(request.peer, kind(request_id, request.attempt)), Ended(request_id, State.SUCCESS, 200, "")]
+
+    def _send_unanswered(self, request_id: str, request: PendingRequest, now: float) -> list[Send]:
+        """Sends what the peer has not answered yet: a Submit, a Want, or the Grant of blocks that are not written."""
         request.resend_at = now + self.settings.retry_interval
-        if request.prepared:
-            missing = tuple(sorted(item for item in request.granted.items() if item[0] not in request.written))
-            return Send(request.peer, Grant(request_id, request.attempt, request.round, missing))
-        submit = Submit(
-            request_id,
-            request.attempt,
-            budget_ms=min(max(0, int((request.deadline - now) * 1000)), _MAX_BUDGET_MS),
-            payload=None if request.accepted else request.payload,
-            have=_to_ranges(request.received),
-            fingerprint=request.fingerprint or None,
-        )
-        return Send(request.peer, submit)
+        if not request.prepared:
+            budget_ms = min(max(0, int((request.deadline - now) * 1000)), _MAX_BUDGET_MS)
+            payload = None if request.accepted else request.payload
+            return [Send(request.peer, Submit(request_id, request.attempt, budget_ms, payload))]
+        actions = [self._send_grant(request_id, request, now)] if self._awaits_writes(request) else []
+        if request.waits_for_rows:
+            actions.append(self._send_want(request_id, request, now))
+        return actions
+
+    def _send_grant(self, request_id: str, request: PendingRequest, now: float) -> Send:
+        request.resend_at = now + self.settings.retry_interval
+        missing = tuple(sorted(item for item in request.granted.items() if item[0] not in request.written))
+        return Send(request.peer, Grant(request_id, request.attempt, request.round, missing))
+
+    def _send_want(self, request_id: str, request: PendingRequest, now: float) -> Send:
+        request.resend_at = now + self.settings.retry_interval
+        wanted = to_ranges(request.missing)
+        return Send(request.peer, Want(request_id, request.attempt, request.version, wanted))
 
     # messages of the current attempt
 
@@ -316,13 +300,24 @@ class Receiver:
         if message.visual_rows > message.total_tokens:
             reason = f"{request.peer} announced {message.visual_rows} visual rows for {message.total_tokens} tokens"
             return self._next_attempt(message.request_id, reason, now)
+        known = request.fingerprint, request.total_tokens
+        if request.fingerprint and known != (message.fingerprint, message.total_tokens):
+            # the engine has the first prompt, and may have computed a part of it
+            reason = f"{request.peer} prepared another prompt than the encoder before it: install one release on all"
+            return self._next_attempt(message.request_id, reason, now, 502)
         request.accepted = request.prepared = True
         request.state = max(request.state, State.WAITING_FOR_INPUT)
-        if (message.fingerprint, message.total_tokens) == (request.fingerprint, request.total_tokens):
-            return []  # blocks received from another encoder belong to the same prompt
-        request.received.clear()
-        request.fingerprint, request.total_tokens = message.fingerprint, message.total_tokens
-        return [PromptKnown(message.request_id, message.total_tokens, message.visual_rows, message.rope_delta)]
+        if not request.fingerprint:
+            request.fingerprint, request.total_tokens = message.fingerprint, message.total_tokens
+            return [PromptKnown(message.request_id, message)]
+        return [] if request.wanted is None else [self._send_want(message.request_id, request, now)]
+
+    def _encoded(self, request: PendingRequest, message: Encoded) -> list[Action] | None:
+        new = from_ranges(message.blocks, self._num_blocks(request)) - request.encoded
+        if not request.prepared or not new:
+            return None
+        request.encoded |= new
+        return []
 
     def _written(self, request: PendingRequest, message: Written, now: float) -> list[Action] | None:
         actions: list[Action] = []
@@ -338,14 +333,14 @@ class Receiver:
     # the receive pool
 
     def _grant(self, now: float) -> list[Action]:
-        """Grants free blocks to waiting requests, oldest first: a share each, or all missing blocks if fewer."""
+        """Grants free blocks to waiting requests, oldest first: a share each, or all that can be sent if fewer."""
         actions: list[Action] = []
         for request_id, request in self.requests.items():
             if not self.pool.num_free:
                 break
             if not request.waits_for_blocks:
                 continue
-            missing = [index for index in range(self._num_blocks(request)) if index not in request.received]
+            missing = sorted(request.missing & request.encoded)
             usable = self.settings.num_blocks - self.pool.num_quarantined
             count = min(len(missing), self.settings.share, usable)
             if not count or self.pool.num_free < count:
@@ -354,7 +349,7 @@ class Receiver:
             request.granted = dict(zip(missing, self.pool.take(request_id, count), strict=False))
             request.stall_deadline = now + self.settings.transfer_timeout
             request.state = State.TRANSFERRING
-            actions.append(self._send_unanswered(request_id, request, now))
+            actions.append(self._send_grant(request_id, request, now))
         return actions
 
     def _num_blocks(self, request: PendingRequest) -> int:
@@ -365,18 +360,11 @@ class Receiver:
 
     def _describe_wait(self, request: PendingRequest) -> str:
         if not request.prepared:
-            return f"while {request.peer} prepared and encoded the request"
+            return f"while {request.peer} prepared the request"
+        if not request.admitted:
+            return "while the request waited for the engine"
+        if not request.granted and request.waits_for_rows:
+            return f"while {request.peer} encoded the images and videos"
         if request.waits_for_blocks:
             return "while the request waited for receive blocks"
         return f"during the transfer from {request.peer}"
-
-
-def _to_ranges(blocks: set[int]) -> tuple[tuple[int, int], ...]:
-    """Ascending ranges [start, stop) of adjacent blocks, as many as fit in a message."""
-    ranges: list[tuple[int, int]] = []
-    for block in sorted(blocks):
-        if ranges and ranges[-1][1] == block:
-            ranges[-1] = (ranges[-1][0], block + 1)
-        else:
-            ranges.append((block, block + 1))
-    return tuple(ranges[:MAX_LIST])

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
@@ -120,38 +119,17 @@ class HostRows:
         return np.asarray(rows).view(np.uint8)
 
 
-class DeviceRows:
-    """Sends rows [M, W] to a device while the host is still filling them, in order."""
+def to_device(host: np.ndarray, sharding: Sharding | None = None, in_place: bool | None = None) -> jax.Array:
+    """Sends rows [M, W] to a device, the first one by default. The host's memory becomes read-only.
 
-    def __init__(self, host: np.ndarray, sharding: Sharding | None = None, in_place: bool | None = None):
-        """`host` must start at a page. `in_place` makes it the device's array; None does so on a CPU."""
-        self._host = host
-        self._sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
-        is_in_place = is_on_cpu(self._sharding) if in_place is None else in_place
-        self._step = rows_per_step(host.shape, host.dtype)
-        self._sent = 0
-        self._rows = None if is_in_place else jnp.zeros(host.shape, host.dtype, device=self._sharding)
-
-    def send(self, ready: int) -> None:
-        """Starts sending rows before `ready`, which are complete and will not change."""
-        while self._rows is not None and self._sent + self._step <= ready:
-            self._rows = self._update(self._rows, self._sent)
-            self._sent += self._step
-
-    def finish(self) -> jax.Array:
-        """Returns all rows on the device. The host's memory becomes read-only."""
-        self._host.flags.writeable = False
-        if self._rows is None:
-            return jax.device_put(self._host, self._sharding)
-        self.send(len(self._host))
-        if self._sent < len(self._host):
-            self._rows = self._update(self._rows, len(self._host) - self._step)
-            self._sent = len(self._host)
-        return self._rows
-
-    def _update(self, rows: jax.Array, start: int) -> jax.Array:
-        pinned = jax.device_put(self._host[start : start + self._step], self._sharding.with_memory_kind(PINNED))
-        return _update_rows(rows, jax.device_put(pinned, self._sharding), start)
+    `host` must start at a page. `in_place` makes it the device's array; None does so on a CPU. Otherwise the rows go
+    through pinned memory, and the call does not wait for them.
+    """
+    sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+    host.flags.writeable = False
+    if is_on_cpu(sharding) if in_place is None else in_place:
+        return jax.device_put(host, sharding)
+    return jax.device_put(jax.device_put(host, sharding.with_memory_kind(PINNED)), sharding)
 
 
 def is_on_cpu(sharding: Sharding) -> bool:
@@ -166,8 +144,3 @@ def rows_per_step(shape: tuple[int, ...], dtype: np.dtype) -> int:
 @partial(jax.jit, static_argnums=2)
 def _part(rows: jax.Array, start: int, length: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(rows, start, length)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _update_rows(rows: jax.Array, part: jax.Array, start: int) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(rows, part, start, axis=0)

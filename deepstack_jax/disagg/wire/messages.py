@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from deepstack_jax.disagg.wire.layout import BufferLayout
 
-PROTOCOL = 2  # version of these messages and of the payload of Submit
+PROTOCOL = 3  # version of these messages and of the payload of Submit
 MAX_PAYLOAD = 128 << 20  # bytes per request, images and videos included
 MAX_MESSAGE = MAX_PAYLOAD + (1 << 20)
 MAX_TOKENS = 1 << 20  # per prompt
@@ -29,6 +29,8 @@ PoolBlock = Annotated[int, Meta(ge=0, lt=MAX_BLOCKS)]
 Milliseconds = Annotated[int, Meta(ge=0, le=24 * 3600 * 1000)]
 Status = Annotated[int, Meta(ge=400, le=599)]
 Digest = Annotated[bytes, Meta(min_length=8, max_length=64)]
+Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Ranges = Annotated[tuple[tuple[TokenBlock, Tokens], ...], Meta(max_length=MAX_TOKENS // 2)]  # [start, stop), ascending
 Sizes = Annotated[tuple[Annotated[int, Meta(ge=1, le=2**62)], ...], Meta(max_length=5)]
 
 
@@ -93,17 +95,12 @@ class Goodbye(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    """language -> encode: prepare and encode this request. It is repeated without `payload` once it was accepted.
-
-    The encoder need not send the token blocks in `have`.
-    """
+    """language -> encode: prepare this request. It is repeated without `payload` once it was accepted."""
 
     request_id: Name
     attempt: Counter
     budget_ms: Milliseconds  # time until the language node abandons the request
     payload: Annotated[bytes, Meta(max_length=MAX_PAYLOAD)] | None = None
-    have: Annotated[tuple[tuple[TokenBlock, Tokens], ...], Meta(max_length=MAX_LIST)] = ()  # [start, stop)
-    fingerprint: Digest | None = None  # of the prompt to which `have` refers
 
 
 class Accepted(Message, frozen=True):
@@ -113,8 +110,16 @@ class Accepted(Message, frozen=True):
     attempt: Counter
 
 
+class ImageRows(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One image or video of a prompt. Visual rows are numbered in the order of their tokens."""
+
+    first_row: Annotated[int, Meta(ge=0, lt=MAX_TOKENS)]
+    rows: Tokens
+    digest: Sha256  # of the patches as the encoder takes them, and of their grid
+
+
 class Prepared(Message, frozen=True):
-    """encode -> language: the prompt's size. Equal fingerprints mean equal prompts."""
+    """encode -> language: the prompt, whose images are not encoded yet. Equal fingerprints mean equal prompts."""
 
     request_id: Name
     attempt: Counter
@@ -122,8 +127,30 @@ class Prepared(Message, frozen=True):
     visual_rows: Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
     rope_delta: Annotated[int, Meta(ge=-(2**31), lt=2**31)]
     fingerprint: Digest
-    prepare_us: Counter = 0  # durations in microseconds, which the answer reports
-    encode_us: Counter = 0
+    prompt: Annotated[bytes, Meta(max_length=16 * MAX_TOKENS)] = b""  # `pack_prompt` of ids and positions
+    images: Annotated[tuple[ImageRows, ...], Meta(max_length=MAX_TOKENS)] = ()  # in the order of their tokens
+    prepare_us: Counter = 0  # a duration in microseconds, which the answer reports
+
+
+class Want(Message, frozen=True):
+    """language -> encode: encode the images that have rows in these token blocks, and no others.
+
+    It is repeated until all of them are encoded. The one with the highest version counts.
+    """
+
+    request_id: Name
+    attempt: Counter
+    version: Counter
+    blocks: Ranges
+
+
+class Encoded(Message, frozen=True):
+    """encode -> language: all rows of these token blocks are encoded. Each message has all such blocks."""
+
+    request_id: Name
+    attempt: Counter
+    blocks: Ranges
+    encode_us: Counter = 0  # microseconds that the request's images have taken so far
 
 
 class Grant(Message, frozen=True):
@@ -187,12 +214,13 @@ class Error(Message, frozen=True):
     reason: Text
 
 
-MESSAGES = (Hello, Welcome, Refused, Heartbeat, HeartbeatReply, Goodbye, Submit, Accepted, Prepared, Grant, Written,
-            Release, Abort, Aborted, Error)  # fmt: skip
+MESSAGES = (Hello, Welcome, Refused, Heartbeat, HeartbeatReply, Goodbye, Submit, Accepted, Prepared, Want, Encoded,
+            Grant, Written, Release, Abort, Aborted, Error)  # fmt: skip
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Hello | Welcome | Refused | Heartbeat | HeartbeatReply | Goodbye | Submit | Accepted
-                                   | Prepared | Grant | Written | Release | Abort | Aborted | Error)  # fmt: skip
+                                   | Prepared | Want | Encoded | Grant | Written | Release | Abort | Aborted
+                                   | Error)  # fmt: skip
 _VERSION_DECODER = msgspec.msgpack.Decoder(Hello | Refused)
 
 

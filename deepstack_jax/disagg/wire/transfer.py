@@ -8,17 +8,18 @@ A peer is one incarnation of a node, named by an opaque string. A restarted node
 its former incarnation can't be mistaken for a new one.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
-from deepstack_jax.disagg.wire.messages import Message
+from deepstack_jax.disagg.wire.messages import Message, Prepared
 
 
 class State(IntEnum):
     """The state of a request on either side. It only increases, so FAILED wins."""
 
     BOOTSTRAPPING = 0  # the encode node is preparing it
-    WAITING_FOR_INPUT = 1  # it is prepared, and no block has been granted yet
+    WAITING_FOR_INPUT = 1  # its prompt is known, and no block has been granted yet
     TRANSFERRING = 2
     SUCCESS = 3
     FAILED = 4
@@ -37,12 +38,10 @@ class Send:
 
 @dataclass(frozen=True)
 class PromptKnown:
-    """The request's prompt is known. Discard blocks copied out earlier: they belong to a different prompt."""
+    """The request's prompt is known: call `Receiver.want`. It comes once per request."""
 
     request_id: str
-    total_tokens: int
-    visual_rows: int
-    rope_delta: int
+    prepared: Prepared
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class EncodeLocally:
 
 @dataclass(frozen=True)
 class Ended:
-    """The request has ended. On SUCCESS all of its blocks have been copied out, and `status` is 200."""
+    """The request has ended. On SUCCESS all blocks that it wants have been copied out, and `status` is 200."""
 
     request_id: str
     state: State
@@ -90,16 +89,22 @@ class AttemptKey:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Prepare and encode, then call `Sender.prepared` or `Sender.failed`.
-
-    The token blocks in `have` need no rows if the prompt's fingerprint equals `fingerprint`.
-    """
+    """Prepare the request, then call `Sender.prepared` or `Sender.failed`."""
 
     key: AttemptKey
     payload: bytes
     deadline: float
-    have: tuple[tuple[int, int], ...]
-    fingerprint: bytes | None
+
+
+@dataclass(frozen=True)
+class EncodeBlocks:
+    """Encode the images that have rows in these token blocks, and call `Sender.encoded` after each.
+
+    Images that an earlier EncodeBlocks of the attempt named and this one does not name are no longer needed.
+    """
+
+    key: AttemptKey
+    blocks: tuple[tuple[int, int], ...]  # ascending ranges [start, stop)
 
 
 @dataclass(frozen=True)
@@ -121,4 +126,20 @@ class Forget:
     key: AttemptKey
 
 
-Action = Send | PromptKnown | CopyOut | EncodeLocally | Ended | Prepare | StartWrite | Forget
+Action = Send | PromptKnown | CopyOut | EncodeLocally | Ended | Prepare | EncodeBlocks | StartWrite | Forget
+
+
+def to_ranges(blocks: Iterable[int]) -> tuple[tuple[int, int], ...]:
+    """Ascending ranges [start, stop) of adjacent token blocks."""
+    ranges: list[tuple[int, int]] = []
+    for block in sorted(blocks):
+        if ranges and ranges[-1][1] == block:
+            ranges[-1] = (ranges[-1][0], block + 1)
+        else:
+            ranges.append((block, block + 1))
+    return tuple(ranges)
+
+
+def from_ranges(ranges: Iterable[tuple[int, int]], num_blocks: int) -> set[int]:
+    """The token blocks below `num_blocks` in ranges [start, stop)."""
+    return {block for start, stop in ranges for block in range(start, min(stop, num_blocks))}
