@@ -3,9 +3,10 @@
     python benchmarks/first_token.py [--folder FOLDER] [--dtype bfloat16] [--sides 256 448 1024] [--rounds 7]
 
 A random checkpoint of 600M parameters generates one token about an image that no node has seen. Rounds alternate, and
-figures are medians. "added" is the difference between the split and the whole model. "transfer" is the sum of
-the rounds, each from its grant to its last row, and "bound" is the time of the same bytes in plain Mooncake writes of the same run. In both cases
-the encoder and the text model use the machine's cores in turn, so a second process gains nothing.
+figures are medians. "added" is the difference between the split and the whole model. "transfer" is the sum of the
+rounds, each from its grant to its last row, and "bound" is the time of the same bytes in plain Mooncake writes of the
+same run. In both cases the encoder and the text model use the machine's cores in turn, so a second process gains
+nothing. `overlap.py` measures prompts with many images.
 """
 
 import argparse
