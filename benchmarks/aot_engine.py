@@ -1,0 +1,96 @@
+"""The engine's two programs for Qwen3-VL-30B-A3B at full depth, compiled for chips that need not be there.
+
+    JAX_PLATFORMS=cpu .venv-aot/bin/python benchmarks/aot_engine.py [--targets h200 v5p] [--slots 32] [--chunk 1024]
+
+`make test-aot` sets up .venv-aot. Prints what each program's compiler plans: the memory of a chip, the copies of 1 MiB
+and more of weights or pages, whether the pages are updated in place, and the time to compile. Nothing runs.
+"""
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from pallas_kernels import aot  # isort: skip (before jax compiles anything)
+import jax
+import jax.numpy as jnp
+from decode import CONFIG_30B
+
+from deepstack_jax.checkpoint import TEXT
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.models.parameters import abstract_params
+from deepstack_jax.models.registry import parse_config
+from deepstack_jax.models.vision import VisualRows
+from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, prefill_chunk
+from deepstack_jax.sampling import SamplingParams
+
+MiB, GiB = 1 << 20, 1 << 30
+PAGE = 128
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--targets", nargs="+", choices=aot.TARGETS, default=["h200", "v5p"])
+    arguments.add_argument("--slots", type=int, default=32)
+    arguments.add_argument("--chunk", type=int, default=1024)
+    arguments.add_argument("--pages", type=int, default=1024, help="KV pages of 128 tokens")
+    options = arguments.parse_args()
+    config = replace(parse_config(CONFIG_30B), dtype="bfloat16")
+    params = {path: leaf for path, leaf in abstract_params(config, jnp.bfloat16).items() if path.startswith(TEXT)}
+    state = jax.eval_shape(lambda: EngineState.empty(config, options.slots, options.pages, PAGE))
+    pages = f"{options.pages} pages ({size_of(state.cache) / GiB:.1f} GiB)"
+    print(
+        f"30B-A3B, {config.text.num_hidden_layers} layers, bfloat16, jax {version('jax')}; {time.strftime('%Y-%m-%d')}"
+    )
+    print(f"{options.slots} slots, chunk {options.chunk}, {pages}")
+    print("target   program        arguments  temporary  in place  copies  compiled")
+    limits = (shape((options.slots,), bool), shape((), jnp.int32), shape((), bool))
+    programs = {
+        "decode_loop": (decode_loop, limits),
+        "prefill_chunk": (prefill_chunk, (chunk_specs(config, state, options.chunk),)),
+    }
+    for target in options.targets:
+        for name, (program, rest) in programs.items():
+            began = time.perf_counter()
+            compiled = aot.compile_for(target, program, config, params, state, *rest)
+            memory = compiled.memory_analysis()
+            seconds, held = time.perf_counter() - began, memory.argument_size_in_bytes / GiB
+            in_place = "yes" if memory.alias_size_in_bytes >= size_of(state.cache) else "no"
+            sizes = f"{held:5.1f} GiB {memory.temp_size_in_bytes / MiB:6.0f} MiB"
+            count = len(copies_of(compiled, params, state))
+            print(f"{target:8} {name:14} {sizes} {in_place:>9} {count:7} {seconds:7.0f} s", flush=True)
+
+
+def shape(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def size_of(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def chunk_specs(config: ModelConfig, state: EngineState, width: int) -> PromptChunk:
+    """A chunk of one prompt, with as many visual rows as tokens."""
+    hidden, pages = config.text.hidden_size, state.cache.page_table.shape[1]
+    shapes = (1, width), (3, 1, width), (1,), (1,), (1, pages), (1,), (1,), (1,)
+    rows = VisualRows(*(shape((width, n * hidden), jnp.bfloat16) for n in (1, config.num_deepstack_levels)))
+    return PromptChunk(
+        *(shape(dims, jnp.int32) for dims in shapes),
+        shape((1, config.text.vocab_size), jnp.uint8),
+        jax.tree.map(lambda x: shape(x.shape, x.dtype), SamplingParams.of(1)),
+        shape((1, width), jnp.int32),
+        rows,
+    )
+
+
+def copies_of(compiled: Any, params: dict[str, jax.ShapeDtypeStruct], state: EngineState) -> list[str]:
+    """Copies of 1 MiB and more of arrays that have the shape of experts' weights or of pages."""
+    arrays = [leaf for path, leaf in params.items() if ".experts." in path] + [state.cache.keys[0]]
+    dims = {",".join(str(n) for n in array.shape) for array in arrays}
+    return [line for line in aot.copies(compiled, at_least=MiB) if any(f"[{each}]" in line for each in dims)]
+
+
+if __name__ == "__main__":
+    main()
