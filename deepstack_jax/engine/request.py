@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
@@ -38,7 +39,7 @@ class GenerationPlan:
         ends = np.pad(ends, [(0, 0), (0, missing)], constant_values=-1)
         return replace(self, sampling=replace(self.sampling, end_token_ids=ends))
 
-    @property
+    @cached_property
     def ends(self) -> set[int]:
         """The end tokens of a plan of one row."""
         return {token for token in self.sampling.end_token_ids[0].tolist() if token >= 0}
