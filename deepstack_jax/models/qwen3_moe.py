@@ -19,6 +19,7 @@ from deepstack_jax.models.moe import DenseMLP, SparseMoE
 from deepstack_jax.models.norm import RMSNorm
 from deepstack_jax.models.param import Linear, param, product
 from deepstack_jax.models.rope import Rotation, rotate, text_rotation
+from deepstack_jax.rounding import cdiv
 from pallas_kernels.attention import paged_attention, ranged_attention
 from pallas_kernels.deepstack_add import deepstack_add
 
@@ -298,7 +299,7 @@ def _write_pages(pages: jax.Array, new: jax.Array, page_table: jax.Array, slots:
         rows = pages.reshape(-1, width).at[(where * page + place[:, None] % page).reshape(-1)]
         return rows.set(new.reshape(-1, width)).reshape(pages.shape)
     height = min(length, page)
-    count = -(-length // height)
+    count = cdiv(length, height)
     new = jnp.pad(new, [(0, 0), (0, 0), (0, count * height - length), (0, 0)])
     blocks = new.reshape(batch, heads, count, height, width).swapaxes(1, 2).reshape(-1, heads, height, width)
     numbers = jnp.maximum(first, 0)[:, None] // page + jnp.arange(count)
