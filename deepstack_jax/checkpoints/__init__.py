@@ -1,1 +1,1 @@
-"""Reading and writing checkpoints: Hugging Face directories, and the Orbax directories that conversion makes."""
+"""Reads and writes checkpoints: Hugging Face directories, and the Orbax directories that conversion makes."""

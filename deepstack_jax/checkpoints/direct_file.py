@@ -1,8 +1,8 @@
-"""Writing large files past the page cache.
+"""Writes large files without filling the page cache.
 
-Weights that were just written are not read again soon, and in the cache they would displace what is. Where memory is
-nearly full, finding pages for them costs more than writing them. This needs Linux and a file system that accepts
-O_DIRECT; elsewhere the file is written like any other.
+Newly written weights are rarely read again soon, and in the cache they would evict data that is. When memory is nearly
+full, finding pages for them costs more than writing them. Direct writes need Linux and a file system that accepts
+O_DIRECT; elsewhere the file is written normally.
 """
 
 import errno
@@ -19,20 +19,21 @@ from numpy.typing import DTypeLike
 from deepstack_jax.rounding import cdiv
 
 _BUFFER = 1 << 20
-_BLOCK = 4096  # a multiple of every disk's block: length and place of a direct write are multiples of it
+_BLOCK = 4096  # a multiple of a disk's block size: lengths and offsets of direct writes must be multiples of it
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An array whose memory starts at a page, so that `DirectFile` writes it without a copy."""
+    """Returns an array whose memory starts at a page boundary, so that `DirectFile` can write it without a copy."""
     count = math.prod(shape)
     room = mmap.mmap(-1, max(1, count * np.dtype(dtype).itemsize))
     return np.frombuffer(room, dtype, count).reshape(shape)
 
 
 class DirectFile:
-    """A new file, written in order and forced to disk when it is closed.
+    """A new file, written in order and forced to disk when the `with` block ends.
 
-    Raises `FileExistsError` where the file exists, and `OSError` where writing fails. On an error it is only closed.
+    Raises `FileExistsError` if the file exists and `OSError` if a write fails. If the block raises, the file is closed
+    but left incomplete.
     """
 
     def __init__(self, file: Path):
@@ -42,13 +43,13 @@ class DirectFile:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            file.unlink(missing_ok=True)  # some file systems refuse only after they made it
+            file.unlink(missing_ok=True)  # some file systems create the file before they refuse O_DIRECT
             self._descriptor = os.open(file, flags, 0o644)
-        self._buffer = mmap.mmap(-1, _BUFFER)  # aligned to a page, as a direct write needs it
+        self._buffer = mmap.mmap(-1, _BUFFER)  # page-aligned, as direct writes require
         self._filled = self._length = 0
 
     def write(self, values: np.ndarray) -> None:
-        """Appends the bytes of a contiguous array; whole blocks from `aligned_empty` are not copied."""
+        """Appends the bytes of a contiguous array. An array of whole blocks from `aligned_empty` is not copied."""
         if not self._filled and values.ctypes.data % _BLOCK == 0 and values.nbytes % _BLOCK == 0:
             self._write_all(memoryview(values.reshape(-1).view(np.uint8)))
             self._length += values.nbytes
@@ -78,7 +79,7 @@ class DirectFile:
             self._buffer.close()
 
     def _flush(self) -> None:
-        """Writes what is buffered, padded to whole blocks; closing cuts the padding off."""
+        """Writes the buffered bytes, padded to whole blocks; closing the file truncates the padding."""
         self._length += self._filled
         with memoryview(self._buffer) as buffer:
             self._write_all(buffer[: cdiv(self._filled, _BLOCK) * _BLOCK])

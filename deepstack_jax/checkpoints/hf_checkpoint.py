@@ -1,13 +1,13 @@
-"""A Hugging Face checkpoint directory: checked as a whole before any weight is read, then read tensor by tensor.
+"""Reads a Hugging Face checkpoint directory. The whole directory is checked before any weight is read.
 
-Takes a single `model.safetensors` or shards with `model.safetensors.index.json`, the expert layouts and names of
-`mapping.py`, and float32, float16 and bfloat16 tensors. Where their dtypes differ, all are read in the one that
-transformers' `from_pretrained` takes; tensors that are not part of the model are left out, as in transformers.
+It takes a single `model.safetensors` or shards with `model.safetensors.index.json`, the expert layouts and names of
+`mapping.py`, and float32, float16 and bfloat16 tensors. If their dtypes differ, all are read in the dtype that
+transformers' `from_pretrained` chooses; tensors that are not part of the model are skipped, as in transformers.
 
-The layout of fused experts is told from the shape of `gate_up_proj`; where 2F == D it has to be given. `down_proj` does
-not settle it: transformers 5 exchanges the axes of each tensor only where its shape demands it, so a checkpoint that
-passed through it may hold one of the two in either order. Nor does `transformers_version` in config.json, which names
-the writer of the config and not of the weights.
+The layout of fused experts is detected from the shape of `gate_up_proj`; if 2F == D it must be given. `down_proj` does
+not settle it: transformers 5 swaps the axes of each tensor only if its shape requires that, so a checkpoint that passed
+through it may hold one of the two in either order. `transformers_version` in config.json does not settle it either: it
+names the writer of the config, not of the weights.
 """
 
 import warnings
@@ -47,18 +47,22 @@ from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.registry import family_of, read_config
 
 Inspect = Callable[[np.ndarray], None]
-_NAMED = 8  # tensors that are left out, in the line about them
-_AT_ONCE = 1 << 18  # values read together: they stay in the processor's cache for what follows
-_MAPPED = 1 << 24  # values read through one map, as its pages count as memory of this process
-_ROWS, _PAD = 64, 32  # of a transposition
+_NAMED = 8  # the most skipped tensors that a note names
+_AT_ONCE = 1 << 18  # values per read: few enough to stay in the processor's cache for the next step
+_MAPPED = 1 << 24  # values read through one memory map, because its pages count as memory of this process
+_ROWS, _PAD = 64, 32  # rows per block of a transposition, and values of padding after each
 
 
 @dataclass(frozen=True)
 class HfCheckpoint:
-    """A checked directory. `entries` maps today's tensor names to where they lie; `files` keeps the names as found.
+    """A checkpoint directory whose headers were checked.
 
-    `dtype` is the one that the parameters are read in; `notes` has a line for each thing that is read differently from
-    how it is stored. `mixed` is the line about tensors of other dtypes, empty where there are none.
+    Attributes:
+        entries: current tensor name -> where the tensor is stored.
+        files: file name -> the tensor names as found in it.
+        dtype: the dtype in which parameters are read.
+        notes: one line for each thing that is read differently from how it is stored.
+        mixed: the line about tensors of other dtypes, empty if there are none.
     """
 
     directory: Path
@@ -72,11 +76,14 @@ class HfCheckpoint:
     parameters: list[Parameter] = field(default_factory=list, repr=False)
 
     def dtype_of(self, parameter: Parameter) -> np.dtype:
-        """The dtype that the parameter's first tensor has on disk."""
+        """The dtype of the parameter's first tensor on disk."""
         return self.entries[parameter.tensors[0].name].dtype
 
     def read(self, parameter: Parameter, dtype: DTypeLike | None = None, inspect: Inspect | None = None) -> np.ndarray:
-        """Reads one parameter into a new array of its canonical shape, in `dtype` or the checkpoint's."""
+        """Reads one parameter into a new array of its canonical shape, in `dtype` (by default the checkpoint's).
+
+        `inspect` is as in `stream`. Raises `CheckpointError` if a file has changed since it was checked.
+        """
         out = np.empty(parameter.shape, self.dtype if dtype is None else np.dtype(dtype))
         flat, done = out.reshape(-1), 0
         for values in self.stream(parameter, dtype=dtype, inspect=inspect):
@@ -94,7 +101,8 @@ class HfCheckpoint:
     ) -> Iterator[np.ndarray]:
         """Reads `count` rows of a parameter's first axis, from row `first`, as small contiguous arrays in order.
 
-        Each is valid until the next one is asked for. `inspect` is called with the values as they are on disk.
+        Each array is valid only until the next one is requested. `inspect` is called with the values as stored on disk,
+        and again with those that were cast to a narrower dtype.
         """
         wanted = self.dtype if dtype is None else np.dtype(dtype)
         count = parameter.shape[0] - first if count is None else count
@@ -115,7 +123,7 @@ class HfCheckpoint:
     def _stream_experts(
         self, parameter: Parameter, experts: range, dtype: np.dtype, inspect: Inspect | None
     ) -> Iterator[np.ndarray]:
-        """Experts one by one, each a matrix whose axes are exchanged on disk, or two such matrices side by side."""
+        """Yields experts one by one: each is a matrix with its axes swapped on disk, or two of them side by side."""
         out = aligned_empty(parameter.shape[1:], dtype)
         by_expert: dict[int, list[HfTensor]] = {}
         for tensor in parameter.tensors:
@@ -126,7 +134,7 @@ class HfCheckpoint:
                 for tensor in by_expert.get(i, parameter.tensors):
                     entry, part = self.entries[tensor.name], out[tensor.index[1:]]
                     rows, columns = entry.shape[-2:]
-                    # some rows at a time: they stay in the processor's cache
+                    # a few rows at a time, so that they stay in the processor's cache
                     for (some,) in row_blocks((rows, columns), range(rows), max(_AT_ONCE, columns)):
                         block = reader.read(entry, (some,) if tensor.index else (i, some))
                         _transpose(_cast(_inspected(block, inspect), dtype, inspect), part[:, some])
@@ -138,9 +146,9 @@ def open_checkpoint(
 ) -> HfCheckpoint:
     """Checks the headers of every file in `directory` against `config` (by default the directory's own config.json).
 
-    Raises `CheckpointError` for a missing, truncated or damaged file, a missing tensor, a wrong shape, a dtype that is
-    not supported, weights that are quantised or an adapter, a superfluous head that differs from the tied embedding,
-    and an expert layout that neither the shapes nor `expert_layout` (hf4 or hf5) settle.
+    Raises `CheckpointError` for a missing, truncated or damaged file, a missing tensor, a wrong shape, an unsupported
+    dtype, weights that are quantised or an adapter, a redundant head that differs from the tied embedding, and an
+    expert layout that neither the shapes nor `expert_layout` (hf4 or hf5) settle.
     """
     directory = Path(directory)
     if config is None:
@@ -175,9 +183,9 @@ def read_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Reads a Hugging Face directory as (dotted path, array of the canonical shape), one parameter at a time.
 
-    `dtype` converts each array, by default the checkpoint's is kept. `prefixes` limits the reading to paths that
-    start with one of them, such as `("visual.",)`. The directory is checked when the first item is asked for; errors
-    are those of `open_checkpoint`; a warning names each thing that is read differently from how it is stored.
+    `dtype` converts each array; by default the checkpoint's dtype is kept. `prefixes` selects the paths that start with
+    one of them, such as `("visual.",)`. The directory is checked when the first item is requested, and the errors are
+    those of `open_checkpoint`. A `CheckpointWarning` names each thing that is read differently from how it is stored.
     """
     checkpoint = open_checkpoint(hf_dir, config, expert_layout)
     warn_of_notes(checkpoint, dtype)
@@ -191,24 +199,28 @@ def read_params(
 
 
 def warn_of_notes(checkpoint: HfCheckpoint, dtype: DTypeLike | None) -> None:
-    """Warns of what a user should know before a checkpoint is read in `dtype`, None for the checkpoint's."""
+    """Emits a `CheckpointWarning` per note of a checkpoint that will be read in `dtype` (None: the checkpoint's)."""
     for note in (*checkpoint.notes, *([checkpoint.mixed] if checkpoint.mixed and dtype is None else [])):
         warnings.warn(note, CheckpointWarning, stacklevel=3)
 
 
 class NonFiniteWarning(UserWarning):
-    """Weights that hold NaN or infinity."""
+    """Some weights are NaN or infinite."""
 
 
 def warn_non_finite(checkpoint: HfCheckpoint, parameter: Parameter) -> None:
-    """Warns that what was read of `parameter` is not finite."""
+    """Emits a `NonFiniteWarning` that names `parameter` and its first file."""
     entry = checkpoint.entries[parameter.tensors[0].name]
     message = f"{entry.file}: the weights of {parameter.path} hold NaN or infinity: answers will be wrong"
     warnings.warn(message, NonFiniteWarning, stacklevel=3)
 
 
 def detect_expert_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]], given: str | None = None) -> str:
-    """The expert layout of a checkpoint with tensors of these `shapes`; `given` decides only what shapes leave open."""
+    """Returns the expert layout (hf4, hf5 or per_expert) of a checkpoint whose tensors have these `shapes`.
+
+    `given` decides only if the shapes are ambiguous (2F == D). Raises `CheckpointError` if it is then missing, if it
+    contradicts the shapes, or if the shapes fit no layout.
+    """
     if given is not None and given not in EXPERT_LAYOUTS:
         raise CheckpointError(f"expert layout {given!r} is unknown: expected one of {', '.join(EXPERT_LAYOUTS)}")
     if not any(config.text.sparse_layers):
@@ -238,7 +250,7 @@ def detect_expert_layout(config: ModelConfig, shapes: dict[str, tuple[int, ...]]
 def _sort_out(
     found: Mapping[str, Mapping[str, Entry]], config: ModelConfig, layout: str
 ) -> tuple[dict[str, Entry], dict[str, list[str]], str]:
-    """(the model's tensors by today's name, file -> their names as found, the line about all other tensors)."""
+    """Returns (the model's tensors by current name, file -> their names as found, the line about other tensors)."""
     wanted = {*hf_tensors(config, layout), *head_and_embedding(config)}
     entries: dict[str, Entry] = {}
     files: dict[str, list[str]] = {}
@@ -268,9 +280,10 @@ def _line_about(others: Sequence[str], config: ModelConfig) -> str:
 def _one_dtype(
     directory: Path, config: ModelConfig, found: Mapping[str, Mapping[str, Entry]], entries: Mapping[str, Entry]
 ) -> tuple[np.dtype, str]:
-    """(dtype of the parameters, the line about its choice): where tensors differ, the one that transformers takes.
+    """Returns (dtype of the parameters, the line about its choice).
 
-    That is config.json's, the index's, or the one of the first tensor by name in the first file.
+    If tensors differ, the dtype is the one that transformers chooses: config.json's, the index's, or that of the first
+    tensor by name in the first file.
     """
     counts = Counter(entry.dtype.name for entry in entries.values())
     if len(counts) == 1:
@@ -299,9 +312,9 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _take_tied_head(entries: dict[str, Entry], config: ModelConfig, dtype: np.dtype) -> None:
-    """Makes one of the two names under which a checkpoint with tied embeddings may hold them: the embedding's.
+    """Merges the two names under which a checkpoint may hold tied embeddings into one, the embedding's.
 
-    Raises `CheckpointError` where it holds both and they differ in `dtype`.
+    Raises `CheckpointError` if it holds both and they differ when read in `dtype`.
     """
     head, embedding = head_and_embedding(config)
     if not config.text.tie_word_embeddings or head not in entries:
@@ -321,13 +334,13 @@ def _take_tied_head(entries: dict[str, Entry], config: ModelConfig, dtype: np.dt
 def _check_tensors(
     directory: Path, config: ModelConfig, layout: str, entries: Mapping[str, Entry], left_out: str
 ) -> None:
-    """Raises `CheckpointError` for a tensor that is missing, has another shape or a dtype that is not read."""
+    """Raises `CheckpointError` if a tensor is missing, has the wrong shape or has an unsupported dtype."""
     expected, (head, embedding) = hf_tensors(config, layout), head_and_embedding(config)
     tied = config.text.tie_word_embeddings and head in entries
     if missing := [name for name in expected if name not in entries and not (tied and name == embedding)]:
         raise CheckpointError(why_missing(directory, config, missing, entries, left_out))
     for name, entry in entries.items():
-        _ = entry.dtype  # raises where it is not read
+        _ = entry.dtype  # raises if it is not supported
         shape = expected[embedding if name == head else name]
         if entry.shape != shape:
             raise CheckpointError(
@@ -337,7 +350,7 @@ def _check_tensors(
 
 
 def _cast(values: np.ndarray, dtype: np.dtype, inspect: Inspect | None = None) -> np.ndarray:
-    """`values` in `dtype`; what became infinite in a narrower one is shown to `inspect`."""
+    """Returns `values` in `dtype`. A narrower result is passed to `inspect`, because values may have overflowed."""
     if values.dtype == dtype:
         return values
     with np.errstate(over="ignore"):
@@ -363,8 +376,8 @@ def _transpose(matrix: np.ndarray, out: np.ndarray) -> None:
     bits = np.dtype(f"u{matrix.itemsize}")  # numpy moves integers faster than bfloat16
     matrix, out = matrix.view(bits), out.view(bits)
     count, columns = matrix.shape
-    # some rows at a time, so that each cache line of `out` is filled at once; the rows' copies lie a cache line further
-    # apart than a power of two, where they would take each other's place in the processor's cache
+    # A few rows at a time, so that each cache line of `out` is filled at once. The padding keeps the rows' copies from
+    # lying a power of two apart, where they would evict each other from the processor's cache.
     copies = np.empty((_ROWS, columns + _PAD), bits)[:, :columns]
     for i in range(0, count, _ROWS):
         rows = copies[: min(_ROWS, count - i)]

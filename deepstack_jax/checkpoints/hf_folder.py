@@ -1,4 +1,4 @@
-"""What a Hugging Face directory holds: which of its files are read, and why a directory can't be read."""
+"""Selects the files of a Hugging Face directory to read, and explains why a directory can't be read."""
 
 import json
 import re
@@ -12,10 +12,10 @@ from deepstack_jax.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Weights in other formats, and what training leaves beside them.
+# Files with weights in other formats, and files without weights that training leaves beside them.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.h5", "*.msgpack", "*.npz", "*.onnx")
 _NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler")
-# Names that only quantised weights have, and the tool that made them; the first match is reported.
+# Tensor names that only quantised checkpoints have, and the method; the first match is reported.
 _QUANTIZED = (
     (re.compile(r"\.quant_state\.bitsandbytes|\.absmax$|\.quant_map$|\.SCB$"), "bitsandbytes"),
     (re.compile(r"\.g_idx$"), "GPTQ"),
@@ -28,9 +28,9 @@ _ADAPTER = re.compile(r"\.lora_(A|B|embedding_[AB]|magnitude_vector)\b|\.base_la
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The files to read: the whole one before the shards of an index, as in transformers.
+    """Returns the names of the files to read: a single file before the shards of an index, as in transformers.
 
-    Raises `CheckpointError` where there is neither, or where the index is damaged or names what does not exist.
+    Raises `CheckpointError` if there is neither, or if the index is damaged or names a file that does not exist.
     """
     if (directory / SINGLE).exists():
         return [SINGLE]
@@ -49,8 +49,8 @@ def weight_files(directory: Path) -> list[str]:
 
 
 def check_index(directory: Path, found: Mapping[str, Mapping[str, Entry]], wanted: Iterable[str]) -> None:
-    """Checks that the index's files hold those of the `wanted` names (as found) that it places there."""
-    if SINGLE in found:  # an index beside it is left over
+    """Raises `CheckpointError` if a file lacks one of the `wanted` tensors (as found) that the index says it has."""
+    if SINGLE in found:  # an index beside a single file is ignored
         return
     places = _weight_map(directory / INDEX)
     for name in wanted:
@@ -62,7 +62,7 @@ def check_index(directory: Path, found: Mapping[str, Mapping[str, Entry]], wante
 
 
 def index_dtype(directory: Path) -> str | None:
-    """The dtype that an index's metadata names."""
+    """Returns the dtype that the index's metadata names, or None."""
     if (directory / SINGLE).exists() or not (directory / INDEX).exists():
         return None
     metadata = _read_index(directory / INDEX).get("metadata")
@@ -71,7 +71,7 @@ def index_dtype(directory: Path) -> str | None:
 
 
 def refuse_other_kinds(entries: Iterable[Entry]) -> None:
-    """Raises `CheckpointError` where names tell that weights are quantised, or an adapter that is not merged."""
+    """Raises `CheckpointError` if tensor names show that the weights are quantised or are an unmerged adapter."""
     names = {entry.name: entry for entry in entries}
     for pattern, method in _QUANTIZED:
         if name := next(filter(pattern.search, names), None):
@@ -89,21 +89,21 @@ def refuse_other_kinds(entries: Iterable[Entry]) -> None:
 def why_missing(
     directory: Path, config: ModelConfig, missing: list[str], entries: Mapping[str, Entry], left_out: str
 ) -> str:
-    """The error of a directory that lacks the tensors `missing`.
+    """Returns the error text for a directory that lacks the tensors `missing`.
 
-    `entries` are those of the model that it holds; `left_out` is the line about those that are not the model's.
+    `entries` are the model's tensors that it holds; `left_out` is the line about tensors that are not the model's.
     """
     others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
     lacks = f"{directory} lacks tensor {missing[0]}{others}"
     head, embedding = head_and_embedding(config)
     if (directory / SINGLE).exists() and (directory / INDEX).exists():
-        return f"{lacks}: {SINGLE} is read before {INDEX}, so remove it where the index's files are the checkpoint"
+        return f"{lacks}: {SINGLE} is read before {INDEX}, so remove it if the index's files are the checkpoint"
     if file := _unread_file(directory, config, missing[0], entries):
         return f"{lacks}: it is in {file}, which {INDEX} does not name, so correct the index"
     if missing == [head]:
         return (
             f"{lacks}: a base model was saved without its head, so save the whole model (Auto{_auto_class(config)} of "
-            "transformers), or set tie_word_embeddings to true in config.json where its embeddings were tied"
+            "transformers), or set tie_word_embeddings to true in config.json if its embeddings were tied"
         )
     if missing == [embedding] and head in entries:
         return f"{lacks}: set tie_word_embeddings to true in config.json where {head} is the embedding too"
@@ -122,19 +122,19 @@ def why_missing(
 
 
 def _unread_file(directory: Path, config: ModelConfig, name: str, entries: Mapping[str, Entry]) -> str | None:
-    """The file that holds the tensor and that nothing names."""
+    """Returns the name of a file that holds the tensor but is not read, if there is one."""
     read = {entry.file.name for entry in entries.values()}
     for file in sorted(directory.glob("*.safetensors")):
         try:
             if file.name not in read and name in {current_name(found, config) for found in read_entries(file)}:
                 return file.name
-        except CheckpointError:  # of no use, whatever it was
+        except CheckpointError:  # a file that can't be read doesn't help
             continue
     return None
 
 
 def _layer(name: str) -> int:
-    """The decoder layer that a tensor belongs to; -1 for none."""
+    """Returns the decoder layer that a tensor belongs to, or -1."""
     found = re.match(r"model\.(?:language_model\.)?layers\.(\d+)\.", name)
     return int(found[1]) if found else -1
 
@@ -169,11 +169,11 @@ def _damaged(index: Path, error: Exception) -> CheckpointError:
 
 
 def _why_no_weights(directory: Path) -> str:
-    """The error of a directory that has neither of the two files, by what it holds instead."""
+    """Returns the error text for a directory that has neither of the two files, based on what it holds instead."""
     if shard := min((file.name for file in directory.glob("*.safetensors")), default=None):
         if re.search(r"-of-\d+\.safetensors$", shard):
             return f"{directory} holds {shard} without {INDEX}, which says what its files hold: download {INDEX} too"
-        return f"{directory} holds {shard} and no {SINGLE}: rename it to {SINGLE} where it is the whole model"
+        return f"{directory} holds {shard} and no {SINGLE}: rename it to {SINGLE} if it is the whole model"
     if gguf := min(directory.glob("*.gguf"), default=None):
         return f"{gguf} is a GGUF file: give the Hugging Face checkpoint in safetensors that it was made from"
     found = sorted(file.name for pattern in _OTHER_WEIGHTS for file in directory.rglob(pattern))

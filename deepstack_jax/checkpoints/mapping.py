@@ -1,9 +1,9 @@
-"""Which Hugging Face tensors make which parameter, read both ways.
+"""Maps Hugging Face tensors to parameters, and parameters back to tensors.
 
-A parameter is known by its dotted path in the model (`language_model.model.layers.0.self_attn.q_proj.weight`), which
-is the same for the vision-language and the text families. Names and shapes derive from the modules' declarations: a
-tensor has the parameter's name under the family's root, and its shape. The exceptions are the patch embedding's
-convolution, the joined qkv of the vision encoder, and experts, which come in three layouts:
+A parameter is identified by its dotted path in the model (`language_model.model.layers.0.self_attn.q_proj.weight`),
+which is the same for the vision-language and the text families. Names and shapes are derived from the modules'
+declarations: a tensor has the parameter's shape, and its name under the family's root. The exceptions are the patch
+embedding's convolution, the joined qkv of the vision encoder, and the experts, which come in three layouts:
 
 | layout | tensors | who writes it |
 |---|---|---|
@@ -31,8 +31,8 @@ EXPERT_LAYOUTS = ("hf4", "hf5", "per_expert")
 class HfTensor:
     """One tensor of a Hugging Face checkpoint and the part of a parameter that it holds.
 
-    `index` selects the part of the parameter (a tuple of ints and slices); with `transposed` the tensor is that
-    part with its last two axes exchanged; otherwise it is a reshape of it.
+    `index` (a tuple of ints and slices) selects that part. If `transposed`, the tensor is the part with its last two
+    axes swapped; otherwise it is a reshape of the part.
     """
 
     name: str
@@ -41,7 +41,7 @@ class HfTensor:
     transposed: bool = False
 
     def take(self, parameter: np.ndarray) -> np.ndarray:
-        """This tensor's values out of the whole parameter: a view where no axes are exchanged."""
+        """Returns this tensor's values, a view of the whole (contiguous) parameter."""
         part = parameter[self.index]
         return part.swapaxes(-1, -2) if self.transposed else part.reshape(self.shape)
 
@@ -60,12 +60,15 @@ class Parameter:
 
 
 def parameters(config: ModelConfig, expert_layout: str = "hf4") -> list[Parameter]:
-    """Every parameter of `config`'s model in the model's order, with its tensors in `expert_layout`."""
+    """Returns every parameter of `config`'s model in the model's order, with its tensors in `expert_layout`.
+
+    Raises `ValueError` for an unknown expert layout.
+    """
     if expert_layout not in EXPERT_LAYOUTS:
         raise ValueError(f"expert layout {expert_layout!r} is unknown: expected one of {', '.join(EXPERT_LAYOUTS)}")
     roots, declared = family_of(config).layout.roots, abstract_params(config)
     found = []
-    # the encoder first and the head last, as a prompt passes them
+    # in the order of the forward pass: the encoder first and the head last
     for path, leaf in sorted(declared.items(), key=lambda item: (".lm_head." in item[0], "visual." not in item[0])):
         root, theirs = next(root for root in roots if path.startswith(root[0]))
         found.append(_parameter(config, path, leaf.shape, theirs + path.removeprefix(root), expert_layout))
@@ -85,7 +88,7 @@ def hf_tensors(config: ModelConfig, expert_layout: str = "hf4") -> dict[str, tup
 
 
 def current_name(name: str, config: ModelConfig) -> str:
-    """The name that transformers gives today to a tensor that an older or bare checkpoint calls `name`."""
+    """Returns the current transformers name of a tensor that an older or base-model checkpoint calls `name`."""
     for pattern, replacement in family_of(config).layout.aliases:
         if pattern.search(name):
             return pattern.sub(replacement, name, count=1)
@@ -93,18 +96,18 @@ def current_name(name: str, config: ModelConfig) -> str:
 
 
 def head_and_embedding(config: ModelConfig) -> tuple[str, str]:
-    """The names of the two tensors that are one where embeddings are tied."""
+    """Returns the names of the output head and the token embedding, which are one tensor if embeddings are tied."""
     return "lm_head.weight", f"{_text_root(config)}embed_tokens.weight"
 
 
 def fused_experts(config: ModelConfig) -> list[str]:
-    """The names that the first of a layer's two fused expert tensors has, layer by layer."""
+    """Returns the name of the first of the two fused expert tensors of each sparse layer."""
     layers = (i for i, sparse in enumerate(config.text.sparse_layers) if sparse)
     return [f"{_text_root(config)}layers.{i}.mlp.experts.gate_up_proj" for i in layers]
 
 
 def group_of(path: str) -> str:
-    """The part of the model that a parameter belongs to, for summaries."""
+    """Returns the part of the model that a parameter belongs to, for summaries."""
     groups = (
         ("visual.deepstack_merger_list.", "deepstack mergers"),
         ("visual.merger.", "vision merger"),
@@ -124,7 +127,7 @@ def _text_root(config: ModelConfig) -> str:
 
 
 def _parameter(config: ModelConfig, path: str, shape: tuple[int, ...], name: str, expert_layout: str) -> Parameter:
-    """The parameter at `path` and its tensors, of which `name` is the usual one."""
+    """Returns the parameter at `path` with its tensors; `name` is the tensor's name if there is only one."""
     if path.startswith("visual."):
         return Parameter(path, shape, (HfTensor(name, _vision_shape(config, path, shape)),))
     if ".mlp.experts." not in path:
@@ -137,7 +140,7 @@ def _parameter(config: ModelConfig, path: str, shape: tuple[int, ...], name: str
 
 
 def _vision_shape(config: ModelConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape on disk: of the convolution's kernel, and of queries, keys and values one below another."""
+    """Returns the shape on disk. It differs for the convolution's kernel and for stacked queries, keys and values."""
     assert config.vision is not None
     if path == "visual.patch_embed.proj.weight":
         patch = config.vision.patch_size
@@ -148,7 +151,7 @@ def _vision_shape(config: ModelConfig, path: str, shape: tuple[int, ...]) -> tup
 
 
 def _per_expert(name: str, shape: tuple[int, ...]) -> tuple[HfTensor, ...]:
-    """One matrix per expert and product: gate and up are the halves of gate_up's last axis."""
+    """Returns one matrix per expert and projection: gate and up are the halves of gate_up's last axis."""
     root = name.removesuffix("gate_up_proj").removesuffix("down_proj")
     experts, rows, columns = shape
     if name.endswith("down_proj"):

@@ -1,6 +1,6 @@
-"""A converted checkpoint: the parameters as one Orbax tree in `params/`, beside the files of the tokenizer and so on.
+"""Reads a converted checkpoint: one Orbax tree of parameters in `params/`, beside the tokenizer and config files.
 
-The tree's keys are the parameters' dotted paths, split at the dots. `orbax_writer.py` writes it; here it is read.
+The tree's keys are the parameters' dotted paths, split at the dots. `orbax_writer.py` writes the tree.
 """
 
 import gc
@@ -26,12 +26,12 @@ from deepstack_jax.config import ModelConfig
 FORMAT_FILE = "deepstack_jax.json"
 PARAMS = "params"
 FORMAT_VERSION = 2
-GROUP_BYTES = 256 << 20  # arrays are read through Orbax together: a call costs a twentieth of a second
+GROUP_BYTES = 256 << 20  # arrays that one Orbax call reads, because each call costs about 50 ms
 _Keys = tuple[str, ...]
 
 
 class OrbaxError(RuntimeError):
-    """What Orbax said, in as many lines as it liked."""
+    """An error of Orbax, or wrong values that it read back; the message may have many lines."""
 
     @property
     def first_line(self) -> str:
@@ -39,7 +39,7 @@ class OrbaxError(RuntimeError):
 
 
 def read_format(directory: str | Path) -> dict[str, Any]:
-    """The contents of a converted checkpoint's deepstack_jax.json; raises `CheckpointError` for any other directory."""
+    """Returns the contents of deepstack_jax.json; raises `CheckpointError` if that is missing, damaged or outdated."""
     file = Path(directory) / FORMAT_FILE
     try:
         found = json.loads(file.read_text())
@@ -58,7 +58,7 @@ def read_format(directory: str | Path) -> dict[str, Any]:
 
 
 def check_files(directory: str | Path) -> None:
-    """Checks that every file of `directory/params` has the length it was written with; raises `CheckpointError`."""
+    """Raises `CheckpointError` unless every file of `directory/params` has the length it was written with."""
     root = Path(directory) / PARAMS
     sizes = read_format(directory).get("params") or {}
     if not isinstance(sizes, dict):
@@ -72,7 +72,7 @@ def check_files(directory: str | Path) -> None:
 
 
 def file_sizes(directory: Path) -> dict[str, int]:
-    """Length of every file of `directory/params`, by its path below there: what `check_files` looks for."""
+    """Returns the bytes of every file in `directory/params` by its path in there, as `check_files` expects them."""
     root = directory / PARAMS
     return {str(file.relative_to(root)): file.stat().st_size for file in sorted(root.rglob("*")) if file.is_file()}
 
@@ -93,13 +93,13 @@ class Leaf(NamedTuple):
 
 
 def stored_params(directory: str | Path) -> dict[str, Leaf]:
-    """Shape and dtype of every parameter that `directory/params` holds, by dotted path."""
+    """Returns shape and dtype of every parameter in `directory/params` by dotted path; raises `CheckpointError`."""
     check_files(directory)
     return _guarded(directory, lambda: load_leaves(directory))
 
 
 def load_leaves(directory: str | Path) -> dict[str, Leaf]:
-    """Shape and dtype of every array in `directory/params`, by dotted path; raises Orbax's errors."""
+    """Returns shape and dtype of every array in `directory/params` by dotted path; raises Orbax's errors."""
     from orbax.checkpoint import v1 as ocp
 
     tree = ocp.metadata(params_path(directory)).metadata
@@ -117,15 +117,15 @@ def restore_params(
     """Restores the parameters of a converted checkpoint by dotted path, each straight into its sharding.
 
     Args:
-        directory: made by `convert`.
-        config: what the parameters must fit.
-        dtype: converts while reading; None keeps what is stored, or takes config.json's where parameters differ.
-        prefixes: limits to the paths that start with one of them, such as `("visual.",)`.
-        shardings: by dotted path; None places everything on the default device.
-        progress: called with (bytes restored, bytes in all).
+        directory: a directory made by `convert`.
+        config: the model that the parameters must fit.
+        dtype: converts while reading; None keeps the stored dtype, or takes config.json's if parameters differ.
+        prefixes: restores only the paths that start with one of them, such as `("visual.",)`.
+        shardings: by dotted path; None places everything on the first device.
+        progress: called with (bytes restored, total bytes).
 
     Raises:
-        CheckpointError: it is not a converted checkpoint, is damaged, or holds another model than `config`'s.
+        CheckpointError: `directory` is not a converted checkpoint, is damaged, or holds a different model.
     """
     import jax
 
@@ -141,7 +141,7 @@ def restore_params(
             found = list(stored[path].shape) if path in stored else "nothing"
             raise CheckpointError(
                 f"{params_path(directory)} holds {found} for {path}, expected {list(shape)}: "
-                "the config.json is of another model"
+                "its config.json describes another model"
             )
         wanted[path] = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings[path] if shardings else device)
     nbytes = {path: Leaf(leaf.shape, leaf.dtype).nbytes for path, leaf in wanted.items()}
@@ -156,7 +156,7 @@ def restore_params(
 
 
 def _one_dtype(directory: str | Path, config: ModelConfig, stored: Mapping[str, Leaf]) -> np.dtype:
-    """The dtype of the parameters. Where an earlier conversion kept several, config.json's or the most frequent one."""
+    """Returns the dtype of the parameters. If an old conversion kept several, config.json's or the most common."""
     counts = Counter(stored[path].dtype for path in canonical_shapes(config) if path in stored)
     if len(counts) < 2:
         return next(iter(counts), np.dtype(np.float32))
@@ -168,18 +168,21 @@ def _one_dtype(directory: str | Path, config: ModelConfig, stored: Mapping[str, 
 
 
 def read_orbax_params(directory: str | Path, paths: Sequence[str] | None = None) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads a converted checkpoint as (dotted path, numpy array) in the order of `paths` (by default, as stored)."""
+    """Yields (dotted path, numpy array) of a converted checkpoint in the order of `paths` (by default, as stored).
+
+    Raises `CheckpointError` if the directory is not a converted checkpoint or is damaged.
+    """
     stored = stored_params(directory)
     wanted = {path: stored[path] for path in (paths if paths is not None else stored)}
     for group in groups_of({path: leaf.nbytes for path, leaf in wanted.items()}):
-        # an empty array costs no memory before it is written to: Orbax only looks at its type, shape and dtype
+        # np.empty takes no memory until it is written to, and Orbax reads only its type, shape and dtype
         loaded = _load(directory, {path: np.empty(wanted[path].shape, wanted[path].dtype) for path in group})
         for path in group:
             yield path, loaded.pop(path)
 
 
 def groups_of(nbytes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Gathers paths (path -> bytes) in order into groups of at most `GROUP_BYTES`; a larger array is its own group."""
+    """Yields paths (path -> bytes) in order in groups of at most `GROUP_BYTES`; a larger array is its own group."""
     group: list[str] = []
     held = 0
     for path, size in nbytes.items():
@@ -197,7 +200,7 @@ def _load(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_arrays(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads the arrays at the dotted paths of `abstract` through Orbax, as what stands there; raises Orbax's errors."""
+    """Loads the arrays at the paths of `abstract` through Orbax, each as its kind there; raises Orbax's errors."""
     from orbax.checkpoint import v1 as ocp
 
     context = ocp.Context()
@@ -208,7 +211,7 @@ def load_arrays(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str,
 
 
 def _guarded[T](directory: str | Path, read: Callable[[], T]) -> T:
-    """What `read` returns; its errors tell which checkpoint to convert again."""
+    """Returns the result of `read`; raises a `CheckpointError` that names the checkpoint to convert again."""
     try:
         return call_orbax(read)
     except OrbaxError as error:
@@ -217,7 +220,7 @@ def _guarded[T](directory: str | Path, read: Callable[[], T]) -> T:
 
 
 def call_orbax[T](function: Callable[[], T]) -> T:
-    """What `function` returns; turns Orbax's many kinds of errors into `OrbaxError` and prints nothing on stderr."""
+    """Returns the result of `function`; turns Orbax's many error types into `OrbaxError` and keeps stderr quiet."""
     with _quiet():
         try:
             return function()
@@ -225,13 +228,13 @@ def call_orbax[T](function: Callable[[], T]) -> T:
             raise
         except Exception as error:
             failure = OrbaxError(f"{type(error).__name__}: {error}")
-        gc.collect()  # arrays that failed beside it complain when they are collected: here they do so unheard
+        gc.collect()  # other arrays that failed complain when they are collected: do it while that is silenced
         raise failure
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax from printing tracebacks of what becomes an error here."""
+    """Keeps Orbax from printing tracebacks of errors that are raised here."""
     loggers, before = [logging.getLogger(name) for name in ("absl", "asyncio")], sys.unraisablehook
     disabled = [logger.disabled for logger in loggers]
 
@@ -244,7 +247,7 @@ def _quiet() -> Iterator[None]:
     sys.unraisablehook = ignore_late
     try:
         yield
-        # left in place after a failure: arrays written beside the failed one report to a loop that is gone by then
+        # the hook stays after a failure, because arrays written concurrently still report to a loop that is closed
         sys.unraisablehook = before
     finally:
         for logger, value in zip(loggers, disabled, strict=True):
@@ -252,10 +255,12 @@ def _quiet() -> Iterator[None]:
 
 
 def params_path(directory: str | Path) -> str:
+    """Returns the absolute path of the Orbax tree in `directory`."""
     return str(Path(directory).absolute() / PARAMS)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Turns dotted paths into nested dictionaries."""
     root: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, last = path.split(".")

@@ -1,13 +1,13 @@
-"""Writing the parameters of a converted checkpoint as one Orbax tree, a piece of an array at a time.
+"""Writes the parameters of a converted checkpoint as one Orbax tree, one piece of an array at a time.
 
-Orbax takes only whole arrays, and an array of experts has gigabytes. Therefore Orbax writes the tree with a stand-in of
-one value for each array, the arrays are written beside it, and they take the places of the stand-ins. They are Zarr
-(version 3) without compression, as Orbax's own, but in pieces: a piece is a file of some rows, such as an expert or a
-part of a large matrix. A device then reads only what it holds, pieces are written and forced to disk side by side, and
-converting needs the memory of a few of them.
+Orbax takes only whole arrays, and an array of experts has gigabytes. Therefore Orbax writes the tree with a one-value
+stand-in for each array; this module writes the arrays beside the tree and moves them to the places of the stand-ins.
+They are Zarr (version 3) without compression, like Orbax's own, but in pieces: a piece is a file of some rows, such as
+an expert or a part of a large matrix. A device then reads only what it holds, pieces are written and forced to disk
+concurrently, and a conversion needs memory for only a few of them.
 
-Where Orbax keeps a tree in another way than expected (`layout_difference`), it writes the whole arrays itself. In both
-cases it has to read back some of what was written.
+If Orbax lays out a tree differently than expected (`layout_difference`), it writes the whole arrays itself. In both
+cases Orbax must read back a sample of what was written.
 """
 
 import json
@@ -34,18 +34,18 @@ from deepstack_jax.checkpoints.orbax_checkpoint import (
 )
 
 PIECE_BYTES = 32 << 20
-SMALLEST_EXPERT = 1 << 20  # bytes; smaller ones share pieces
+SMALLEST_EXPERT = 1 << 20  # bytes; smaller experts share pieces
 REMEDY = "check the disk, or install orbax-checkpoint 0.12.8, and convert again"
-ARRAY_OPTIONS = {"use_compression": False, "use_ocdbt": False}  # of Orbax, when it saves
+ARRAY_OPTIONS = {"use_compression": False, "use_ocdbt": False}  # Orbax's options for saving
 _STAGE, _SAMPLE, _STATE, _ZARR, _CHUNKS = "arrays", "sample", "state", "zarr.json", "c"
-_TREE = "_METADATA"  # what Orbax keeps beside the arrays
+_TREE = "_METADATA"  # Orbax's file beside the arrays
 _COMMITTED = "commit_success.txt"
 _TOP = {"_CHECKPOINT_METADATA", "orbax.checkpoint", _COMMITTED, _STATE}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` rows of the first axis of parameter `path`, from row `first`; the file `name` holds nothing else."""
+    """`count` rows of the first axis of parameter `path`, from row `first`; the file `name` holds only these rows."""
 
     path: str
     first: int
@@ -53,12 +53,12 @@ class Piece:
     name: str
 
     def staged(self, directory: Path) -> Path:
-        """The file to create with the rows' values, little-endian, in C order."""
+        """Returns the file to create with the rows' values, little-endian in C order."""
         return directory / _STAGE / self.path / self.name
 
 
 def create_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> list[Piece]:
-    """Makes empty arrays (dotted path -> shape and dtype) and returns the pieces to fill them with."""
+    """Creates empty arrays (dotted path -> shape and dtype) and returns the pieces that fill them."""
     pieces = []
     for path, leaf in leaves.items():
         array = directory / _STAGE / path
@@ -72,7 +72,7 @@ def create_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> list[Piece]:
 
 
 def save_tree(directory: Path, leaves: Mapping[str, Leaf]) -> None:
-    """Has Orbax write `directory/params`, a tree with one value in the place of each array."""
+    """Has Orbax write `directory/params` as a tree with one value in place of each array; raises `OrbaxError`."""
     from orbax.checkpoint import v1 as ocp
 
     stand_ins = nested({path: np.zeros(1, leaf.dtype) for path, leaf in leaves.items()})
@@ -81,13 +81,13 @@ def save_tree(directory: Path, leaves: Mapping[str, Leaf]) -> None:
 
 
 def layout_difference(directory: Path, leaves: Mapping[str, Leaf]) -> str:
-    """How the tree that `save_tree` made differs from what `place_arrays` expects; empty where it does not."""
+    """Returns how the tree that `save_tree` made differs from what `place_arrays` expects, or an empty string."""
     root = directory / PARAMS
     expected = {root: _TOP, root / _STATE: {*leaves, _TREE}}
     expected |= {root / _STATE / path: {_ZARR, _CHUNKS} for path in leaves}
     for folder, names in expected.items():
         found = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        if lacking := names - found - {_COMMITTED}:  # Orbax marks what it committed since 0.12.3
+        if lacking := names - found - {_COMMITTED}:  # only Orbax 0.12.3 and later write this marker
             return f"{folder.relative_to(directory)} lacks {min(lacking)}"
         if other := found - names:
             return f"{folder.relative_to(directory)} holds {min(other)}"
@@ -95,7 +95,7 @@ def layout_difference(directory: Path, leaves: Mapping[str, Leaf]) -> str:
 
 
 def place_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> None:
-    """Puts the arrays that are written into the tree that `save_tree` made."""
+    """Moves the written arrays into the tree that `save_tree` made."""
     for path in leaves:
         place = directory / PARAMS / _STATE / path
         shutil.rmtree(place)
@@ -104,7 +104,7 @@ def place_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> None:
 
 
 def save_groups(directory: Path, groups: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Has Orbax write `directory/params` anew, from whole arrays by dotted path, a group of them at a time."""
+    """Has Orbax rewrite `directory/params` from whole arrays by dotted path, one group at a time."""
     from orbax.checkpoint import v1 as ocp
 
     for left in (PARAMS, _STAGE):
@@ -116,7 +116,7 @@ def save_groups(directory: Path, groups: Iterable[Mapping[str, np.ndarray]]) -> 
 
 
 def check_tree(directory: Path, leaves: Mapping[str, Leaf]) -> None:
-    """Raises `OrbaxError` unless Orbax finds all arrays in the tree, in their shapes and dtypes."""
+    """Raises `OrbaxError` unless Orbax finds every array in the tree with its shape and dtype."""
     found = call_orbax(lambda: load_leaves(directory))
     if wrong := [path for path, leaf in leaves.items() if found.get(path) != leaf]:
         path = wrong[0]
@@ -124,9 +124,9 @@ def check_tree(directory: Path, leaves: Mapping[str, Leaf]) -> None:
 
 
 def read_back(directory: Path, piece: Piece, leaf: Leaf) -> np.ndarray:
-    """What Orbax reads of a piece of `directory/params`, an array `[piece.count, ...]`; raises `OrbaxError`.
+    """Returns a piece of `directory/params` as Orbax reads it, an array `[piece.count, ...]`; raises `OrbaxError`.
 
-    Orbax reads only whole arrays, so it reads a copy of the tree in which the piece is the whole array.
+    Orbax reads only whole arrays, so it is given a copy of the tree in which the piece is the whole array.
     """
     sample = directory / _SAMPLE
     array, shown = directory / PARAMS / _STATE / piece.path, sample / PARAMS / _STATE / piece.path
@@ -142,19 +142,19 @@ def read_back(directory: Path, piece: Piece, leaf: Leaf) -> np.ndarray:
 
 
 def load_whole(directory: Path, path: str, leaf: Leaf) -> np.ndarray:
-    """The array at a dotted path of `directory/params` as Orbax reads it; raises `OrbaxError`."""
+    """Returns the array at a dotted path of `directory/params` as Orbax reads it; raises `OrbaxError`."""
     return call_orbax(lambda: load_arrays(directory, {path: np.empty(leaf.shape, leaf.dtype)}))[path]
 
 
 def mark_committed(directory: Path) -> None:
-    """Replaces Orbax's mark of a whole checkpoint, where it wrote one: it names a directory that will not exist."""
+    """Rewrites Orbax's commit marker, if there is one, because it names a directory that will no longer exist."""
     mark = directory / PARAMS / _COMMITTED
     if mark.exists():
         mark.write_text("Checkpoint commit was successful\n")
 
 
 def orbax_version() -> str:
-    """The installed version, for messages."""
+    """Returns the installed version, for messages."""
     return f"Orbax {version('orbax-checkpoint')}"
 
 
@@ -171,19 +171,19 @@ def _saving() -> Iterator[None]:
 
 
 def _arrays(folder: str, names: list[str]) -> list[str]:
-    """The arrays among the entries of a folder of a tree."""
+    """Returns the entries of a folder of the tree that are arrays."""
     return [name for name in names if (Path(folder) / name / _ZARR).exists()]
 
 
 def _zarr(leaf: Leaf, rows: int) -> dict[str, object]:
-    """The description of an array in pieces of `rows` rows."""
+    """Returns the Zarr metadata of an array in pieces of `rows` rows."""
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(leaf.shape),
         "data_type": leaf.dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, *leaf.shape[1:]]}},
-        # flat names: no directory for each piece
+        # flat names, so that no piece needs a directory of its own
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0.0,
         "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
@@ -195,7 +195,7 @@ def _chunk_name(number: int, leaf: Leaf) -> str:
 
 
 def _rows_of_a_piece(path: str, leaf: Leaf) -> int:
-    """Rows of the first axis that one file holds: a divisor of their number."""
+    """Returns how many rows of the first axis one file holds: a divisor of their number."""
     rows = leaf.shape[0]
     if ".experts." in path and leaf.nbytes // rows >= SMALLEST_EXPERT:
         return 1

@@ -1,7 +1,8 @@
-"""Reading and writing safetensors files, a tensor or some of its rows at a time.
+"""Reads and writes safetensors files, one tensor or some of its rows at a time.
 
-The safetensors library reads, through a memory map; it writes only whole files. The format: eight bytes with the
-header's length, the header as JSON (name -> dtype, shape, range of bytes), the data.
+Reading uses the safetensors library, through a memory map. That library writes only whole files, so `FileWriter`
+replaces it. A file consists of eight bytes with the header's length, the header as JSON (name -> dtype, shape, range of
+bytes), and the data.
 """
 
 import json
@@ -26,16 +27,16 @@ Rows = tuple[int | slice, ...]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that can't be read: the message names the file, the tensor, the value and the remedy."""
+    """A checkpoint can't be read. The message names the file, the tensor, the value and the remedy."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint is read, or converted, in another way than a user would expect."""
+    """A checkpoint is read or converted differently from what a user would expect."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor inside a file. `code` is the dtype as the file spells it, which may be one that is not read here."""
+    """A tensor in a file. `code` is the dtype as the file spells it, which may be an unsupported one."""
 
     name: str
     file: Path
@@ -44,7 +45,7 @@ class Entry:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of a tensor that is read; raises `CheckpointError` for any other."""
+        """The numpy dtype; raises `CheckpointError` if it is not supported."""
         if self.code in DTYPES:
             return DTYPES[self.code]
         remedy = f"expected one of {', '.join(DTYPES)}"
@@ -56,7 +57,7 @@ class Entry:
 
 
 def refuse_lfs_pointer(file: Path) -> None:
-    """Raises `CheckpointError` for a file whose contents Git LFS has not fetched."""
+    """Raises `CheckpointError` if Git LFS has not fetched the contents of `file`."""
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise CheckpointError(
@@ -65,7 +66,7 @@ def refuse_lfs_pointer(file: Path) -> None:
 
 
 def read_entries(file: Path) -> dict[str, Entry]:
-    """Reads and checks the header of `file`; raises `CheckpointError` where the file can't hold what it promises."""
+    """Reads and checks the header of `file`, by tensor name; raises `CheckpointError` if it is missing or damaged."""
     try:
         refuse_lfs_pointer(file)
         with _opened(file) as tensors:
@@ -79,7 +80,7 @@ def read_entries(file: Path) -> dict[str, Entry]:
 class TensorReader:
     """Reads rows of tensors. The files that it opens stay mapped until the `with` block ends.
 
-    Pages of a map count as memory of this process until then, so a block should read megabytes rather than a model.
+    Mapped pages count as memory of this process until then, so one block should read megabytes, not a whole model.
     """
 
     def __init__(self) -> None:
@@ -87,9 +88,10 @@ class TensorReader:
         self._files: dict[Path, safe_open] = {}
 
     def read(self, entry: Entry, rows: Rows = ()) -> np.ndarray:
-        """The tensor's values at the index `rows`, a new contiguous array; raises `CheckpointError`.
+        """Returns the tensor's values at the index `rows` as a new contiguous array.
 
-        An index is a tuple of integers and slices of step 1, for the first axes.
+        An index is a tuple of integers and slices of step 1 for the leading axes. Raises `CheckpointError` if the file
+        has changed since its header was read.
         """
         tensors = self._files.get(entry.file)
         if tensors is None:
@@ -112,7 +114,7 @@ class TensorReader:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[safe_open]:
-    """The file as safetensors opens it; raises `CheckpointError` for what safetensors refuses."""
+    """Opens a file with safetensors; raises `CheckpointError` if safetensors refuses it."""
     try:
         tensors = safe_open(file, "numpy")
     except SafetensorError as error:
@@ -122,7 +124,7 @@ def _opened(file: Path) -> Iterator[safe_open]:
 
 
 def _why_refused(said: str, size: int) -> str:
-    """What is wrong with a file of `size` bytes of which safetensors said `said`."""
+    """Explains what is wrong with a file of `size` bytes for which safetensors raised the message `said`."""
     reason = " ".join(said.rsplit("deserializing header: ", 1)[-1].split())[:200]
     if any(sign in reason for sign in _NOT_A_HEADER):
         return f"is not a safetensors file or is truncated ({reason}, in a file of {size} bytes)"
@@ -132,10 +134,10 @@ def _why_refused(said: str, size: int) -> str:
 
 
 def row_blocks(shape: tuple[int, ...], rows: range, most: int) -> Iterator[Rows]:
-    """Indices that cover `rows` of a tensor's first axis in order, each with at most `most` values.
+    """Yields indices that cover `rows` of a tensor's first axis in order, each with at most `most` values.
 
-    A block is a power of two of rows, so that it has whole pages wherever a row has a part of one, or a part of one row
-    where that has more values.
+    The number of rows per block is a power of two, so that a block covers whole pages if a row is a fraction of one. A
+    row with more than `most` values is divided into several blocks.
     """
     if (row := prod(shape[1:])) <= most:
         step = 1 << ((most // row).bit_length() - 1)
@@ -148,14 +150,14 @@ def row_blocks(shape: tuple[int, ...], rows: range, most: int) -> Iterator[Rows]
 
 
 class FiniteCheck:
-    """Finds NaN and infinity in float32, float16 and bfloat16 values: all bits of the exponent are set."""
+    """Detects NaN and infinity in float32, float16 and bfloat16 values, whose exponent bits are then all set."""
 
     def __init__(self) -> None:
         self.failed = False
         self._shifted = np.empty(1 << 18, np.uint8)  # small enough for the processor's cache
 
     def __call__(self, values: np.ndarray) -> None:
-        """Looks at a contiguous array of any length; `failed` stays true once set."""
+        """Checks a contiguous array of any length; `failed` stays true once it is set."""
         bits = np.dtype(f"u{values.itemsize}")
         infinity = np.array(np.inf, values.dtype).view(bits) << bits.type(1)
         flat, room = values.reshape(-1).view(bits), self._shifted.view(bits)
@@ -166,10 +168,10 @@ class FiniteCheck:
 
 
 class FileWriter:
-    """Writes one safetensors file: the header first, then each tensor at its place, in any order.
+    """Writes one safetensors file: first the header, then each tensor at its offset, in any order.
 
     `tensors` maps names to (dtype, shape). `close` checks that every tensor was written and forces the file to disk;
-    leaving the `with` block on an error only closes it. Raises `ValueError` for a tensor that was not announced.
+    if the `with` block raises, the file is only closed. Raises `FileExistsError` if the file exists.
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
@@ -192,11 +194,14 @@ class FileWriter:
         self._pwrite(memoryview(len(text).to_bytes(8, "little") + text), 0)
 
     def write(self, name: str, values: np.ndarray) -> None:
-        """Writes the whole tensor `name`; `values` need not be contiguous."""
+        """Writes the whole tensor `name`; `values` need not be contiguous.
+
+        Raises `ValueError` if the header has no tensor of this name, dtype and shape.
+        """
         if self._expected.get(name) != (values.dtype, values.shape):
             raise ValueError(f"{self._file}: {name} {values.dtype} {values.shape} is not what the header announces")
         position = self._data + self._offsets[name]
-        # a row at a time where a copy is needed, so that it stays small
+        # if a copy is needed, it is made row by row to stay small
         for part in (values,) if values.flags.c_contiguous or values.ndim < 2 else values:
             part = np.ascontiguousarray(part)
             self._pwrite(memoryview(part.reshape(-1).view(np.uint8)), position)
@@ -204,7 +209,7 @@ class FileWriter:
         self._missing.discard(name)
 
     def close(self) -> None:
-        """Forces the file to disk; raises `ValueError` where a tensor was never written."""
+        """Forces the file to disk and closes it; raises `ValueError` if a tensor was never written."""
         if self._missing:
             raise ValueError(f"{self._file}: tensor {min(self._missing)} was announced and never written")
         os.fsync(self._descriptor)
