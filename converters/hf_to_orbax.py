@@ -1,8 +1,8 @@
-"""Converting a Hugging Face checkpoint to a directory that loads fast and sharded.
+"""Converts a Hugging Face checkpoint to a directory that loads fast and sharded.
 
 A few threads each read some rows, write them to a file and force it to disk, so that reading, writing and waiting for
-the disk overlap, and the memory needed depends neither on the model nor on its largest tensor (an expert apart).
-Everything goes into a hidden directory beside the target, which is renamed as the last step.
+the disk overlap. The memory needed depends on the size of an expert, not on that of the model or its largest tensor.
+Everything is written to a hidden directory beside the target, which is renamed in the last step.
 """
 
 import fcntl
@@ -57,9 +57,9 @@ from deepstack_jax.config import ModelConfig, read_special_tokens
 from deepstack_jax.config_values import read_json_object
 
 Progress = Callable[[int, int], None]
-THREADS = 6  # more than cores: most of their time is waiting for the disk
+THREADS = 6  # may exceed the number of cores, because the threads mostly wait for the disk
 
-# The files beside the weights: of the tokenizer, the processor and generation.
+# Files that are copied with the weights: those of the configuration, the tokenizer and the processors.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -85,20 +85,20 @@ def convert(
     """Converts the Hugging Face checkpoint in `hf_dir` to a new directory `out_dir`.
 
     Args:
-        hf_dir: safetensors, whole or in shards, with config.json.
-        out_dir: must not exist, or be empty.
-        dtype: float32 or bfloat16; None keeps the checkpoint's, and `export` then gives back the same bits. Where its
-            tensors differ, it is the one that transformers takes.
-        expert_layout: hf4 or hf5, where the shapes can't tell.
-        progress: called with (bytes converted, bytes in all).
+        hf_dir: a directory with config.json and safetensors files, or the name of a bundled checkpoint.
+        out_dir: must not exist or must be empty.
+        dtype: float32 or bfloat16; None keeps the checkpoint's, and `export` then restores the same bits. If its
+            tensors differ, None takes the dtype that transformers chooses.
+        expert_layout: hf4 or hf5; only needed if the shapes are ambiguous.
+        progress: called with (bytes converted, total bytes).
 
     Raises:
         CheckpointError: the checkpoint can't be converted; nothing is written.
         ConfigError: a JSON file of the directory is damaged or holds a wrong value; nothing is written.
-        OSError: the directory exists or can't be written, or Orbax reads other values back; nothing is left behind.
+        OSError: the directory is not empty or can't be written, or Orbax reads other values back; nothing is left.
 
-    Warns `NonFiniteWarning` for weights that hold NaN or infinity, and `CheckpointWarning` for what is read differently
-    from how it is stored and where Orbax has another layout.
+    Emits `NonFiniteWarning` for weights that hold NaN or infinity, and `CheckpointWarning` for anything that is read
+    differently from how it is stored and if Orbax lays out its tree differently than expected.
     """
     hf_dir, out_dir = checkpoint_path(hf_dir), Path(out_dir).absolute()
     kept = None if dtype is None else np.dtype(dtype)
@@ -130,10 +130,10 @@ def refuse_existing(directory: Path) -> None:
 
 @contextmanager
 def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
-    """A directory to write `nbytes` into. It becomes `target`, durably, when the block ends, or is removed on an error.
+    """Yields a directory to write `nbytes` into. It durably becomes `target` when the block ends.
 
-    What a killed process left is removed first. Raises `OSError` where the disk has no room, is full, or another
-    process writes the same target.
+    On an error it is removed. Files that a killed process left are removed first. Raises `OSError` if the disk has too
+    little room or becomes full, or if another process is writing the same target.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     directory = target.parent / f".{target.name}.incomplete"
@@ -164,13 +164,13 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies the files of the tokenizer, the processor and the configuration that `source` has."""
+    """Copies the configuration, tokenizer and processor files of `source` to the directory `target`."""
     for file in _companions(source):
         shutil.copyfile(file, target / file.name)
 
 
 def set_config_dtype(file: Path, dtype: str) -> None:
-    """Makes a config.json name the dtype that the weights now have, wherever it names one."""
+    """Rewrites every dtype that a config.json names to the one that the weights now have."""
     config = json.loads(file.read_text())
     for part in (config, config.get("text_config"), config.get("vision_config")):
         for key in ("dtype", "torch_dtype"):
@@ -185,7 +185,7 @@ def _companions(directory: Path) -> Iterator[Path]:
 
 
 def _check_companions(directory: Path, config: ModelConfig) -> None:
-    """Raises `ConfigError` where a file that is copied beside the weights is damaged."""
+    """Raises `ConfigError` or `CheckpointError` if a file that is copied beside the weights is damaged."""
     for file in _companions(directory):
         if file.suffix == ".json":
             read_json_object(file)
@@ -196,12 +196,12 @@ def _check_companions(directory: Path, config: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class _Conversion:
-    """What is being written: `directory/params` out of `checkpoint`, as arrays of the shapes and dtypes of `leaves`."""
+    """A running conversion of `checkpoint` to `directory/params`, as arrays with the shapes and dtypes of `leaves`."""
 
     directory: Path
     checkpoint: HfCheckpoint
     leaves: Mapping[str, Leaf]
-    progress: Callable[[int], object]  # called with the bytes that are on disk
+    progress: Callable[[int], object]  # called with the number of bytes on disk
     warned: set[str] = field(default_factory=set)
 
     @cached_property
@@ -209,12 +209,12 @@ class _Conversion:
         return {parameter.path: parameter for parameter in self.checkpoint.parameters}
 
     def stream(self, piece: Piece, inspect: Callable[[np.ndarray], None] | None = None) -> Iterator[np.ndarray]:
-        """The values of a piece as they are to be written, in small arrays."""
+        """Yields the values of a piece as they are to be written, in small arrays."""
         dtype = self.leaves[piece.path].dtype
         return self.checkpoint.stream(self.parameters[piece.path], piece.first, piece.count, dtype, inspect)
 
     def report(self, path: str, finite: bool) -> None:
-        """Warns once of a parameter that is not finite."""
+        """Warns once about a parameter that is not finite."""
         if not finite and path not in self.warned:
             self.warned.add(path)
             warn_non_finite(self.checkpoint, self.parameters[path])
@@ -227,8 +227,8 @@ def _write_params(conversion: _Conversion) -> None:
     difference = _write_pieces(conversion, pieces)
     if difference:
         message = (
-            f"{orbax_version()} has another layout than 0.12.8 ({difference}): whole arrays are written through it, "
-            "which takes longer and more memory"
+            f"{orbax_version()} lays out a tree differently than 0.12.8 ({difference}): whole arrays are written "
+            "through it, which takes more time and memory"
         )
         warnings.warn(message, CheckpointWarning, stacklevel=4)
         save_groups(directory, _groups(conversion))
@@ -246,7 +246,7 @@ def _write_params(conversion: _Conversion) -> None:
 
 
 def _write_pieces(conversion: _Conversion, pieces: list[Piece]) -> str:
-    """Writes the arrays beside Orbax's tree, or returns what is unexpected about the tree."""
+    """Writes the arrays beside Orbax's tree. Returns what is unexpected about the tree, or an empty string."""
     done = 0
     with ThreadPoolExecutor(THREADS, "convert") as pool:
         writing = [pool.submit(_write_piece, conversion, piece) for piece in pieces]
@@ -267,7 +267,7 @@ def _write_pieces(conversion: _Conversion, pieces: list[Piece]) -> str:
 
 
 def _write_piece(conversion: _Conversion, piece: Piece) -> tuple[int, bool]:
-    """Writes one piece to disk; returns its bytes and whether all values are finite."""
+    """Writes one piece to disk; returns its size in bytes and whether all values are finite."""
     check, nbytes = FiniteCheck(), 0
     with DirectFile(piece.staged(conversion.directory)) as file:
         for values in conversion.stream(piece, check):
@@ -277,7 +277,7 @@ def _write_piece(conversion: _Conversion, piece: Piece) -> tuple[int, bool]:
 
 
 def _groups(conversion: _Conversion) -> Iterator[dict[str, np.ndarray]]:
-    """The whole arrays by dotted path, some of them at a time."""
+    """Yields the whole arrays by dotted path, one group at a time."""
     done = 0
     for paths in groups_of({path: leaf.nbytes for path, leaf in conversion.leaves.items()}):
         group = {}
@@ -292,7 +292,7 @@ def _groups(conversion: _Conversion) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _sample(leaves: Mapping[str, Leaf], pieces: Sequence[Piece]) -> list[Piece]:
-    """The first piece of the smallest array, and the middle one of an array of experts where there is one."""
+    """Returns the first piece of the smallest array, and the middle piece of an array of experts if there is one."""
     smallest = min(leaves, key=lambda path: leaves[path].nbytes)
     experts = next((path for path in leaves if ".experts." in path), None)
     of_experts = [piece for piece in pieces if piece.path == experts]
@@ -300,7 +300,7 @@ def _sample(leaves: Mapping[str, Leaf], pieces: Sequence[Piece]) -> list[Piece]:
 
 
 def _compare(conversion: _Conversion, piece: Piece, found: np.ndarray) -> None:
-    """Raises `OrbaxError` unless `found` holds the bits that the source has for the piece."""
+    """Raises `OrbaxError` unless `found` has the same bits as the source of the piece."""
     flat, done = found.reshape(-1), 0
     for values in conversion.stream(piece):
         if flat[done : done + values.size].tobytes() != values.tobytes():
@@ -309,13 +309,13 @@ def _compare(conversion: _Conversion, piece: Piece, found: np.ndarray) -> None:
 
 
 def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, Any]:
-    """What deepstack_jax.json says; `source` is what `export` needs to give back the same files."""
+    """Returns the contents of deepstack_jax.json; `export` needs `source` to restore the same files."""
     source = {"expert_layout": checkpoint.expert_layout, "dtype": checkpoint.dtype.name, "files": checkpoint.files}
     return {"format_version": FORMAT_VERSION, "dtype": (dtype or checkpoint.dtype).name, "source": source}
 
 
 def _as_disk_error(error: OSError | OrbaxError, target: Path, nbytes: int) -> OSError:
-    """Recognises a full disk in what the system or Orbax said."""
+    """Turns an error of the system or of Orbax into one that names a full disk, or the target."""
     if any(sign in str(error) for sign in ("No space left", "Disk quota exceeded", "File too large")):
         return _no_room(target, nbytes, shutil.disk_usage(target.parent).free)
     if isinstance(error, OSError):
@@ -329,7 +329,7 @@ def _no_room(target: Path, nbytes: int, free: int) -> OSError:
 
 
 def _sync(directory: Path) -> None:
-    """Forces to disk what is below `directory`, except for weights, which already are."""
+    """Forces everything in `directory` to disk, except for the weights, which already are there."""
     for parent, _, files in os.walk(directory):
         for name in files:
             if not name.startswith("c.") and not name.endswith(".safetensors"):

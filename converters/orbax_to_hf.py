@@ -1,4 +1,4 @@
-"""Giving a converted checkpoint back as the Hugging Face checkpoint that it was: names, layout, files and bits."""
+"""Restores the original Hugging Face checkpoint from a converted one: its names, layout, files and bits."""
 
 import json
 from contextlib import ExitStack
@@ -20,12 +20,13 @@ from deepstack_jax.models.registry import read_config
 def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None = None) -> None:
     """Writes the converted checkpoint `ckpt_dir` as a Hugging Face checkpoint into a new directory `hf_dir`.
 
-    Tensors have the names, the expert layout and the division into files that they were converted from, and the same
-    bits where the conversion kept the dtype. transformers' `from_pretrained` loads the result.
+    Tensors have the names, the expert layout and the division into files of the original, and the same bits if the
+    conversion kept the dtype. transformers' `from_pretrained` loads the result. `progress` is called with (bytes
+    written, total bytes).
 
     Raises:
         CheckpointError: `ckpt_dir` is not a converted checkpoint, or is damaged.
-        OSError: `hf_dir` exists or can't be written; nothing is left behind.
+        OSError: `hf_dir` is not empty or can't be written; nothing is left behind.
     """
     ckpt_dir, hf_dir = Path(ckpt_dir), Path(hf_dir).absolute()
     refuse_existing(hf_dir)
@@ -34,7 +35,7 @@ def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None =
     stored = stored_params(ckpt_dir)
     listed = {parameter.path: parameter for parameter in parameters(config, source["expert_layout"])}
     if missing := [path for path in listed if path not in stored]:
-        raise CheckpointError(f"{ckpt_dir} lacks the parameter {missing[0]}: the config.json is of another model")
+        raise CheckpointError(f"{ckpt_dir} lacks the parameter {missing[0]}: its config.json describes another model")
     places = _places(source["files"], config)
     head, embedding = head_and_embedding(config)
     # the source may have held tied embeddings under either name, or under both
@@ -81,7 +82,7 @@ def _source(ckpt_dir: Path) -> dict[str, Any]:
 
 
 def _places(files: dict[str, list[str]], config: ModelConfig) -> dict[str, tuple[str, str]]:
-    """Today's name of each tensor -> the file that holds it and the name it has there."""
+    """Maps each tensor's current name to the file that holds it and its name there."""
     return {current_name(name, config): (file, name) for file, names in files.items() for name in names}
 
 
