@@ -19,7 +19,7 @@ from deepstack_jax.models.parameters import Params, merge_params, model_dtype
 from deepstack_jax.models.qwen3_moe import KVCache
 from deepstack_jax.processing.batch import bucket, prepare_batch
 from deepstack_jax.programs import PromptArrays, language_inputs, precision_of
-from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
+from deepstack_jax.sampling import IN_PROMPT, SamplingParams, count_tokens, sample
 
 
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well
@@ -64,7 +64,8 @@ def _prefill(
         lengths = jnp.asarray(prompt.lengths)
         logits = model.logits(jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0])
     in_row = jnp.arange(prompt.input_ids.shape[1]) < lengths[:, None]
-    seen = jnp.zeros((batch, config.text.vocab_size), jnp.uint8)
+    in_prompt = jnp.where(in_row, jnp.asarray(prompt.input_ids), config.text.vocab_size)
+    seen = jnp.zeros((batch, config.text.vocab_size), jnp.int32)
     state = DecodeState(
         cache=cache,
         tokens=jnp.zeros((batch, capacity), jnp.int32),
@@ -72,7 +73,7 @@ def _prefill(
         slots=lengths - 1,
         rope_deltas=jnp.asarray(prompt.rope_deltas),
         done=jnp.zeros(batch, bool),
-        seen=mark_seen(seen, jnp.where(in_row, jnp.asarray(prompt.input_ids), -1), IN_PROMPT),
+        seen=seen.at[jnp.arange(batch)[:, None], in_prompt].set(IN_PROMPT, mode="drop"),
         step=jnp.zeros((), jnp.int32),
     )
     return _append(state, logits, sampling)
@@ -106,6 +107,6 @@ def _append(state: DecodeState, logits: jax.Array, sampling: SamplingParams) -> 
         last=token,
         slots=state.slots + 1,
         done=state.done | ends,
-        seen=mark_seen(state.seen, jnp.where(running, token, -1)[:, None], GENERATED),
+        seen=count_tokens(state.seen, jnp.where(running, token, -1)[:, None]),
         step=state.step + 1,
     )

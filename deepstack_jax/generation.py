@@ -119,6 +119,7 @@ def generate(
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
     presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
     seed: int | Sequence[int] = 0,
     eos_token_id: int | Sequence[int] | None = None,
     sampling: SamplingOptions | None = None,
@@ -127,8 +128,8 @@ def generate(
     """Answers prompts; the arrays are those of `forward`. A row's answer depends on nothing else of its batch.
 
     Args:
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, seed, eos_token_id: as
-            `SamplingOptions` says.
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed,
+            eos_token_id: as `SamplingOptions` says.
         sampling: all of them together, in place of the single ones.
         slots: rows of the decode program, on which bits depend: a server's number gives that server's bits. None takes
             the smallest of 1, 2, 4, 8, 16 and 32 that holds the prompts; more than 32 take turns.
@@ -145,6 +146,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
         eos_token_id=eos_token_id,
     )

@@ -12,7 +12,7 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.param import AnyArray
@@ -20,7 +20,7 @@ from deepstack_jax.models.parameters import Params, merge_params, model_dtype
 from deepstack_jax.models.qwen3_moe import PagedKVCache
 from deepstack_jax.models.vision import PatchGeometry, VisualRows, separate_deepstack_embeds
 from deepstack_jax.rounding import cdiv
-from deepstack_jax.sampling import END_TOKENS, GENERATED, SamplingParams, mark_seen, sample
+from deepstack_jax.sampling import END_TOKENS, SamplingParams, count_tokens, sample
 
 DECODE_BUFFER = 64  # steps of one decode call at most
 
@@ -72,7 +72,7 @@ class EngineState:
     limits: Int[Array, " B"]
     rope_deltas: Int[Array, " B"]
     done: Bool[Array, " B"]
-    seen: UInt8[Array, "B V"]  # bits of sampling.IN_PROMPT and sampling.GENERATED
+    seen: Int32[Array, "B V"]  # sampling.IN_PROMPT, and sampling.GENERATED for each time in the answer
     sampling: SamplingParams
 
     @staticmethod
@@ -82,7 +82,7 @@ class EngineState:
         table = jnp.zeros((rows, cdiv(config.text.max_position_embeddings, page)), jnp.int32)
         sampling = jax.tree.map(jnp.asarray, SamplingParams.of(rows, end_token_ids=[-1] * end_tokens))
         cache = PagedKVCache.empty(config.text, num_pages, page, table, model_dtype(config))
-        seen = jnp.zeros((rows, config.text.vocab_size), jnp.uint8)
+        seen = jnp.zeros((rows, config.text.vocab_size), jnp.int32)
         done = jnp.ones(rows, bool)
         return EngineState(cache, last, lengths, made, limits, deltas, done, seen, sampling)
 
@@ -174,8 +174,9 @@ def prefill_chunk(
         at_end = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
 
         def first_tokens() -> jax.Array:
-            return sample(model.logits(at_end), jnp.asarray(chunk.seen), chunk.sampling, jnp.int32(0))
+            return sample(model.logits(at_end), seen, chunk.sampling, jnp.int32(0))
 
+        seen = jnp.asarray(chunk.seen).astype(state.seen.dtype)
         ending = jnp.any(rows < len(state.last))
         tokens = jax.lax.cond(ending, first_tokens, lambda: jnp.zeros(len(rows), jnp.int32))
     return _begin_rows(state, chunk, tokens), tokens
@@ -262,7 +263,7 @@ def _begin_rows(state: EngineState, chunk: PromptChunk, tokens: jax.Array) -> En
         limits=chunk.limits,
         rope_deltas=chunk.rope_deltas,
         done=_ends(tokens, chunk.sampling) | (jnp.asarray(chunk.limits) <= 1),
-        seen=mark_seen(jnp.asarray(chunk.seen), tokens[:, None], GENERATED),
+        seen=count_tokens(jnp.asarray(chunk.seen).astype(state.seen.dtype), tokens[:, None]),
         sampling=chunk.sampling,
     )
     rows = jnp.asarray(chunk.rows)
@@ -289,7 +290,7 @@ def _append(state: EngineState, tokens: jax.Array, live: jax.Array) -> EngineSta
         lengths=state.lengths + live,
         made=made,
         done=state.done | (live & (_ends(tokens, state.sampling) | (made >= state.limits))),
-        seen=mark_seen(state.seen, jnp.where(live, tokens, -1)[:, None], GENERATED),
+        seen=count_tokens(state.seen, jnp.where(live, tokens, -1)[:, None]),
     )
 
 

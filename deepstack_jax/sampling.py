@@ -1,6 +1,7 @@
 """Choosing the next token: greedy, or drawn after penalties, temperature, top-k, top-p and min-p, in that order.
 
-The order and the meaning of each parameter are those of transformers' logits processors; presence_penalty is OpenAI's.
+The order and the meaning of each parameter are those of transformers' logits processors; presence_penalty and
+frequency_penalty are OpenAI's.
 Every parameter is an array over rows, so one program serves any mixture of them.
 
 Extreme values give the limit's answer, whatever the size of the logits: a temperature near 0 gives the likeliest token
@@ -14,17 +15,19 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Int32
 
 from deepstack_jax.rounding import cdiv
 from deepstack_jax.sampling_options import SamplingOptions
 
-IN_PROMPT, GENERATED = 1, 2  # bits of `seen`
+# `seen` of a token: IN_PROMPT if the prompt has it, and GENERATED for each time that the answer has it
+IN_PROMPT, GENERATED = 1, 2
 END_TOKENS = 16  # end tokens of a row, up to a multiple of this
 _SMALLEST = float(np.finfo(np.float32).tiny)  # of the normal numbers: XLA on CPU and TPU takes smaller ones for 0
 _STEEP = 2.0**14  # above it, a logit over the temperature rounds the Gumbel noise added to it to less than 10 bits
 _DEFAULTS = SamplingOptions()
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")  # those that are float32
+# those that are float32
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +41,7 @@ class SamplingParams:
     min_p: np.ndarray  # float32 [B]
     repetition_penalty: np.ndarray  # float32 [B], divides positive logits of tokens in prompt or answer
     presence_penalty: np.ndarray  # float32 [B], subtracted from logits of tokens in the answer
+    frequency_penalty: np.ndarray  # float32 [B], the same, times how often the answer has the token
     seed: np.ndarray  # uint32 [B]
     end_token_ids: np.ndarray  # int32 [B, E], filled up with -1
     pad_token_id: np.ndarray  # int32 [B]
@@ -76,7 +80,7 @@ class SamplingParams:
 
 
 def sample(
-    logits: Float[Array, "B V"], seen: UInt8[Array, "B V"], params: SamplingParams, step: Int[Array, "*B"]
+    logits: Float[Array, "B V"], seen: Int32[Array, "B V"], params: SamplingParams, step: Int[Array, "*B"]
 ) -> Int[Array, "B"]:
     """The token of every row at `step` of its answer: a function of the row's logits, options, seed and step only.
 
@@ -100,11 +104,10 @@ def sample(
     return jnp.where(highest[:, 0] > -jnp.inf, tokens, params.pad_token_id)
 
 
-def mark_seen(seen: UInt8[Array, "B V"], tokens: Int[Array, "B T"], bit: int) -> UInt8[Array, "B V"]:
-    """Sets `bit` of each token of a row; tokens below 0 are left out."""
+def count_tokens(seen: Int32[Array, "B V"], tokens: Int[Array, "B T"]) -> Int32[Array, "B V"]:
+    """Adds GENERATED for each token of a row's answer; tokens below 0 are left out."""
     rows = jnp.arange(len(tokens))[:, None]
-    here = jnp.zeros_like(seen).at[rows, jnp.where(tokens < 0, seen.shape[1], tokens)].set(bit, mode="drop")
-    return seen | here
+    return seen.at[rows, jnp.where(tokens < 0, seen.shape[1], tokens)].add(GENERATED, mode="drop")
 
 
 def _penalise(logits: jax.Array, seen: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array]:
@@ -113,13 +116,17 @@ def _penalise(logits: jax.Array, seen: jax.Array, params: SamplingParams) -> tup
     The unit is a power of two, so the digits are those of the plain products, and so are the digits after the division
     by a temperature in the same unit.
     """
-    factor, presence = jnp.asarray(params.repetition_penalty)[:, None], jnp.asarray(params.presence_penalty)[:, None]
-    # a quarter of what keeps logits in range: two of them may be subtracted, each after a presence penalty
-    unit = _power_of_two(jnp.minimum(factor, 1 / factor)) / 4
+    factor, presence, frequency = (
+        jnp.asarray(penalty)[:, None]
+        for penalty in (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+    )
+    # an eighth of what keeps logits in range: two of them may be subtracted, each after two penalties
+    unit = _power_of_two(jnp.minimum(factor, 1 / factor)) / 8
     logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits).astype(jnp.float32) * unit
     repeated = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(seen > 0, repeated, logits)
-    return logits - jnp.where(seen & GENERATED > 0, presence * unit, 0), unit
+    count = seen // GENERATED
+    return logits - jnp.where(count > 0, presence * unit + count * (frequency * unit), 0), unit
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:

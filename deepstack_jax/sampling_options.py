@@ -19,6 +19,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     # beyond it, products with logits would lose digits
     "repetition_penalty": (lambda x: 1e-12 <= x <= 1e12, "positive (1 for none), from 1e-12 to 1e12"),
     "presence_penalty": (lambda x: abs(x) <= _LARGEST, "finite (0 for none), at most 3.4e38"),
+    "frequency_penalty": (lambda x: abs(x) <= 1e30, "finite (0 for none), at most 1e30"),  # times a token's count
 }
 _WHOLE = ("max_new_tokens", "top_k")
 
@@ -41,6 +42,7 @@ class SamplingOptions:
         top_k, top_p, min_p: what drawing leaves out; 0, 1.0 and 0.0 leave nothing out.
         repetition_penalty: above 1 makes tokens of prompt and answer less likely (transformers' rule).
         presence_penalty: subtracted from the logits of tokens of the answer (OpenAI's rule).
+        frequency_penalty: the same, multiplied by how often the answer has the token (OpenAI's rule).
         seed: any whole number modulo 2**32 (row r draws with seed + r), or one per row.
         eos_token_id: end tokens; None takes the checkpoint's own, an empty list none.
 
@@ -55,6 +57,7 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | Sequence[int] = 0
     eos_token_id: int | Sequence[int] | None = None
 

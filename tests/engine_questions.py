@@ -170,7 +170,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"max_new_tokens": 7, "temperature": 1.0, "seed": 3},
     {"max_new_tokens": 1},
     {"max_new_tokens": 4, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 11},
-    {"max_new_tokens": 6, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"max_new_tokens": 6, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25},
     {"max_new_tokens": 2, "temperature": 2.0, "min_p": 0.05, "repetition_penalty": 0.8, "seed": 2**32 - 1},
 )
 

@@ -132,6 +132,20 @@ def test_a_large_presence_penalty_never_repeats_a_token(model: dsj.Model):
     assert all(len(set(row)) == 40 for row in out.tokens.tolist())
 
 
+@pytest.mark.parametrize("penalties", [{"frequency_penalty": -0.5}, {"frequency_penalty": 0.5, "presence_penalty": -0.7}])
+def test_a_frequency_penalty_counts_the_tokens_of_the_answer(model: dsj.Model, penalties: dict[str, float]):
+    ids = text(9)["input_ids"]
+    out = dsj.generate(model, ids, max_new_tokens=14, eos_token_id=[], **penalties)
+    answer: list[int] = []
+    for _ in range(14):
+        logits = np.float64(dsj.forward(model, np.concatenate([ids, [answer]], axis=1).astype(ids.dtype))[0, -1])
+        for token in set(answer):
+            logits[token] -= penalties.get("presence_penalty", 0) + answer.count(token) * penalties["frequency_penalty"]
+        answer.append(int(logits.argmax()))
+    assert out.tokens[0].tolist() == answer
+    assert max(answer.count(token) for token in answer) > 1  # otherwise counts would play no part
+
+
 # Rows of text and images; what is asserted of them are properties, so any small layout will do.
 layouts = st.lists(
     st.lists(st.integers(1, 9) | st.sampled_from([(IMAGE, (1, 2, 4)), (IMAGE, (1, 4, 2))]), min_size=1, max_size=4),

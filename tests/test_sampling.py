@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, mark_seen, sample
+from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, count_tokens, sample
 from deepstack_jax.sampling_options import SamplingOptions
 
 compiled_sample = jax.jit(sample)
@@ -47,7 +47,7 @@ def test_draws_follow_the_distribution_that_transformers_leaves(options: dict[st
 
     params = SamplingParams.of(draws, SamplingOptions(**options, seed=0))
     tokens = compiled_sample(
-        jnp.broadcast_to(logits, (draws, vocabulary)), jnp.zeros((draws, vocabulary), jnp.uint8), params, 0
+        jnp.broadcast_to(logits, (draws, vocabulary)), jnp.zeros((draws, vocabulary), jnp.int32), params, 0
     )
     drawn = np.bincount(np.asarray(tokens), minlength=vocabulary)
     assert not drawn[expected == 0].any()
@@ -61,16 +61,19 @@ def test_draws_follow_the_distribution_that_transformers_leaves(options: dict[st
 def test_penalties_change_logits_as_transformers_and_openai_say():
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 3, (3, 20)).astype(np.float32)
-    prompt, answer = rng.integers(0, 20, (3, 4)), rng.integers(0, 20, (3, 2))
-    seen = mark_seen(jnp.zeros((3, 20), jnp.uint8), jnp.asarray(prompt), IN_PROMPT)
-    seen = mark_seen(seen, jnp.asarray(answer), GENERATED)
+    prompt, answer = rng.integers(0, 20, (3, 4)), rng.integers(0, 8, (3, 6))  # with tokens that come several times
+    seen = np.zeros((3, 20), np.int32)
+    np.put_along_axis(seen, prompt, IN_PROMPT, axis=1)
+    seen = count_tokens(jnp.asarray(seen), jnp.asarray(answer))
     both = torch.tensor(np.concatenate([prompt, answer], axis=1))
     expected = hf.RepetitionPenaltyLogitsProcessor(1.7)(both, torch.tensor(logits)).numpy()
     for row in range(3):
-        expected[row, np.unique(answer[row])] -= 0.8
+        tokens, counts = np.unique(answer[row], return_counts=True)
+        assert counts.max() > 1
+        expected[row, tokens] -= 0.8 + 0.35 * counts
 
     # a row's own likeliest token is lowered until every token has been the likeliest once: compares whole orders
-    params = SamplingParams.of(3, SamplingOptions(repetition_penalty=1.7, presence_penalty=0.8))
+    params = SamplingParams.of(3, SamplingOptions(repetition_penalty=1.7, presence_penalty=0.8, frequency_penalty=0.35))
     masked, order = jnp.asarray(logits), []
     for _ in range(20):
         token = compiled_sample(masked, seen, params, 0)
@@ -79,18 +82,18 @@ def test_penalties_change_logits_as_transformers_and_openai_say():
     np.testing.assert_array_equal(np.stack(order, axis=1), np.argsort(-expected, axis=1))
 
 
-def test_tokens_below_zero_are_not_marked():
-    seen = mark_seen(jnp.zeros((2, 5), jnp.uint8), jnp.asarray([[-1, 3], [-1, -1]]), IN_PROMPT)
-    np.testing.assert_array_equal(seen, [[0, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
+def test_tokens_are_counted_and_those_below_zero_are_not():
+    seen = count_tokens(jnp.asarray([[0, 0, 0, IN_PROMPT, 0], [0] * 5]), jnp.asarray([[-1, 3, 1, 3], [-1, -1, -1, -1]]))
+    np.testing.assert_array_equal(seen, [[0, GENERATED, 0, IN_PROMPT + 2 * GENERATED, 0], [0] * 5])
 
 
 def test_rows_mix_greedy_and_drawn():
     logits = jnp.asarray(np.random.default_rng(2).normal(0, 1, (2, 50)), jnp.float32)
     params = SamplingParams.of(2, SamplingOptions(temperature=5.0, seed=3))
     params.temperature[0] = 0
-    tokens = {int(compiled_sample(logits, jnp.zeros((2, 50), jnp.uint8), params, step)[1]) for step in range(8)}
+    tokens = {int(compiled_sample(logits, jnp.zeros((2, 50), jnp.int32), params, step)[1]) for step in range(8)}
     assert len(tokens) > 2
-    assert int(compiled_sample(logits, jnp.zeros((2, 50), jnp.uint8), params, 0)[0]) == int(jnp.argmax(logits[0]))
+    assert int(compiled_sample(logits, jnp.zeros((2, 50), jnp.int32), params, 0)[0]) == int(jnp.argmax(logits[0]))
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,8 @@ def test_rows_mix_greedy_and_drawn():
         ({"repetition_penalty": 1e13}, "repetition_penalty 10000000000000.0 is out of range"),
         ({"presence_penalty": float("inf")}, "presence_penalty inf is out of range"),
         ({"presence_penalty": -1e39}, "presence_penalty -1e+39 is out of range: expected finite (0 for none)"),
+        ({"frequency_penalty": 1e31}, "frequency_penalty 1e+31 is out of range: expected finite (0 for none)"),
+        ({"frequency_penalty": float("nan")}, "frequency_penalty nan is out of range"),
         ({"seed": [1, 2, 3]}, "3 seeds for a batch of 2: give one integer or one per row"),
         ({"seed": 1.5}, "seed 1.5 is out of range: expected a whole number"),
         ({"seed": "1"}, "seed '1' is not a number"),
@@ -193,7 +198,7 @@ def plain_sample(logits, seen, params: SamplingParams, step) -> jax.Array:
     factor = params.repetition_penalty[:, None]
     repeated = jnp.where(logits > 0, logits / factor, logits * factor)
     logits = jnp.where(seen > 0, repeated, logits)
-    logits = logits - jnp.where(seen & GENERATED > 0, params.presence_penalty[:, None], 0)
+    logits = logits - jnp.where(seen >= GENERATED, params.presence_penalty[:, None], 0)
     scaled = logits / params.temperature[:, None]
 
     descending = -jnp.sort(-scaled, axis=-1)
@@ -213,7 +218,7 @@ def test_a_seed_draws_the_token_that_the_plain_rule_draws(spread: float):
     rows, vocabulary = 256, 384
     rng = np.random.default_rng(3)
     logits = jnp.asarray(rng.normal(-2, spread, (rows, vocabulary)), jnp.float32)
-    seen = jnp.asarray(rng.integers(0, 4, (rows, vocabulary)), jnp.uint8)
+    seen = jnp.asarray(rng.integers(0, 4, (rows, vocabulary)), jnp.int32)
     plain = jax.jit(plain_sample)
     penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.7}
     for options in [*OPTIONS, {"temperature": 0.02}, {"temperature": 1, "top_p": 0.999}, {"temperature": 50}]:
@@ -263,8 +268,12 @@ PENALTIES = [
     {"repetition_penalty": factor, "presence_penalty": presence}
     for factor in (1e-12, 1e-6, 0.5, 1, 2, 1e6, 1e12)
     for presence in (-3e38, -1000, 0, 1000, 3e38)
+] + [
+    {"repetition_penalty": factor, "frequency_penalty": frequency}
+    for factor in (1e-12, 1, 1e12)
+    for frequency in (-1e30, -1000, 0.5, 1e30)
 ]
-SEEN = np.array([IN_PROMPT, GENERATED, 0, IN_PROMPT | GENERATED, 0, GENERATED, IN_PROMPT, 0], np.uint8)
+SEEN = np.array([IN_PROMPT, GENERATED, 0, IN_PROMPT + 2 * GENERATED, 0, 4 * GENERATED, IN_PROMPT, 0], np.int32)
 DRAWS = 600
 
 
@@ -274,13 +283,17 @@ def float32_digits(x: np.ndarray) -> np.ndarray:
     return np.ldexp(np.rint(fraction * 2**24), exponent - 24)
 
 
-def exact_logits(logits: list[float], repetition_penalty: float = 1, presence_penalty: float = 0) -> np.ndarray:
+def exact_logits(
+    logits: list[float], repetition_penalty: float = 1, presence_penalty: float = 0, frequency_penalty: float = 0
+) -> np.ndarray:
     """Penalised logits with float32's digits in float64's range, which nothing here exceeds; NaN is -inf."""
     exact = np.nan_to_num(np.asarray(np.float32(logits), np.float64), nan=-INF, posinf=INF, neginf=-INF)
     factor = np.float64(np.float32(repetition_penalty))
     repeated = float32_digits(np.where(exact > 0, exact / factor, exact * factor))
     exact = np.where(SEEN > 0, repeated, exact)
-    return float32_digits(exact - np.where(SEEN & GENERATED > 0, np.float64(np.float32(presence_penalty)), 0))
+    presence, frequency = np.float32([presence_penalty, frequency_penalty]).astype(np.float64)
+    counts = SEEN // GENERATED
+    return float32_digits(exact - np.where(counts > 0, presence + counts * frequency, 0))
 
 
 def exact_distribution(exact: np.ndarray, temperature: float, top_k=0, top_p=1.0, min_p=0.0) -> np.ndarray:
@@ -352,7 +365,7 @@ def test_narrow_formats_are_drawn_from_in_float32(dtype):
     largest = float(jnp.finfo(dtype).max)
     logits = jnp.asarray([[0, largest, 1, largest, -largest, -jnp.inf, jnp.nan, 3]] * 64, dtype)
     params = SamplingParams.of(64, SamplingOptions(temperature=1e-38))
-    tokens = compiled_sample(logits, jnp.zeros((64, 8), jnp.uint8), params, 0)
+    tokens = compiled_sample(logits, jnp.zeros((64, 8), jnp.int32), params, 0)
     assert set(np.asarray(tokens).tolist()) == {1, 3}
 
 
@@ -361,10 +374,10 @@ def test_a_row_with_nothing_to_choose_gives_the_pad_token(logits: list[float]):
     rows = jnp.asarray([logits, ROW, logits], jnp.float32)
     for options in ({}, {"temperature": 1.0}, {"temperature": 1e-38, "top_k": 2}, {"temperature": 1e6, "top_p": 0.5}):
         params = SamplingParams.of(3, SamplingOptions(**options), pad_token_id=5)
-        tokens = compiled_sample(rows, jnp.zeros((3, 8), jnp.uint8), params, 0)
+        tokens = compiled_sample(rows, jnp.zeros((3, 8), jnp.int32), params, 0)
         assert (int(tokens[0]), int(tokens[2])) == (5, 5)
         alone = SamplingParams.of(1, SamplingOptions(seed=1, **options), pad_token_id=5)
-        assert int(tokens[1]) == int(compiled_sample(rows[1:2], jnp.zeros((1, 8), jnp.uint8), alone, 0)[0])
+        assert int(tokens[1]) == int(compiled_sample(rows[1:2], jnp.zeros((1, 8), jnp.int32), alone, 0)[0])
 
 
 def test_a_row_draws_the_same_beside_rows_with_other_options():
@@ -373,20 +386,15 @@ def test_a_row_draws_the_same_beside_rows_with_other_options():
         {"temperature": 1.0},
         {"temperature": 1e6, "min_p": 0.5, "repetition_penalty": 1e6},
         {"temperature": 0.7, "top_p": 0.6, "presence_penalty": 3e38},
+        {"temperature": 0.9, "frequency_penalty": -1e30},
         {},
     ]
     vocabulary = 3000
-    logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (5, vocabulary)), jnp.float32)
+    logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (6, vocabulary)), jnp.float32)
     logits = logits.at[0].multiply(3e37)
-    seen = jnp.ones((5, vocabulary), jnp.uint8) * GENERATED
+    seen = jnp.ones((6, vocabulary), jnp.int32) * GENERATED
     alone = [SamplingParams.of(1, SamplingOptions(seed=row, **options)) for row, options in enumerate(everything)]
-    ends, pad = alone[0].end_token_ids, alone[0].pad_token_id
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "seed")
-    together = SamplingParams(
-        **{name: np.concatenate([getattr(one, name) for one in alone]) for name in names},
-        end_token_ids=ends,
-        pad_token_id=pad,
-    )
+    together = jax.tree.map(lambda *rows: np.concatenate(rows), *alone)
     for step in range(6):
         tokens = compiled_sample(logits, seen, together, step)
         each = [int(compiled_sample(logits[row : row + 1], seen[:1], one, step)[0]) for row, one in enumerate(alone)]

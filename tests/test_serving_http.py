@@ -160,7 +160,7 @@ def events_of(lines: Iterator[str]) -> Iterator[Any]:
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_new_tokens": 50}, {"temperature": 0.8, "top_k": 9, "top_p": 0.95, "min_p": 0.01, "seed": 7},
-     {"repetition_penalty": 1.3, "presence_penalty": 0.5}],
+     {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25}],
 )  # fmt: skip
 def test_text_is_answered_as_the_library_answers(client: httpx.Client, model: dsj.Model, options: dict[str, Any]):
     answer = ask(client, text="Who is there?", sampling_params=options)
@@ -413,7 +413,8 @@ def test_a_request_may_bring_its_id_and_an_empty_text(client: httpx.Client, mode
         ({"text": "a", "sampling_params": {"n": 2}}, 400, "sampling_params.n 2 is not supported"),
         ({"text": "a", "sampling_params": {"n": True}}, 400, "sampling_params.n True is not supported"),
         ({"text": "a", "sampling_params": {"regex": "a+"}}, 400, "sampling_params.regex 'a+' is not supported"),
-        ({"text": "a", "sampling_params": {"frequency_penalty": 0.5}}, 400, "frequency_penalty 0.5 is not supported"),
+        ({"text": "a", "sampling_params": {"frequency_penalty": 1e31}}, 400, "frequency_penalty 1e+31: expected"),
+        ({"text": "a", "sampling_params": {"min_new_tokens": 2}}, 400, "min_new_tokens 2 is not supported"),
         ({"text": "a", "return_logprob": True}, 400, "return_logprob True is not supported"),
         ({"text": "a", "input_ids": [1, 2]}, 400, "input_ids [1, 2] is not supported"),
         ({"text": "a", "sampling_params": {"stop": [3]}}, 400, "stop"),

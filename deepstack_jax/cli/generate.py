@@ -46,6 +46,7 @@ def run(
     min_p: Annotated[float, typer.Option(help="leave out what is less likely than min_p times the likeliest")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="above 1 repeats less")] = 1.0,
     presence_penalty: Annotated[float, typer.Option(help="above 0 repeats less")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="the same, for each time that a token occurred")] = 0.0,
     seed: Annotated[int, typer.Option(help="the same seed draws the same answer")] = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="text that ends the answer; may be given several times")
@@ -84,6 +85,7 @@ def run(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
         seed=seed,
     )
     _refuse_missing([*(image or ()), *(video or ())])

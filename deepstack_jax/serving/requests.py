@@ -40,7 +40,6 @@ _NEUTRAL: dict[str, Sequence[Any]] = {
 _NEUTRAL_SAMPLING: dict[str, Sequence[Any]] = {
     "custom_params": ({},),
     "ebnf": ("",),
-    "frequency_penalty": (0,),
     "json_schema": ("",),
     "logit_bias": ({},),
     "min_new_tokens": (0,),
@@ -92,6 +91,7 @@ class SamplingFields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     min_p: float = SamplingOptions.min_p
     repetition_penalty: float = SamplingOptions.repetition_penalty
     presence_penalty: float = SamplingOptions.presence_penalty
+    frequency_penalty: float = SamplingOptions.frequency_penalty
     seed: int = 0
     stop: str | list[str] = []
     stop_token_ids: Annotated[list[Annotated[int, Meta(ge=0, le=_WHOLE)]], Meta(max_length=16)] = []
