@@ -1,6 +1,6 @@
-"""Animated pictures, from header to frames: GIF, WebP, PNG and AVIF.
+"""Reads animated pictures, from header to frames: GIF, WebP, PNG and AVIF.
 
-Pillow decodes them. FFmpeg, which decodes videos, gives only the first picture of some of them, and knows no
+Pillow decodes them. FFmpeg, which decodes videos, returns only the first picture of some of them and does not support
 transparency.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image
 from deepstack_jax.processing.images import ImageError, load_image
 
 ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF")
-# what browsers and FFmpeg take for a frame that names no time
+# seconds; browsers and FFmpeg use this for a frame without a duration
 DEFAULT_DELAY = 0.1
 
 File = Path | io.BytesIO
@@ -29,12 +29,12 @@ File = Path | io.BytesIO
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of its frames.
+    """What a file says about its frames.
 
     Attributes:
-        delays: for how many seconds each is shown, 0 if the file doesn't say; one for a still picture.
-        width, height: of the largest frame.
-        skipped: whether a picture that is not a frame stands before them.
+        delays: for how many seconds each frame is shown, 0 if the file doesn't say; a still picture has one entry.
+        width, height: the size of the largest frame in pixels.
+        skipped: whether a picture that is not a frame precedes them.
     """
 
     delays: list[float]
@@ -44,13 +44,13 @@ class Header:
 
     @property
     def fps(self) -> float:
-        """Frames per second, on average."""
+        """Average frames per second."""
         seconds = math.fsum(delay if delay > 0 else DEFAULT_DELAY for delay in self.delays)
         return len(self.delays) / seconds if seconds else 1 / DEFAULT_DELAY
 
 
 def picture_format(file: File) -> str | None:
-    """Pillow's name of a file's format, of those that are mistaken for videos or are some."""
+    """Returns Pillow's name of a file's format if it is an animation or a picture that FFmpeg takes for a video."""
     with _reading(file) as content:
         start = content.read(32)
     if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
@@ -81,14 +81,14 @@ def has_views(file: File) -> bool:
 
 
 def read_header(file: File, kind: str) -> Header:
-    """Reads the times and sizes of an animation's frames, of which none is decoded.
+    """Reads the durations and sizes of an animation's frames without decoding any.
 
     Args:
         file: the file, at any position.
         kind: one of `ANIMATIONS`.
 
     Raises:
-        struct.error, IndexError: it ends too soon.
+        struct.error, IndexError: the file ends too soon.
     """
     if kind == "AVIF":
         return _read_avif(file)
@@ -97,16 +97,16 @@ def read_header(file: File, kind: str) -> Header:
 
 
 def frames_of(file: File, kind: str) -> Iterator[Image.Image]:
-    """Frames of an animation in order, all of one size, up to the first that is damaged.
+    """Yields the frames of an animation in order, all of one size, up to the first damaged one.
 
     Raises:
-        ImageError: pixels of a kind that pictures may not have either.
+        ImageError: the pixels have a form that `load_image` refuses.
     """
     try:
         yield from _png_frames(file) if kind == "PNG" else _pillow_frames(file, kind)
     except ImageError:
         raise
-    except Exception:  # decoders raise many types; what came before is good
+    except Exception:  # decoders raise many types; the frames before this one are good
         return
 
 
@@ -114,7 +114,7 @@ def _opened(file: File, *formats: str) -> Image.Image:
     if isinstance(file, io.BytesIO):
         file.seek(0)
     with warnings.catch_warnings():
-        # sizes are checked by the header, and other doubts of Pillow's show when frames are decoded
+        # the header's check covers sizes, and other problems that Pillow warns about show when frames are decoded
         warnings.simplefilter("ignore")
         return Image.open(file, formats=formats)
 
@@ -125,7 +125,7 @@ def _pillow_frames(file: File, kind: str) -> Iterator[Image.Image]:
         for number in range(1 << 31):
             image.seek(number)
             image.load()
-            # a GIF's frame may reach beyond its screen, where viewers cut it off
+            # a frame of a GIF may extend beyond its screen, and viewers crop it
             yield image.copy() if image.size == size else image.crop((0, 0, *size))
 
 
@@ -143,7 +143,7 @@ def _reading(file: File) -> Iterator[BinaryIO]:
 
 
 def _read_gif(content: BinaryIO) -> Header:
-    """By the GIF89a specification."""
+    """Follows the GIF89a specification."""
     width, height, flags = struct.unpack("<6xHHB2x", content.read(13))
     delays, delay = [], 0.0
     _skip_palette(content, flags)
@@ -153,7 +153,7 @@ def _read_gif(content: BinaryIO) -> Header:
             data = next(pieces := _sub_blocks(content), b"")
             for _ in pieces:
                 pass
-            if label == b"\xf9" and len(data) >= 4:  # graphic control: what holds for the next frame
+            if label == b"\xf9" and len(data) >= 4:  # graphic control, which applies to the next frame
                 delay = struct.unpack_from("<H", data, 1)[0] / 100
         elif block == b",":
             left, top, columns, rows, flags = struct.unpack("<HHHHB", content.read(9))
@@ -178,7 +178,7 @@ def _sub_blocks(content: BinaryIO) -> Iterator[bytes]:
 
 
 def _read_webp(content: BinaryIO) -> Header:
-    """By the specification of WebP's container."""
+    """Follows the WebP container specification."""
     delays: list[float] = []
     width = height = 0
     content.seek(12)
@@ -195,10 +195,10 @@ def _read_webp(content: BinaryIO) -> Header:
 
 
 def _read_avif(file: File) -> Header:
-    """FFmpeg lists its still, its frames and its opacities as streams of their own."""
+    """Finds the frames' stream: FFmpeg lists the still picture, the frames and their opacity as separate streams."""
     if isinstance(file, io.BytesIO):
         file.seek(0)
-    # files may name others: none is opened
+    # a file may refer to other files, none of which may be opened
     source, allowed = (file, "data") if isinstance(file, io.BytesIO) else (str(file), "file")
     with av.open(source, mode="r", options={"protocol_whitelist": allowed}) as container:
         streams = container.streams.video
@@ -215,7 +215,7 @@ def _read_avif(file: File) -> Header:
 
 
 def _png_chunks(content: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Kinds and lengths of the chunks; `content` stands at the data of each when it is given."""
+    """Yields the kind and length of each chunk, with `content` positioned at its data."""
     content.seek(8)
     while len(head := content.read(8)) == 8:
         size, kind = struct.unpack(">I4s", head)
@@ -238,15 +238,15 @@ def _read_png(content: BinaryIO) -> Header:
         elif kind == b"IDAT":
             if not animated:
                 break
-            skipped = skipped or not delays  # a picture for programs that know no animations
+            skipped = skipped or not delays  # a picture for programs that don't support animations
     return Header(delays, width, height, skipped) if animated else Header([0.0], width, height)
 
 
 def _png_frames(file: File) -> Iterator[Image.Image]:
-    """Decodes the frames as pictures of their own and lays them over one another.
+    """Decodes the frames as separate pictures and composes them.
 
-    Pillow's own composition neither undoes a frame that is blended nor keeps the opacity of what is blended over
-    nothing.
+    Pillow's own composition neither undoes a blended frame nor keeps the opacity of one that is blended onto
+    transparent pixels.
     """
     with _reading(file) as content:
         header, shared, exif = _png_header(content)
@@ -271,7 +271,7 @@ def _png_frames(file: File) -> Iterator[Image.Image]:
 
 
 def _png_header(content: BinaryIO) -> tuple[bytes, bytes, bytes]:
-    """The data of IHDR, the chunks that say what all pixels mean, and the EXIF data."""
+    """Returns the data of IHDR, the chunks that define what pixel values mean, and the EXIF data."""
     header, shared, exif = b"", b"", b""
     for kind, size in _png_chunks(content):
         if kind == b"IHDR":
@@ -284,7 +284,7 @@ def _png_header(content: BinaryIO) -> tuple[bytes, bytes, bytes]:
 
 
 def _png_pieces(content: BinaryIO) -> Iterator[tuple[bytes, bytearray]]:
-    """The control data of each frame and its compressed pixels."""
+    """Yields the control data of each frame and its compressed pixels."""
     control, data = b"", bytearray()
     for kind, size in _png_chunks(content):
         if kind in (b"fcTL", b"IEND"):
@@ -292,10 +292,10 @@ def _png_pieces(content: BinaryIO) -> Iterator[tuple[bytes, bytearray]]:
                 yield control, data
             control, data = content.read(26), bytearray()
         elif kind in (b"IDAT", b"fdAT") and control:
-            skipped = 4 if kind == b"fdAT" else 0  # the number of the chunk
+            skipped = 4 if kind == b"fdAT" else 0  # bytes of the chunk's sequence number
             data += content.read(size)[skipped:]
     if control and data:
-        yield control, data  # cut short: its decoder says whether it is whole
+        yield control, data  # the file is truncated; the decoder tells whether the frame is complete
 
 
 def _png_piece(header: bytes, shared: bytes, data: bytearray) -> Image.Image:
@@ -303,7 +303,7 @@ def _png_piece(header: bytes, shared: bytes, data: bytearray) -> Image.Image:
     with _opened(io.BytesIO(b"\x89PNG\r\n\x1a\n" + whole), "PNG") as piece:
         if piece.mode.startswith("I"):
             piece.load()
-            return load_image(piece).convert("RGBA")  # or its error, by the rules of pictures
+            return load_image(piece).convert("RGBA")  # raises the errors of a still picture
         return piece.convert("RGBA")
 
 

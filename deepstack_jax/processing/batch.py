@@ -1,7 +1,7 @@
-"""From arrays as Hugging Face names them to the arrays that the compiled programs take.
+"""Turns arrays with Hugging Face's names into the arrays that the compiled programs take.
 
-Rows are moved to the left edge, so that token i of a row stands in slot i whatever padding came with it, and every
-length is rounded up to a bucket, so that a bounded number of programs serves all prompts.
+Rows are moved to the left edge, so that token i of a row is in slot i however the row was padded. Every length is
+rounded up to a bucket, so that a bounded number of programs serves all prompts.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ from deepstack_jax.processing.sources import host_array
 from deepstack_jax.rounding import cdiv
 
 SMALLEST_BUCKET = 16
-FINER_FROM = 128  # from here on an octave has `parts` buckets, before two
+FINER_FROM = 128  # from this length on an octave has `parts` buckets, below it two
 ENCODE_PARTS = 8  # the encoder's work grows with every patch of padding
 
 
 def bucket(length: int, parts: int = 4) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, ... that holds `length`.
+    """Returns the smallest of 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, ... that holds `length`.
 
-    With `parts` 8, from 128 on the steps are half as long: 128, 144, 160, ...
+    With `parts` 8, the steps from 128 on are half as long: 128, 144, 160, ...
     """
     octave = SMALLEST_BUCKET
     while 2 * octave < length:
@@ -42,7 +42,7 @@ class VisionInput:
     num_rows: int  # visual tokens
 
     def digest(self) -> bytes:
-        """SHA-256 of the patches as the encoder takes them, and of where they stand: their grid."""
+        """Returns the SHA-256 of the padded patches and of their geometry."""
         hashed = hashlib.sha256()
         geometry = (getattr(self.geometry, each.name) for each in fields(self.geometry))
         for array in map(np.ascontiguousarray, (self.pixel_values, *geometry)):
@@ -53,11 +53,11 @@ class VisionInput:
 
 @dataclass
 class Batch:
-    """One call's prompts, compacted and padded to buckets: B rows of T."""
+    """The prompts of one call, compacted and padded to buckets: B rows of T tokens."""
 
     input_ids: np.ndarray  # int32 [B, T]
     position_ids: np.ndarray  # int32 [3, B, T]
-    lengths: np.ndarray  # int32 [B]: tokens of each row
+    lengths: np.ndarray  # int32 [B]: tokens per row
     rope_deltas: np.ndarray  # int32 [B]: M-RoPE position minus slot, of the tokens after the prompt
     token_columns: list[np.ndarray]  # where each row's tokens stood in the caller's input_ids
     visual_index: np.ndarray | None = None  # int32 [B, T]: row of each visual token, -1 for text
@@ -65,7 +65,7 @@ class Batch:
 
     @property
     def num_visual_tokens(self) -> int:
-        """Rows that `visual_index` counts through."""
+        """The number of rows that `visual_index` refers to."""
         return sum(visual.num_rows for visual in self.visuals)
 
 
@@ -79,13 +79,14 @@ def prepare_batch(
     video_grid_thw: ArrayLike | None = None,
     mm_token_type_ids: ArrayLike | None = None,
 ) -> Batch:
-    """Checks the arrays against the model and against each other, and arranges them.
+    """Checks the arrays against the model and each other, and brings them into the form of `Batch`.
 
-    The arrays may be of NumPy, JAX or torch (any device, bfloat16, part of a graph of gradients), or nested lists.
-    `mm_token_type_ids` is taken so that a processor's whole output can be passed; input_ids say as much.
+    Shapes and dtypes are those of `forward`. The arrays may be NumPy, JAX or torch arrays (on any device, bfloat16,
+    part of an autograd graph), or nested lists. `mm_token_type_ids` is ignored: it is accepted so that the whole output
+    of a processor can be passed.
 
     Raises:
-        ValueError: naming the array, what is wrong with it and what it should be.
+        ValueError: an array doesn't fit; the message names it, the problem and what is expected.
     """
     del mm_token_type_ids
     ids, mask = _checked_tokens(config, input_ids, attention_mask)
@@ -172,7 +173,7 @@ def _checked_visuals(
     grids = host_array(grid, names[1], ValueError)
     rows = host_array(pixels, names[0], ValueError).astype(np.float32, copy=False)
     if not grids.size and not rows.size:
-        return None, None  # a processor's arrays of no pictures at all
+        return None, None  # the empty arrays of a processor that was given no pictures
     if grids.ndim != 2 or grids.shape[1] != 3 or not np.issubdtype(grids.dtype, np.integer) or (grids < 1).any():
         raise ValueError(
             f"{names[1]} must be positive integers [n, 3] (time, height, width), "

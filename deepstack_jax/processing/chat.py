@@ -1,4 +1,4 @@
-"""From checked messages to the text of a prompt: the checkpoint's chat template, or Qwen3-VL's conversation format."""
+"""Renders checked messages as the text of a prompt, by the checkpoint's chat template or in Qwen3-VL's format."""
 
 import logging
 import re
@@ -16,8 +16,8 @@ VISION_START = "<|vision_start|>"
 VISION_END = "<|vision_end|>"
 TURN_START = "<|im_start|>"
 
-# Qwen3-VL's conversation format without tools, for checkpoints that have no template; contents are one str. There is no
-# default system message.
+# Qwen3-VL's conversation format without tools, for checkpoints without a template. Each content is one str, and there
+# is no default system message.
 QWEN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
@@ -32,18 +32,18 @@ _log = logging.getLogger(__name__)
 
 
 def is_raw_prompt(text: str) -> bool:
-    """Whether `text` is a whole prompt already: it opens a turn, or marks where an image or a video goes."""
+    """Whether `text` already is a whole prompt: it opens a turn, or marks where an image or a video goes."""
     return TURN_START in text or _MARKED.search(text) is not None
 
 
 def bare_placeholder(text: str) -> str | None:
-    """The first placeholder token in `text` that stands outside vision markers, or None."""
+    """Returns the first placeholder token in `text` that is outside vision markers, or None."""
     rest = _MARKED.sub("", text)
     return next((token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token in rest), None)
 
 
 def refuse_placeholder(token: str) -> PromptError:
-    """The error for a placeholder that a person typed: bound to a picture, the text would say something else."""
+    """Returns the error for a placeholder that a user typed, which would otherwise be bound to a picture."""
     kind = "image" if token == IMAGE_TOKEN else "video"
     return PromptError(
         f"the text holds {token}, which stands for {'an' if kind == 'image' else 'a'} {kind} in the model's input: "
@@ -58,17 +58,17 @@ def render(
     tools: Sequence[Any] = (),
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt's text, up to where the assistant's answer starts.
+    """Returns the prompt's text, up to where the assistant's answer starts.
 
     Args:
-        messages: from `parse_messages`.
-        tokenizer: renders `template`, or its own template when that is None.
-        template: the checkpoint's chat template; with none at all, Qwen3-VL's conversation format is written.
+        messages: the result of `parse_messages`.
+        tokenizer: transformers' tokenizer, which renders `template`, or its own template if that is None.
+        template: the checkpoint's chat template. If there is none at all, Qwen3-VL's conversation format is used.
         tools: JSON schemas of functions, or Python functions.
-        variables: of the template, such as `enable_thinking`.
+        variables: variables of the template, such as `enable_thinking`.
 
     Raises:
-        PromptError: the template refuses the messages or has no place for tools.
+        PromptError: the template refuses the messages or does not support tools.
     """
     variables = dict(variables or {})
     if template is None and not tokenizer.chat_template:
@@ -76,10 +76,10 @@ def render(
         template = QWEN_TEMPLATE
     source: str = template or tokenizer.get_chat_template(tools=list(tools) or None)
     if "image" not in source:
-        # templates of text models read contents that are one str, and silently drop lists
+        # templates of text models expect each content to be one str, and silently drop lists
         messages = [{**message, "content": _render_content(message["content"])} for message in messages]
     if "developer" not in source:
-        # OpenAI's later name for the system's role
+        # OpenAI's newer name for the system role
         messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
     _check_variables(source, tools, variables)
     try:
@@ -91,12 +91,15 @@ def render(
             add_generation_prompt=True,
             **variables,
         )
-    except Exception as error:  # a template is a program of the checkpoint's
+    except Exception as error:  # a template is a program, which may raise anything
         raise PromptError(f"the checkpoint's chat template refuses the messages: {one_line(error)}") from None
 
 
 def read_chat_template(directory: Path) -> str | None:
-    """The template in chat_template.jinja or chat_template.json; None leaves it to the tokenizer's own."""
+    """Returns the template in chat_template.jinja or chat_template.json; None means the tokenizer's own.
+
+    Raises `PromptError` or `ConfigError` if the file is damaged.
+    """
     file = directory / "chat_template.jinja"
     if file.is_file():
         try:
@@ -113,7 +116,7 @@ def read_chat_template(directory: Path) -> str | None:
 
 
 def _check_variables(source: str, tools: Sequence[Any], variables: Mapping[str, Any]) -> None:
-    """Refuses tools that the template would drop in silence, and warns of variables that it doesn't read."""
+    """Refuses tools that the template would silently drop, and warns about variables that it doesn't read."""
     unread = [name for name in (*(["tools"] if tools else []), *variables) if not re.search(rf"\b{name}\b", source)]
     if "tools" in unread:
         raise PromptError("the checkpoint's chat template has no place for tools: leave them out")
@@ -122,7 +125,7 @@ def _check_variables(source: str, tools: Sequence[Any], variables: Mapping[str, 
 
 
 def _refuse_extras(messages: Sequence[Message], tools: Sequence[Any], variables: Mapping[str, Any]) -> None:
-    """Refuses what `QWEN_TEMPLATE` would drop in silence."""
+    """Refuses anything that `QWEN_TEMPLATE` would silently drop."""
     for message in messages:
         extras = [key for key in message if key not in ("role", "content")]
         if tools or extras or variables or message["role"] == "tool":

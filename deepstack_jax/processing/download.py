@@ -1,8 +1,8 @@
-"""Downloading over http and https: one exchange, which the library and the server share.
+"""Downloads over http and https; the library and the server share this code.
 
-httpcore speaks HTTP and TLS and asks proxies; this module opens connections, follows redirects and bounds bytes.
-`download` trusts its caller: any address, any port, the environment's proxies. The server (`serving/fetch.py`) trusts
-no request: it checks every host, port and address.
+httpcore implements HTTP, TLS and proxies; this module opens connections, follows redirects and limits bytes.
+`download` trusts its caller: it allows any address and port and uses the environment's proxies. The server
+(`serving/fetch.py`) does not trust requests: it checks every host, port and address.
 """
 
 import asyncio
@@ -24,22 +24,22 @@ from deepstack_jax.processing.urls import DownloadError, Target, parse_url, url_
 
 TIMEOUT_SECONDS = 20.0
 MAX_REDIRECTS = 10
-MAX_ENCODINGS = 4  # of one body, one inside the other
-MAX_MEMBERS = 4096  # of a gzip file: empty ones would cost time and give no bytes to count
-CONNECT_SECONDS = 5.0  # for each address of a host but the last
+MAX_ENCODINGS = 4  # nested encodings of one body
+MAX_MEMBERS = 4096  # members of a gzip file: empty ones cost time but yield no bytes to count
+CONNECT_SECONDS = 5.0  # time-out for each address of a host except the last
 _PIECE = 1 << 16
 _HEADERS = {"User-Agent": "deepstack-jax", "Accept": "*/*", "Accept-Encoding": "identity", "Connection": "close"}
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 class ByteBudget(Protocol):
-    """How much may still come."""
+    """How many bytes may still arrive."""
 
     @property
     def bytes(self) -> int: ...
 
     def spend(self, what: str, count: float, name: str) -> None:
-        """Takes `count` of "bytes" for the source called `name`, or raises a ValueError that says what is too much."""
+        """Subtracts `count` of `what` ("bytes") for the source `name`; raises a ValueError if too few are left."""
         ...
 
 
@@ -47,15 +47,15 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]  # (host, port) to addr
 
 
 def download(url: str, max_bytes: int, error: type[ValueError], timeout: float = TIMEOUT_SECONDS) -> bytes:
-    """The body behind an http or https URL; redirects are followed, and the environment's proxies are used.
+    """Returns the body of an http or https URL, following redirects and using the environment's proxies.
 
-    It blocks, and it may be called while an event loop runs, as in a notebook.
+    The call blocks. It may be made while an event loop runs, as in a notebook.
 
     Args:
-        url: characters beyond ASCII and spaces are encoded; what is percent-encoded already stays as it is.
-        max_bytes: the most that the body may have once it is decompressed.
+        url: non-ASCII characters and spaces are encoded; percent-encoded ones stay as they are.
+        max_bytes: the maximum size of the decompressed body.
         error: the exception raised, with one line that names the URL and the reason.
-        timeout: seconds for everything.
+        timeout: seconds for the whole download.
     """
     name, result = url_name(url), Future[bytes]()
 
@@ -67,7 +67,7 @@ def download(url: str, max_bytes: int, error: type[ValueError], timeout: float =
         except BaseException as reason:
             result.set_exception(reason)
 
-    # a daemon that is never joined: the system's resolver can't be interrupted, and may take longer than the time-out
+    # a daemon thread, never joined: the system's resolver can't be interrupted and may take longer than the time-out
     Thread(target=lambda: asyncio.run(run()), name="download", daemon=True).start()
     try:
         return result.result()
@@ -85,18 +85,18 @@ async def fetch_body(
     max_redirects: int,
     find_proxy: Callable[[Target], httpcore.Proxy | None] = lambda target: None,
 ) -> bytes:
-    """The decompressed body behind a URL.
+    """Returns the decompressed body of a URL.
 
     Args:
-        url: as its author wrote it.
-        name: what messages call it.
-        budget: what the body is taken from while it comes.
-        resolve: gives the addresses that a connection may go to, or raises why none may; asked for each connection.
-        max_redirects: more are an error.
-        find_proxy: the proxy for a target; its host is resolved instead of the target's.
+        url: the URL as the user wrote it.
+        name: its name in messages.
+        budget: bytes are subtracted from it as they arrive.
+        resolve: called for each connection; returns the addresses that it may use, or raises if none is allowed.
+        max_redirects: the maximum number of redirects.
+        find_proxy: returns the proxy for a target, if any; the proxy's host is then resolved instead of the target's.
 
     Raises:
-        DownloadError: with the reason; ValueErrors of `budget` and `resolve` pass.
+        DownloadError: the download failed. ValueErrors of `budget` and `resolve` are passed on.
     """
     url = url.strip()
     for _ in range(max_redirects + 1):
@@ -118,24 +118,24 @@ async def fetch_body(
 
 
 async def resolve_name(host: str, port: int) -> list[str]:
-    """The addresses of a host, as the system's resolver gives them."""
+    """Returns the addresses of a host from the system's resolver, without duplicates."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 @cache
 def tls_context() -> ssl.SSLContext:
-    """Verifies certificates against the system's authorities."""
+    """Returns a context that verifies certificates against the system's authorities."""
     return ssl.create_default_context()
 
 
-# one request and its answer
+# one request and its response
 
 
 async def _exchange(
     target: Target, proxy: httpcore.Proxy | None, network: "_Network", name: str, budget: ByteBudget
 ) -> bytes | str:
-    """The body, or where a redirect leads."""
+    """Returns the body, or the location of a redirect."""
     headers = [("Host", target.authority), *_HEADERS.items()]
     tls = tls_context() if target.secure else None
     async with (
@@ -153,7 +153,7 @@ async def _read_body(response: httpcore.Response, decoders: "list[_Inflater]", n
     body = bytearray()
     async for data in response.aiter_stream():
         for number, piece in enumerate(_decoded(decoders, data)):
-            if number:  # a little that inflates to much leaves the loop to others, and to the time-out
+            if number:  # let other tasks and the time-out run while a small input inflates to a large output
                 await asyncio.sleep(0)
             budget.spend("bytes", len(piece), name)
             body += piece
@@ -165,14 +165,14 @@ async def _read_body(response: httpcore.Response, decoders: "list[_Inflater]", n
 
 
 def _httpcore_url(target: Target) -> httpcore.URL:
-    """With brackets around an IPv6 address, which httpcore would leave out where it asks a proxy."""
+    """Returns the URL with brackets around an IPv6 address, which httpcore omits in requests to a proxy."""
     port = None if target.authority == target.url_host else target.port
     scheme = b"https" if target.secure else b"http"
     return httpcore.URL(scheme=scheme, host=target.url_host.encode(), port=port, target=target.path.encode())
 
 
 def _checked(response: httpcore.Response, name: str, budget: ByteBudget) -> str | list[str]:
-    """Reads or refuses a head: where a redirect leads, or the body's encodings in the order of their application."""
+    """Checks a response's head; returns the location of a redirect, or the body's encodings in order of application."""
     fields: dict[str, list[str]] = {}
     for key, value in response.headers:
         fields.setdefault(key.decode("latin-1").lower(), []).append(_text(value))
@@ -197,7 +197,7 @@ class _Inflater:
     """Decompresses gzip, or deflate with or without zlib's header, in pieces of bounded size.
 
     Attributes:
-        complete: what has come is whole, or nothing has come.
+        complete: whether the input so far is complete or empty.
     """
 
     def __init__(self, encoding: str, name: str, most: int):
@@ -207,11 +207,11 @@ class _Inflater:
         self._stream: zlib._Decompress | None = None
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """What comes out once `data` has gone in, as it is asked for."""
+        """Takes `data` and lazily yields the decompressed pieces."""
         data, self._waiting, full = self._waiting + data, b"", False
-        while data or full:  # after a full piece there may be more of it inside
+        while data or full:  # after a full piece, the decompressor may hold more output
             if self._stream is None:
-                if len(data) < 2:  # two bytes tell what follows
+                if len(data) < 2:  # it takes two bytes to recognise what follows
                     self._waiting, self.complete = data, self._members > 0
                     return
                 self._stream = self._next_member(data)
@@ -223,7 +223,7 @@ class _Inflater:
             yield piece
 
     def _inflate(self, stream: "zlib._Decompress", data: bytes) -> tuple[bytes, bytes]:
-        """(what comes out, what is still to go in)."""
+        """Returns (decompressed bytes, input that is left)."""
         try:
             piece = stream.decompress(data, _PIECE)
         except zlib.error:
@@ -237,7 +237,7 @@ class _Inflater:
         return piece, stream.unused_data
 
     def _next_member(self, start: bytes) -> "zlib._Decompress | None":
-        """None if what follows is padding."""
+        """Returns a decompressor for the next member, or None if only padding follows."""
         self._members += 1
         if self._members > MAX_MEMBERS:
             raise DownloadError(f"{self._name} comes in more than {MAX_MEMBERS} gzip members: serve it as it is", 413)
@@ -245,7 +245,7 @@ class _Inflater:
             return zlib.decompressobj(31) if self._members == 1 or start.startswith(b"\x1f\x8b") else None
         if self._members > 1:
             return None
-        # RFC 1950: the method is 8, and the two bytes are a multiple of 31; many servers send RFC 1951 without them
+        # RFC 1950: the method is 8 and the two bytes are a multiple of 31; many servers send RFC 1951, without a header
         has_header = start[0] & 15 == 8 and int.from_bytes(start[:2], "big") % 31 == 0
         return zlib.decompressobj(15 if has_header else -15)
 
@@ -259,7 +259,7 @@ def _decoded(decoders: Sequence[_Inflater], data: bytes) -> Iterator[bytes]:
 
 
 def _explain(error: Exception, ended: bool = False) -> str:
-    """What went wrong, without what the other side sent; `ended` says whether it had closed the connection."""
+    """Describes an error without repeating what the server sent; `ended` tells whether it closed the connection."""
     if isinstance(error, httpcore.ProxyError):  # its message begins with the status
         return f"it answered {_status(int(str(error).split()[0]))}"
     if isinstance(error, httpcore.RemoteProtocolError):
@@ -270,7 +270,7 @@ def _explain(error: Exception, ended: bool = False) -> str:
 
 
 def _text(value: bytes) -> str:
-    """A header as its server meant it: many write UTF-8."""
+    """Decodes a header's value: as UTF-8, which many servers send, otherwise as Latin-1."""
     try:
         return value.decode()
     except UnicodeDecodeError:
@@ -288,10 +288,10 @@ def _status(code: int) -> str:
 
 
 class _Network(httpcore.AsyncNetworkBackend):
-    """Opens the connection of one exchange, to an address that `resolve` gives.
+    """Opens the connection of one exchange, to an address that `resolve` returns.
 
     Attributes:
-        most: how many bytes may arrive; headers, and the frames of tiny chunks, count as well.
+        most: how many bytes may arrive, including headers and the framing of chunks.
     """
 
     def __init__(self, resolve: Resolve, budget: ByteBudget, name: str, role: str):
@@ -316,7 +316,7 @@ class _Network(httpcore.AsyncNetworkBackend):
                     opened = await asyncio.open_connection(address, port)
                 self._stream = _Stream(*opened, self.most, self._name)
                 return self._stream
-            except OSError as error:  # the time-out is one too
+            except OSError as error:  # includes TimeoutError
                 if last:
                     reason = f"no connection to the {self._role} {host!r} port {port} ({_explain(error)})"
                     raise self._error(f" can't be fetched: {reason}") from None
@@ -328,7 +328,7 @@ class _Network(httpcore.AsyncNetworkBackend):
         return self._stream is not None and self._stream.ended
 
     async def aclose(self) -> None:
-        """Closes the connection, which httpcore leaves open if TLS fails."""
+        """Closes the connection: httpcore leaves it open if TLS fails."""
         if self._stream:
             await self._stream.aclose()
 
@@ -344,7 +344,7 @@ class _Network(httpcore.AsyncNetworkBackend):
 
 
 class _Stream(httpcore.AsyncNetworkStream):
-    """A connection of asyncio. It ignores httpcore's time-outs, because one limits the whole download."""
+    """An asyncio connection. It ignores httpcore's time-outs, because one time-out limits the whole download."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, most: int, name: str):
         self.ended = False
@@ -372,7 +372,7 @@ class _Stream(httpcore.AsyncNetworkStream):
         self._writer.transport.abort()
 
 
-# what only the library does
+# used only by the library
 
 
 class _ByteLimit:
@@ -386,7 +386,7 @@ class _ByteLimit:
 
 
 def _proxy_of(name: str, target: Target) -> httpcore.Proxy | None:
-    """The environment's proxy for a target (`http_proxy`, `https_proxy`, `no_proxy`)."""
+    """Returns the environment's proxy for a target (`http_proxy`, `https_proxy`, `no_proxy`), if any."""
     setting = getproxies().get("https" if target.secure else "http")
     if not setting or proxy_bypass(target.authority):
         return None
@@ -394,7 +394,7 @@ def _proxy_of(name: str, target: Target) -> httpcore.Proxy | None:
         parts = urlsplit(setting if "://" in setting else f"http://{setting}")
         proxy = parse_url(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", name)
     except ValueError:
-        remedy = "set http_proxy or no_proxy anew"
+        remedy = "correct http_proxy, https_proxy or no_proxy"
         raise DownloadError(f"{name}: the environment's proxy is not one of http: {remedy}") from None
     login = unquote(parts.username or "").encode(), unquote(parts.password or "").encode()
     tls = tls_context() if proxy.secure else None

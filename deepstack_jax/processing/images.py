@@ -1,7 +1,7 @@
-"""Images: from a path, URL, data URI, PIL image or array to the patches that the vision encoder takes.
+"""Turns images (paths, URLs, data URIs, PIL images or arrays) into the patches that the vision encoder takes.
 
 Resizing, normalisation and the order of the patches follow transformers' Qwen2VLImageProcessor with its PIL back end;
-the arrays are equal bit for bit. Frames of videos go through the same `patchify`.
+the arrays are equal bit for bit. Video frames use the same `patchify`.
 """
 
 import io
@@ -40,7 +40,7 @@ MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 64 << 20
 MAX_ASPECT_RATIO = 200
 
-# files whose first picture is the photograph itself: previews, second views or layers follow it
+# formats in which previews, second views or layers follow the picture itself
 _STILLS = ("MPO", "PSD")
 _ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF", "FLI")
 
@@ -48,12 +48,12 @@ ImageSource = MediaSource | Image.Image | ArrayLike
 
 
 class ImageError(ValueError):
-    """An image that can't be used; the message is one line with the remedy."""
+    """An image can't be used; the message is one line with the remedy."""
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How pixels become patches. The defaults are those of the Qwen3-VL checkpoints."""
+    """How pixels become patches. The defaults are those of the Qwen3-VL checkpoints; sizes are in pixels."""
 
     patch_size: int = 16
     temporal_patch_size: int = 2
@@ -67,19 +67,19 @@ class ImageSettings:
 
     @property
     def factor(self) -> int:
-        """Both sides of a resized image are multiples of this."""
+        """The number of pixels of which both sides of a resized image are multiples."""
         return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What one image's size may be, if it differs from the checkpoint's settings.
+    """Bounds on the size of one image that replace the checkpoint's settings.
 
     Attributes:
-        min_pixels: in place of the settings' bound, as in a call of transformers' image processor.
-        max_pixels: the same. With only one of the two given, the settings' other bound stays in force.
+        min_pixels: replaces the settings' bound, as in a call of transformers' image processor.
+        max_pixels: the same. If only one of the two is given, the settings' other bound stays in force.
         resized_height: with `resized_width`, the size that the image is resized to, rounded to whole merge blocks and
-            kept within the bounds, as qwen-vl-utils does.
+            kept within the bounds, as in qwen-vl-utils.
         resized_width: see `resized_height`.
     """
 
@@ -90,7 +90,7 @@ class ImageOptions:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "ImageOptions":
-        """Options by name, as a part of a message has them; null values are as if absent.
+        """Reads options by name, as given in a part of a message. Null values count as absent.
 
         Raises:
             ImageError: an unknown name, a value that isn't a whole number above 0, bounds that cross, a minimum above
@@ -111,7 +111,7 @@ def check_order(least: int | None, most: int | None, unit: str, what: str, error
 
 
 def check_resized(height: int | None, width: int | None, what: str, error: type[ValueError]) -> None:
-    """Raises `error` for a resized_height or resized_width without the other, and for sides too unlike."""
+    """Raises `error` if only one of resized_height and resized_width is given, or if their ratio is too large."""
     if (height is None) != (width is None):
         given, missing = ("height", "width") if width is None else ("width", "height")
         raise error(f"resized_{given} {height or width} of {what} needs resized_{missing} beside it")
@@ -126,18 +126,18 @@ IMAGE_OPTIONS: tuple[str, ...] = tuple(field.name for field in fields(ImageOptio
 
 
 def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Loads one image as RGB, upright (EXIF rotation applied), transparency laid on white.
+    """Loads one image as upright RGB: the EXIF rotation is applied, and transparency is blended with white.
 
     Args:
         source: a path (`~` is the home folder), a file:, http: or https: URL (at most 20 s and 64 MB), a data URI,
             base64 without a header, the bytes of a file, a file object, a PIL image, or an array of NumPy, JAX, torch
-            or any library that NumPy reads. Arrays are `[H, W]`, `[H, W, C]` or `[C, H, W]` with C 1, 3 or 4 (with
-            transparency), of integers in 0 to 255 or floating point in 0 to 1.
-        max_pixels: checked from the header, before anything is decoded.
+            or any library that NumPy can read. Arrays are `[H, W]`, `[H, W, C]` or `[C, H, W]`, where C is 1, 3 or 4
+            (with transparency), and hold integers from 0 to 255 or floating point from 0 to 1.
+        max_pixels: the maximum number of pixels; the header is checked before anything is decoded.
 
     Raises:
-        ImageError: not an image, truncated, animated, of several pages, too large, too narrow, empty, missing, or of
-            values that 8 bits don't hold.
+        ImageError: the source is missing, not an image, truncated, animated, of several pages, too large, too narrow or
+            empty, or its values don't fit 8 bits.
     """
     if isinstance(source, Image.Image):
         return _finish(source, f"PIL image {source.width}x{source.height}", max_pixels)
@@ -157,8 +157,8 @@ def preprocess_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Turns RGB images into `(pixel_values [P, C*Tp*p*p] float32, image_grid_thw [n, 3] int64)`.
 
-    The rows of one image come in the order of the merged 2x2 blocks, as the vision encoder expects them. `options` has
-    an entry for each image, or none at all.
+    The rows of one image are in the order of the merged blocks, as the vision encoder expects them. `options` has one
+    entry per image, or is empty.
     """
     table = normalisation_table(settings)
     rows, grids = [], []
@@ -171,9 +171,10 @@ def preprocess_images(
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The size an image is resized to: multiples of `factor`, `min_pixels` to `max_pixels`, near its own shape.
+    """Returns the (height, width) that an image is resized to.
 
-    The rule is that of transformers' Qwen2VLImageProcessor.
+    Both are multiples of `factor`, close to the image's aspect ratio, with `min_pixels` to `max_pixels` pixels. The
+    rule is `smart_resize` of transformers' Qwen2VLImageProcessor.
     """
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:
@@ -187,14 +188,15 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def resize(image: Image.Image, height: int, width: int, resample: int) -> np.ndarray:
-    """`image` at the size given, as uint8 `[height, width, 3]`."""
+    """Resizes `image` with a filter of Pillow; returns uint8 `[height, width, 3]`."""
     return np.asarray(image.resize((width, height), Image.Resampling(resample)))
 
 
 def normalisation_table(settings: ImageSettings) -> np.ndarray:
-    """The normalised value of each byte of each channel, float32 `[C, 256]`, rounded as transformers' PIL back end.
+    """Returns the normalised value of each byte in each channel, float32 `[C, 256]`.
 
-    A byte has 256 values, so looking them up costs less than arithmetic on the pixels and is exact.
+    The values are rounded as in transformers' PIL back end. A lookup costs less than arithmetic on the pixels, and is
+    exact because a byte has only 256 values.
     """
     scaled = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
     mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
@@ -204,8 +206,8 @@ def normalisation_table(settings: ImageSettings) -> np.ndarray:
 def patchify(frames: np.ndarray, table: np.ndarray, settings: ImageSettings) -> np.ndarray:
     """Cuts uint8 frames `[F, H, W, C]` into normalised patches, float32 `[P, C*Tp*p*p]`.
 
-    The last frame is repeated until F is a multiple of Tp: an image is one frame seen Tp times. H and W are multiples
-    of `settings.factor`. P counts time first, then merge blocks by rows, then the patches of a block.
+    The last frame is repeated until F is a multiple of Tp, so an image is one frame repeated Tp times. H and W must be
+    multiples of `settings.factor`. Patches are ordered by time, then by merge block (row by row), then within a block.
     """
     count, height, width, channels = frames.shape
     p, merge, tp = settings.patch_size, settings.merge_size, settings.temporal_patch_size
@@ -222,14 +224,14 @@ def patchify(frames: np.ndarray, table: np.ndarray, settings: ImageSettings) -> 
     return patches.reshape(-1, channels * tp * p * p)
 
 
-# null turns these off in transformers
+# in transformers, null turns these off
 _NULL_IS_VALUE = ("do_resize", "do_rescale", "do_normalize")
 
 
 class ProcessorConfig(dict[str, Any]):
-    """What a processor's file says, the file for messages, and the keys that it has as `nulls`.
+    """The contents of a processor's file, with its path (for messages) and the keys whose value is null.
 
-    Null is as if absent, except for keys to which transformers gives a meaning then; a value of 0 is a value.
+    Null counts as absent, except for keys for which null has a meaning in transformers. A value of 0 is a value.
     """
 
     def __init__(self, values: Mapping[str, Any], file: Path | str = "the processor's file"):
@@ -239,11 +241,15 @@ class ProcessorConfig(dict[str, Any]):
 
 
 def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
-    """The image settings of a checkpoint; without a file of them, Qwen3-VL's with the encoder's own patch sizes."""
+    """Returns the image settings of a checkpoint.
+
+    If it has no file of them, they are Qwen3-VL's, with the encoder's patch sizes. The errors are those of
+    `read_processor_config` and `common_settings`.
+    """
     raw = read_processor_config(directory, "image_processor", ("preprocessor_config.json",))
     if raw is None:
         return ImageSettings(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-    # what the file leaves out takes the value of transformers' class, so that both make the same arrays
+    # missing keys take the defaults of transformers' class, so that both make the same arrays
     size = raw.get("size", {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
     if isinstance(size, dict):
         for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
@@ -254,10 +260,10 @@ def read_image_settings(directory: Path, vision: VisionConfig) -> ImageSettings:
 
 
 def read_processor_config(directory: Path, key: str, names: Sequence[str]) -> ProcessorConfig | None:
-    """`key` of processor_config.json (transformers 5), otherwise the first of the files `names` that is there, or None.
+    """Returns `key` of processor_config.json (transformers 5), otherwise the first of the files `names`, or None.
 
     Raises:
-        ConfigError: a file that isn't JSON, with the position, or that holds something else than an object.
+        ConfigError: a file is not valid JSON (the message gives the position), or does not hold an object.
         ImageError: `key` isn't an object.
     """
     for name in ("processor_config.json", *names):
@@ -282,10 +288,10 @@ def common_settings(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, Any]:
-    """The fields of `ImageSettings` from a processor's file; refuses what the encoder or this program can't serve.
+    """Returns the fields of `ImageSettings` from a processor's file.
 
     Raises:
-        ImageError: naming the file, the key, its value and what it may be.
+        ImageError: a setting is not supported; the message names the file, the key, its value and what is allowed.
     """
     raw = raw if isinstance(raw, ProcessorConfig) else ProcessorConfig(raw)
     geometry = {
@@ -320,7 +326,7 @@ def common_settings(
 
 
 def _size_bounds(raw: ProcessorConfig, size: Any) -> tuple[int, int]:
-    """The least and the most pixels; other ways to say a size make transformers fail at the first image."""
+    """Returns the bounds on pixels. Any other form of `size` makes transformers fail at the first image."""
     edges = ("shortest_edge", "longest_edge")
     values = {key: value for key, value in size.items() if value is not None} if isinstance(size, dict) else {}
     if values.keys() != set(edges):
@@ -333,11 +339,11 @@ def _size_bounds(raw: ProcessorConfig, size: Any) -> tuple[int, int]:
 
 
 def _channels(raw: ProcessorConfig, key: str, default: Sequence[float]) -> tuple[float, ...]:
-    """Three numbers; a single one stands for all three, as in transformers."""
+    """Returns one number per channel; as in transformers, a single number stands for all three."""
     value = raw.get(key, list(default))
     numbers = [_as_number(one) for one in (value if isinstance(value, list) else [value] * 3)]
     if len(numbers) != 3 or any(map(math.isnan, numbers)):
-        raise ImageError(f"{key} {value!r} of {raw.file} must be a number or three, one for each channel")
+        raise ImageError(f"{key} {value!r} of {raw.file} must be a number or three, one per channel")
     return tuple(numbers)
 
 
@@ -349,14 +355,14 @@ def _number(raw: ProcessorConfig, key: str, default: float) -> float:
 
 
 def _as_number(value: Any) -> float:
-    """`value` if it is a number that a float holds; otherwise NaN."""
+    """Returns `value` if it is a number that fits a float, otherwise NaN."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
     return value if number else math.nan
 
 
 def _target_size(image: Image.Image, settings: ImageSettings, options: ImageOptions) -> tuple[int, int]:
-    # With one bound given, transformers keeps its own other one, even if the two cross; smart_resize then looks at
-    # the upper bound first, and so does transformers.
+    # If only one bound is given, transformers keeps its own other bound even if the two cross. smart_resize then checks
+    # the upper bound first, as transformers does.
     low = settings.min_pixels if options.min_pixels is None else options.min_pixels
     high = settings.max_pixels if options.max_pixels is None else options.max_pixels
     height, width = options.resized_height or image.height, options.resized_width or image.width
@@ -366,7 +372,7 @@ def _target_size(image: Image.Image, settings: ImageSettings, options: ImageOpti
 def _load_file(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            # the bound below says the same with the size and the remedy
+            # the check below reports this with the size and the remedy
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file)
     except UnidentifiedImageError:
@@ -381,7 +387,7 @@ def _load_file(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Ima
 
 
 def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """Checks an opened image by its header, then decodes it, turns it upright and makes it RGB."""
+    """Checks the header of an opened image, decodes it, turns it upright and converts it to RGB."""
     width, height = image.size
     if not width or not height:
         raise ImageError(f"{name} is empty ({width}x{height}): give an image with at least one pixel")
@@ -401,7 +407,7 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(_several(name, image.format or "", frames))
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF says nothing about the rotation; the pixels are good
+    except Exception:  # damaged EXIF doesn't give the rotation, but the pixels are good
         image = image.copy()
     try:
         return _to_rgb(image, name)
@@ -414,7 +420,7 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """What transformers makes of an opened image: transparency is laid on white, all else is left to Pillow."""
+    """Converts an opened image as transformers does: transparency is blended with white, Pillow does the rest."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
@@ -428,7 +434,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _check_wide(image: Image.Image, name: str) -> None:
-    """Refuses grey values that Pillow would clip at 0 and 255, and transformers with it: white pictures, mostly."""
+    """Refuses grey values that Pillow, and so transformers, would clip to 0 and 255: most such pictures turn white."""
     values = np.asarray(image)
     low, high = values.min().item(), values.max().item()
     if not np.isfinite([low, high]).all():
@@ -441,7 +447,7 @@ def _check_wide(image: Image.Image, name: str) -> None:
 
 
 def _to_8_bits(low: float, high: float) -> str:
-    """The expression that brings `image` to 8 bits; fractions and 16 bits keep their black and their white."""
+    """Returns an expression that converts `image` to 8 bits; the full range of fractions and 16 bits is kept."""
     whole = next((top for top in (1, 65535) if 0 <= low <= high <= top), None)
     span = (0, whole) if whole else (low, high)
     return f"numpy.interp(image, {span}, (0, 255)).round().astype('uint8')"
@@ -468,11 +474,11 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _channels_last(array: np.ndarray) -> np.ndarray:
-    """`[H, W]` or `[H, W, C]`, from these or `[C, H, W]`."""
+    """Returns `[H, W]` or `[H, W, C]` for an array of these shapes or `[C, H, W]`."""
     shape = list(array.shape)
     if array.ndim == 3:
         first, last = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)
-        # one row of coloured pixels is likelier than a grey picture three or four pixels wide
+        # one row of coloured pixels is more likely than a grey picture that is three or four pixels wide
         if first and last and not (shape[0] == 1 and shape[2] > 1):
             raise ImageError(
                 f"array of shape {shape} is ambiguous, [H, W, C] or [C, H, W]: pass PIL.Image.fromarray of [H, W, C]"

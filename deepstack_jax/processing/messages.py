@@ -1,6 +1,6 @@
-"""Chat messages as people and OpenAI's clients write them: checked key by key, and brought to the form of templates.
+"""Checks chat messages, as users and OpenAI's clients write them, and converts them to the form that templates read.
 
-Every key of a message and of a part is either used or refused by name; a key whose value is null is absent.
+Every key of a message and of a part is either used or refused by name; a key whose value is null counts as absent.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from deepstack_jax.processing.videos import VIDEO_OPTIONS, VideoOptions
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
-# OpenAI's client writes these into every message that it gives back; there is nothing to say them with here
+# OpenAI's client writes these into every message that it returns; they must be empty here
 EMPTY_MESSAGE_KEYS = ("refusal", "annotations", "audio", "function_call")
 
 Message = dict[str, Any]
@@ -27,25 +27,25 @@ _TYPES = {
     "video": "video",
     "video_url": "video",
 }
-# where a part may hold its picture or video; base64 and data are base64 without a header
+# the keys under which a part may hold its picture or video; base64 and data hold base64 without a header
 _BASE64_KEYS = ("base64", "data")
 _SOURCE_KEYS = {
     "image": ("image", "image_url", "url", "path", *_BASE64_KEYS, "source"),
     "video": ("video", "video_url", "url", "path", *_BASE64_KEYS, "source"),
 }
 _OPTIONS = {"image": IMAGE_OPTIONS, "video": VIDEO_OPTIONS}
-# what the file's own bytes say better
+# ignored, because the file's bytes are more reliable
 _DESCRIPTION_KEYS = ("format", "media_type", "mime_type", "mimeType")
 _DETAILS = ("auto", "high", "original")
 
 
 class PromptError(ValueError):
-    """A prompt that can't be served; the message is one line with the remedy."""
+    """A prompt can't be served; the message is one line with the remedy."""
 
 
 @dataclass(frozen=True)
 class Media:
-    """One image or video of a prompt. A source of None means the next of `images=` or `videos=`."""
+    """One image or video of a prompt. If the source is None, it is the next one of `images=` or `videos=`."""
 
     kind: str
     source: Any = None
@@ -53,23 +53,23 @@ class Media:
 
 
 def parse_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Media]]:
-    """Checks one conversation and brings it to the form that chat templates read.
+    """Checks one conversation and converts it to the form that chat templates read.
 
     Args:
-        messages: `{"role": ..., "content": ...}` each, with a role of `ROLES` and, if they apply, `tool_calls`,
+        messages: each is `{"role": ..., "content": ...}` with a role of `ROLES` and, if they apply, `tool_calls`,
             `tool_call_id`, `name` and `reasoning_content`. Content is a str; or a list of parts
-            `{"type": "text", "text": ...}`, `{"type": "image", "image": source}`, `{"type": "image"}` (the next of
+            `{"type": "text", "text": ...}`, `{"type": "image", "image": source}`, `{"type": "image"}` (the next one of
             `images=`), the same for videos, and OpenAI's `image_url`, `video_url`, `input_text` and `input_image`; or
-            None if an assistant called tools or a tool said nothing. The source of a part may also stand under
-            `image_url` or `video_url` (a str or an object with a `url`), `url`, `path`, `base64`, `data` or `source`;
-            beside it stand the options of `ImageOptions` and `VideoOptions`.
+            None if an assistant called tools or a tool returned nothing. The source of a part may also be under
+            `image_url` or `video_url` (a str or an object with a `url`), `url`, `path`, `base64`, `data` or `source`.
+            The part may also hold the options of `ImageOptions` or `VideoOptions`.
 
     Returns:
-        The messages with parts of the types text, image and video only, and the media in reading order.
+        The messages, with parts of the types text, image and video only, and the media in reading order.
 
     Raises:
-        PromptError: an unknown role, type, key or content, or a conversation that says nothing.
-        ImageError, VideoError: an option of an image or a video that is out of its range.
+        PromptError: an unknown role, type, key or content, or a conversation without any content.
+        ImageError, VideoError: an option of an image or a video is out of range.
     """
     parsed: list[Message] = []
     media: list[Media] = []
@@ -84,14 +84,14 @@ def parse_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Med
 
 
 def user_message(text: str, images: Sequence[Any] = (), videos: Sequence[Any] = ()) -> Message:
-    """One message of the user: all images, then all videos, then the text."""
+    """Returns one message of the user: all images, then all videos, then the text."""
     parts = [{"type": "image", "image": image} for image in images]
     parts += [{"type": "video", "video": video} for video in videos]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every str inside lists and objects, their keys included."""
+    """Yields every str inside nested lists and objects, including keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -104,7 +104,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def short(value: Any) -> str:
-    """`value` as a message can show it: at most 100 characters."""
+    """Returns `value` as an error message shows it: about 100 characters at most."""
     text = repr(value[:100] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 100 else text[:100] + "..."
 
@@ -175,7 +175,7 @@ def _parse_part(part: Any, where: str) -> str | Media:
     known = {"type", "text", "detail", *_DESCRIPTION_KEYS, *_SOURCE_KEYS["image"], *_SOURCE_KEYS["video"]}
     known |= {*IMAGE_OPTIONS, *VIDEO_OPTIONS}
     given = {key: value for key, value in part.items() if value is not None}
-    # data sets write the keys of all parts into each, null if they don't apply
+    # data sets write the keys of all kinds of parts into each part, with null where they don't apply
     unknown = [key for key in part if key not in known] + [key for key in given if key not in _keys_of(kind)]
     if unknown:
         raise PromptError(
@@ -190,7 +190,7 @@ def _parse_part(part: Any, where: str) -> str | Media:
 
 
 def _kind_of(part: Any) -> str | None:
-    """text, image or video; a part without a type is what its keys say."""
+    """Returns "text", "image" or "video"; the keys of a part without a type determine its kind."""
     if not isinstance(part, Mapping):
         return None
     kind = part.get("type")
@@ -201,7 +201,7 @@ def _kind_of(part: Any) -> str | None:
 
 
 def _keys_of(kind: str) -> tuple[str, ...]:
-    """Keys that may have a value in a part of this kind."""
+    """Returns the keys that may have a value in a part of this kind."""
     if kind == "text":
         return ("type", "text")
     more = ("detail",) if kind == "image" else ()
@@ -221,7 +221,7 @@ def _parse_media(kind: str, part_type: str, given: dict[str, Any], where: str) -
             raise PromptError(f"{where} has {min(twice)} twice: keep one of them")
         options |= more
     elif part_type not in ("image", "video"):
-        # OpenAI's parts always say which picture they mean
+        # OpenAI's parts always hold their source
         key = part_type if part_type.endswith("_url") else "image_url"
         raise PromptError(f"content part {where} has no {kind}: nothing was found under {key}")
     (ImageOptions if kind == "image" else VideoOptions).of(options)
@@ -229,7 +229,7 @@ def _parse_media(kind: str, part_type: str, given: dict[str, Any], where: str) -
 
 
 def _source(kind: str, key: str, value: Any, where: str) -> tuple[Any, dict[str, Any]]:
-    """The picture or video under `key`, and the options that stand beside it in an object of its own."""
+    """Returns the picture or video under `key`, and the options beside it if the value is an object."""
     if isinstance(value, str | bytes) and not value:
         raise PromptError(f"{where} has no {kind}: {key} is empty")
     if key in _BASE64_KEYS and isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Files of moving pictures, from header to frames: videos that FFmpeg decodes, and animations (`animations.py`)."""
+"""Reads moving pictures, from header to frames: videos, which FFmpeg decodes, and animations (`animations.py`)."""
 
 import io
 import struct
@@ -21,17 +21,17 @@ DEFAULT_FPS = 24.0
 
 
 class VideoError(ValueError):
-    """A video that can't be used; the message is one line with the remedy."""
+    """A video can't be used; the message is one line with the remedy."""
 
 
 @dataclass(frozen=True)
 class VideoProbe:
-    """What the header of a file says, before a frame is decoded.
+    """What the header of a file says, before any frame is decoded.
 
     Attributes:
-        frames: how many there are; fewer may come out of a file that is damaged.
-        width, height: of the largest frame.
-        fps: frames per second, on average.
+        frames: the number of frames; a damaged file may yield fewer.
+        width, height: the size of the largest frame in pixels.
+        fps: average frames per second.
         animation: Pillow's name of the format, one of `ANIMATIONS`; None for a video.
     """
 
@@ -43,15 +43,15 @@ class VideoProbe:
 
 
 def probe(file: File, name: str, formats: str | None = None) -> VideoProbe:
-    """Reads the frames' number, size and rate without decoding any.
+    """Reads the number, size and rate of the frames without decoding any.
 
     Args:
         file: a path, or bytes at any position.
-        name: what messages call it.
-        formats: FFmpeg's names of the containers that are read, with commas between; all of them without.
+        name: its name in messages.
+        formats: FFmpeg's names of the containers to accept, separated by commas; None accepts all.
 
     Raises:
-        VideoError: a still picture, no video, no video stream, or frames that are too large.
+        VideoError: the file is a still picture, is not a video, has no video stream, or has frames that are too large.
     """
     try:
         found = _probe_picture(file, name) or _probe_video(file, name, formats)
@@ -60,7 +60,7 @@ def probe(file: File, name: str, formats: str | None = None) -> VideoProbe:
     except av.error.FFmpegError as error:
         raise _undecodable(name, error, formats) from None
     except OSError as error:
-        raise VideoError(f"{name} can't be read ({one_line(error)}): give a file that can") from None
+        raise VideoError(f"{name} can't be read ({one_line(error)}): give a readable file") from None
     if not found.frames:
         raise no_frames(name)
     if found.width * found.height > MAX_IMAGE_PIXELS:
@@ -69,10 +69,10 @@ def probe(file: File, name: str, formats: str | None = None) -> VideoProbe:
 
 
 def decode(file: File, found: VideoProbe, wanted: Collection[int], name: str) -> Iterator[np.ndarray | None]:
-    """Frames in order, `[H, W, 3]` uint8 upright if wanted and None otherwise, up to the first that is damaged.
+    """Yields the frames in order up to the first damaged one: upright uint8 `[H, W, 3]` if wanted, otherwise None.
 
     Raises:
-        VideoError: a frame larger than the header says, or one that can't be made RGB.
+        VideoError: a frame is larger than the header says, or can't be converted to RGB.
     """
     if found.animation:
         return _decode_animation(file, found, wanted, name)
@@ -80,7 +80,7 @@ def decode(file: File, found: VideoProbe, wanted: Collection[int], name: str) ->
 
 
 def no_frames(name: str) -> VideoError:
-    """The error of a file in which no frame is whole."""
+    """Returns the error for a file without a complete frame."""
     return VideoError(f"{name} is a video with no frames that can be decoded: give an intact one with at least one")
 
 
@@ -94,7 +94,7 @@ def _undecodable(name: str, error: av.error.FFmpegError, formats: str | None = N
 
 @contextmanager
 def _open_video(file: File, formats: str | None = None) -> Iterator[InputContainer]:
-    # a playlist from elsewhere must not make the decoder open files or URLs of its choice
+    # an untrusted playlist must not make the decoder open other files or URLs
     options = {"protocol_whitelist": "data" if isinstance(file, io.BytesIO) else "file"}
     if formats is not None:
         options["format_whitelist"] = formats
@@ -105,7 +105,7 @@ def _open_video(file: File, formats: str | None = None) -> Iterator[InputContain
 
 
 def _video_stream(container: InputContainer) -> VideoStream | None:
-    """The film of a file: not the cover of a piece of music, nor that of the film."""
+    """Returns the first video stream that is not a cover picture."""
     films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     return films[0] if films else None
 
@@ -137,11 +137,11 @@ def _decode_video(file: File, found: VideoProbe, wanted: Collection[int], name: 
                         f"{name} has frames of {frame.width}x{frame.height} after its header said "
                         f"{found.width}x{found.height}: encode it again with one size"
                     )
-                # quarter turns that a phone notes beside the picture
+                # a phone stores the rotation, in quarter turns, beside the picture
                 turns = round(frame.rotation / 90)
                 yield np.rot90(frame.to_ndarray(format="rgb24"), turns) if number in wanted else None
         except av.error.InvalidDataError:
-            return  # a recording cut short still has what came before
+            return  # the frames before the damage are good
         except av.error.FFmpegError as error:
             raise _undecodable(name, error) from None
 
@@ -150,12 +150,12 @@ def _decode_video(file: File, found: VideoProbe, wanted: Collection[int], name: 
 
 
 def _probe_picture(file: File, name: str) -> VideoProbe | None:
-    """What an animation says of itself; None for what FFmpeg has to say."""
+    """Returns the probe of an animation, or None for a file that FFmpeg has to read."""
     kind = picture_format(file)
     if kind in ("BMP", "TIFF") or (kind == "JPEG" and has_views(file)):
         raise _still(name, kind)
     if kind not in ANIMATIONS:
-        return None  # photographs one after another are a film (motion JPEG)
+        return None  # consecutive photographs in one file are a video (motion JPEG)
     try:
         header = read_header(file, kind)
     except (struct.error, IndexError):

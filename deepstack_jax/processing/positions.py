@@ -1,7 +1,7 @@
-"""Where each token of a prompt stands: M-RoPE positions, and the row of its visual embedding.
+"""Computes the M-RoPE positions of a prompt's tokens, and the row of each visual token's embedding.
 
-An image's block ends where its own tokens end, by their number, so images may follow one another with nothing
-between. A video counts as one block a temporal patch, since a timestamp stands before each of them.
+The number of an image's tokens determines where its block ends, so images may follow one another with nothing between
+them. A video counts as one block per temporal patch, because a timestamp precedes each of them.
 """
 
 import numpy as np
@@ -16,17 +16,17 @@ def rope_positions(
     video_grid_thw: np.ndarray | None,
     config: ModelConfig,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (time, height, width) of every token, as transformers' Qwen3VLModel.get_rope_index gives them.
+    """Returns the positions (time, height, width) of every token, as transformers' Qwen3VLModel.get_rope_index does.
 
     Args:
-        input_ids: `[B, T]`.
-        attention_mask: `[B, T]`, 0 for padding on either side; None for no padding.
-        image_grid_thw: `[n, 3]`, patches of each image before the merge, in reading order over the batch.
-        video_grid_thw: `[n, 3]`, the same of each video.
+        input_ids: int `[B, T]`.
+        attention_mask: `[B, T]`, 0 for padding on either side; None means no padding.
+        image_grid_thw: int `[n, 3]`, the patches of each image before merging, in reading order over the batch.
+        video_grid_thw: int `[n, 3]`, the same for each video.
 
     Returns:
-        position_ids int32 `[3, B, T]`, 0 at padding, and rope_deltas int32 `[B]`: what is added to a token's number in
-        its row to get its position once the prompt is over.
+        position_ids, int32 `[3, B, T]`, 0 at padding; and rope_deltas, int32 `[B]`: the number to add to the index of a
+        token after the prompt in its row (without padding) to get its position.
 
     Raises:
         ValueError: the visual tokens do not fit the grids.
@@ -54,10 +54,10 @@ def visual_index(
     video_grid_thw: np.ndarray | None,
     config: ModelConfig,
 ) -> np.ndarray:
-    """The row of each token's visual embedding, int32 `[B, T]`; -1 for text and padding.
+    """Returns the row of each token's visual embedding, int32 `[B, T]`, -1 for text and padding.
 
-    Rows of images come first, in reading order over the batch, then those of videos. Arguments and errors are those of
-    `rope_positions`.
+    The rows of images come first, in reading order over the batch, then those of videos. Arguments and errors are those
+    of `rope_positions`.
     """
     kinds = _token_kinds(input_ids, _mask(input_ids, attention_mask), config)
     _blocks(kinds, image_grid_thw, video_grid_thw, config)
@@ -79,7 +79,7 @@ def _mask(input_ids: np.ndarray, attention_mask: np.ndarray | None) -> np.ndarra
 
 
 def _token_kinds(input_ids: np.ndarray, mask: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """0 for text and padding, 1 for image tokens, 2 for video tokens."""
+    """Returns int8 `[B, T]`: 0 for text and padding, 1 for image tokens, 2 for video tokens."""
     kinds = np.zeros(input_ids.shape, np.int8)
     if config.vision:
         kinds[mask & (input_ids == config.image_token_id)] = 1
@@ -90,7 +90,7 @@ def _token_kinds(input_ids: np.ndarray, mask: np.ndarray, config: ModelConfig) -
 def _blocks(
     kinds: np.ndarray, image_grid_thw: np.ndarray | None, video_grid_thw: np.ndarray | None, config: ModelConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Merged sizes (t, h, w) `[n, 3]` of the image and the video blocks, checked against the numbers of tokens."""
+    """Returns the merged sizes (t, h, w) `[n, 3]` of image and video blocks, checked against the token counts."""
     blocks = []
     for kind, name, grids in ((1, "image", image_grid_thw), (2, "video", video_grid_thw)):
         grids = np.zeros((0, 3), np.int64) if grids is None else np.asarray(grids, np.int64)
@@ -118,9 +118,9 @@ def _blocks(
 
 
 def _row_positions(kinds: np.ndarray, blocks: tuple[np.ndarray, np.ndarray], taken: list[int], row: int) -> np.ndarray:
-    """Positions `[3, n]` of one row's unmasked tokens; moves `taken`, the number of blocks used so far of each kind."""
+    """Returns positions `[3, n]` of one row's unmasked tokens; advances `taken`, the blocks used so far per kind."""
     steps = np.ones(len(kinds), np.int64)  # by how much the position grows after each token
-    offsets = np.zeros((3, len(kinds)), np.int64)  # of a visual token from its block's first
+    offsets = np.zeros((3, len(kinds)), np.int64)  # from the first token of a visual token's block
     for kind, name in ((1, "image"), (2, "video")):
         tokens = np.flatnonzero(kinds == kind)
         if not len(tokens):
@@ -139,7 +139,8 @@ def _row_positions(kinds: np.ndarray, blocks: tuple[np.ndarray, np.ndarray], tak
         broken = tokens[ends - 1] - tokens[starts] != ends - 1 - starts
         if broken.any():
             raise ValueError(
-                f"row {row} of input_ids has other tokens between those of one {name}: keep each {name}'s together"
+                f"row {row} of input_ids has other tokens between those of one {name}: "
+                f"keep each {name}'s tokens together"
             )
         _, height, width = (np.repeat(sizes, ends - starts) for sizes in grids.T)
         within = np.arange(len(tokens)) - np.repeat(starts, ends - starts)

@@ -1,4 +1,4 @@
-"""The processor: from what a person has (messages, images, videos) to the model's input arrays, and back to text."""
+"""The processor turns messages, images and videos into the model's input arrays, and tokens back into text."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -49,7 +49,7 @@ class Processor:
 
     Attributes:
         config: the checkpoint's configuration.
-        tokenizer: transformers' tokenizer, loaded at the first use and only from the directory.
+        tokenizer: transformers' tokenizer, loaded on first use and only from the directory.
     """
 
     def __init__(self, directory: Path, config: ModelConfig):
@@ -58,12 +58,12 @@ class Processor:
 
     @classmethod
     def from_directory(cls, path: str | Path, config: ModelConfig) -> "Processor":
-        """The processor of the checkpoint in `path`, an HF directory or a converted one."""
+        """Returns the processor of the checkpoint in `path`, a Hugging Face directory or a converted one."""
         return cls(Path(path), config)
 
     @cached_property
     def tokenizer(self) -> Any:
-        # imported here, so that reading a checkpoint's configuration does not cost a second
+        # imported here because the import takes a second, which reading a configuration should not cost
         from transformers import AutoTokenizer
 
         if not any((self.directory / name).is_file() for name in _TOKENIZER_FILES):
@@ -79,7 +79,7 @@ class Processor:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """The checkpoint's template if it has a file of its own; None leaves it to the tokenizer's."""
+        """The checkpoint's template if it has its own file; None means the tokenizer's."""
         return read_chat_template(self.directory)
 
     @cached_property
@@ -97,23 +97,23 @@ class Processor:
         videos: Sequence[VideoSource] = (),
         **options: Any,
     ) -> dict[str, np.ndarray]:
-        """Makes the model's inputs, named as transformers names them.
+        """Makes the model's inputs, with the names that transformers uses.
 
         Args:
             messages_or_prompt: a str (one message of the user: all images, all videos, then the text), a str that
-                holds `<|im_start|>` or a visual placeholder (a whole prompt, taken as it is), a list of messages (one
+                holds `<|im_start|>` or a visual placeholder (a whole prompt, used verbatim), a list of messages (one
                 conversation), or a list of any of these (a batch, padded on the left).
-            images: what `load_image` takes; they go to the placeholders without a source, in order over the batch.
-            videos: the same, what `load_video` takes.
+            images: images as `load_image` takes them, for the placeholders without a source, in order over the batch.
+            videos: the same, as `load_video` takes them.
             options: those of `PromptOptions.of`: `tools`, `chat_template_kwargs`, `enable_thinking`, `max_pixels`, ...
 
         Returns:
-            input_ids, attention_mask and mm_token_type_ids (0 text, 1 image, 2 video), all int32 `[B, T]`; with images
-            pixel_values `[P, C*Tp*p*p]` float32 and image_grid_thw `[n, 3]` int64; with videos pixel_values_videos and
-            video_grid_thw.
+            input_ids, attention_mask and mm_token_type_ids (0 text, 1 image, 2 video), all int32 `[B, T]`. With images,
+            also pixel_values, float32 `[P, C*Tp*p*p]`, and image_grid_thw, int64 `[n, 3]`; with videos,
+            pixel_values_videos and video_grid_thw of the same forms.
 
         Raises:
-            PromptError, ImageError, VideoError: one line that names what is wrong and the remedy.
+            PromptError, ImageError, VideoError: one line that names the problem and the remedy.
         """
         checked = PromptOptions.of(options)
         images, videos = _listed(images, "images"), _listed(videos, "videos")
@@ -139,12 +139,12 @@ class Processor:
         return self._pad(rows) | outputs
 
     def decode(self, tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
-        """The text of generated tokens `[B, N]`, of which `lengths` `[B]` count; special tokens are left out."""
+        """Returns the text of the first `lengths` `[B]` of each row's tokens `[B, N]`, without special tokens."""
         rows = zip(np.asarray(tokens), np.asarray(lengths), strict=True)
         return [self._decode(row[:length].tolist()) for row, length in rows]
 
     def decode_stream(self) -> "DecodeStream":
-        """An incremental `decode` of one row, for text that is shown as it comes."""
+        """Returns an incremental `decode` of one row, for text that is streamed."""
         return DecodeStream(self)
 
     @property
@@ -156,7 +156,7 @@ class Processor:
         return self.config.vision
 
     def _batch(self, prompt: Any, images: list, videos: list) -> list[UserPrompt]:
-        """The prompts of a batch, each a str or a list of messages."""
+        """Returns the prompts of a batch, each a str or a list of messages."""
         if isinstance(prompt, str):
             return [prompt]
         if not isinstance(prompt, list | tuple):
@@ -174,16 +174,16 @@ class Processor:
         return list(prompt)
 
     def _parse(self, prompt: UserPrompt, images: list, videos: list, options: PromptOptions) -> tuple[str, list[Media]]:
-        """One prompt's text with a placeholder for each image and video, and what they stand for."""
+        """Returns one prompt's text, with a placeholder per image and video, and the media they stand for."""
         if isinstance(prompt, str):
             if self.config.vision and TURN_START not in prompt and (token := bare_placeholder(prompt)):
                 raise refuse_placeholder(token)
             if is_raw_prompt(prompt):
                 if options.tools or options.template_variables:
                     what = "tools" if options.tools else next(iter(options.template_variables))
-                    raise PromptError(f"{what} can't be put into a prompt that is whole already: give messages")
+                    raise PromptError(f"{what} can't be added to a prompt that is already complete: give messages")
                 return prompt, _placeholders(prompt) if self.config.vision else []
-            # the images themselves come later: None takes the next one
+            # the images themselves follow later: None stands for the next one
             prompt = [user_message(prompt, [None] * len(images), [None] * len(videos))]
         elif not isinstance(prompt, list | tuple):
             raise PromptError(f"a prompt of a batch is a str or a list of messages, not {type(prompt).__name__}")
@@ -200,14 +200,14 @@ class Processor:
             if count != asked + marks:
                 raise PromptError(
                     f"{count} {kind} placeholders in the rendered prompt, but the messages have {asked + marks} "
-                    f"{kind}s: keep placeholders out of the text, and {kind}s in messages of the user"
+                    f"{kind}s: remove placeholders from the text, and put {kind}s into messages of the user"
                 )
-        # of a kind of which the messages have no parts, placeholders in their text stand for the next given ones
+        # if the messages have no parts of a kind, placeholders in their text stand for the next given ones of that kind
         kinds = {m.kind for m in media}
         return text, media + [m for m in found if m.kind not in kinds]
 
     def _marked(self, messages: list[Message], media: list[Media], options: PromptOptions) -> list[Media]:
-        """Images and videos that the texts of messages mark; refuses placeholders that mark none."""
+        """Returns the images and videos that the texts of messages mark; refuses all other placeholders."""
         kinds, marked = {m.kind for m in media}, []
         for message in messages:
             for text in texts_in(message["content"]):
@@ -233,7 +233,7 @@ class Processor:
             if total != own + len(given):
                 raise PromptError(
                     f"{total} {kind} placeholders in the prompt, but {own + len(given)} {kind}s given: "
-                    f"give one {kind} for each placeholder"
+                    f"give one {kind} per placeholder"
                 )
         chosen = [options.of_media(one.kind, one.options) for one in media]
         rest = {"image": iter(images), "video": iter(videos)}
@@ -248,10 +248,10 @@ class Processor:
         return loaded_images, image_options, loaded_videos
 
     def _tokenize(self, text: str, image_grids: Iterator[Any], video_grids: Iterator[Any]) -> np.ndarray:
-        """Token ids of one prompt. Each placeholder becomes as many tokens as its image or video has merged patches.
+        """Returns the token ids of one prompt, int64 `[T]`, with as many tokens per placeholder as merged patches.
 
-        A video's placeholder becomes, for each temporal patch, its timestamp and a block of its own, all inside the
-        pair of vision tokens that the template wrote: so transformers does since 5.10.
+        For each temporal patch, a video's placeholder becomes its timestamp and a block of its own, all inside the pair
+        of vision tokens that the template wrote, as in transformers since 5.10.
         """
         merge_unit = self.config.vision.merge_unit if self.config.vision else 1
         counts: list[int] = []
@@ -267,7 +267,7 @@ class Processor:
             pieces.append(piece)
         ids = np.array(self.tokenizer("".join(pieces))["input_ids"], np.int64)
         if not len(ids):
-            raise PromptError("empty prompt: the tokenizer makes no token of it")
+            raise PromptError("empty prompt: the tokenizer produces no token for it")
         vocab_size = self.config.text.vocab_size
         if ids.max() >= vocab_size:
             raise PromptError(
@@ -307,16 +307,16 @@ class Processor:
 
 
 class DecodeStream:
-    """Text of one row, token by token; the pieces together are what `decode` gives for the whole row."""
+    """Decodes one row token by token; the pieces together equal the `decode` of the whole row."""
 
     def __init__(self, processor: Processor):
         self._processor = processor
         self._ids: list[int] = []
-        self._start = 0  # decoding starts here: one piece back, for decoders that look at the token before
-        self._shown = 0  # tokens whose text has been given out
+        self._start = 0  # decoding starts one piece back, for tokenizers whose decoding depends on the previous token
+        self._shown = 0  # the number of tokens whose text was returned
 
     def feed(self, token_id: int) -> str:
-        """Takes one token and gives the text that is complete with it: "" while a character is still open."""
+        """Takes one token and returns the text that it completes: "" while a character is incomplete."""
         self._ids.append(int(token_id))
         before, after = self._texts()
         # an unfinished character decodes to U+FFFD until its last byte comes
@@ -326,7 +326,7 @@ class DecodeStream:
         return after[len(before) :]
 
     def finish(self) -> str:
-        """The rest, once the last token was fed: what never became a whole character comes as U+FFFD."""
+        """Returns the rest after the last token; an incomplete character becomes U+FFFD."""
         before, after = self._texts()
         self._start = self._shown = len(self._ids)
         return after[len(before) :]
@@ -337,14 +337,14 @@ class DecodeStream:
 
 
 def _listed(values: Any, name: str) -> list:
-    """`values` as a list; a single path or image where a list is expected is the commonest slip."""
+    """Returns `values` as a list. A common mistake is to pass a single path or image instead of a list."""
     if not isinstance(values, list | tuple):
         raise PromptError(f"{name} must be a list, not {type(values).__name__}: write {name}=[...]")
     return list(values)
 
 
 def _split_placeholders(text: str) -> list[str]:
-    """`text` cut so that each placeholder is a piece of its own."""
+    """Splits `text` so that each placeholder is a piece of its own."""
     pieces: list[str] = []
     for i, outer in enumerate(text.split(IMAGE_TOKEN)):
         if i:

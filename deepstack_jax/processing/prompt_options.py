@@ -1,7 +1,7 @@
-"""What may be said of a prompt beside its messages: tools, variables of the chat template, how media become patches.
+"""Options of a prompt besides its messages: tools, variables of the chat template, and how media become patches.
 
-The names and meanings are those of transformers' processors and chat templates; library, command and server read them
-here.
+The names and meanings are those of transformers' processors and chat templates. The library, the command line and the
+server all read them here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ from deepstack_jax.processing.images import IMAGE_OPTIONS, ImageOptions
 from deepstack_jax.processing.messages import PromptError, short
 from deepstack_jax.processing.videos import VIDEO_OPTIONS, VideoOptions
 
-# as in transformers, min_pixels and max_pixels given flat are the images'; a video's stand in videos_kwargs or its part
+# as in transformers, flat min_pixels and max_pixels apply to images; those of videos are in videos_kwargs or the part
 _FLAT_VIDEO_OPTIONS = tuple(name for name in VIDEO_OPTIONS if name not in IMAGE_OPTIONS)
 MEDIA_OPTIONS = (*IMAGE_OPTIONS, *_FLAT_VIDEO_OPTIONS, "images_kwargs", "videos_kwargs")
 TEMPLATE_OPTIONS = ("tools", "chat_template_kwargs", "enable_thinking")
-# of transformers' apply_chat_template: what the answer starts with and how the prompt is read is decided elsewhere
+# arguments of transformers' apply_chat_template that are set elsewhere
 _RESERVED = (
     "conversation",
     "messages",
@@ -37,20 +37,20 @@ _RESERVED = (
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """Options of one call of `prepare`, checked. Those of images and videos hold unless a part says otherwise."""
+    """Checked options of one call of `prepare`. A part's own options override those of images and videos."""
 
-    tools: tuple[Any, ...] = ()  # JSON schemas, or Python functions as transformers takes them
+    tools: tuple[Any, ...] = ()  # JSON schemas, or Python functions as in transformers
     template_variables: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     videos: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> "PromptOptions":
-        """Checks options by name; those that are None are absent.
+        """Checks options by name; None counts as absent.
 
         Raises:
             PromptError: an unknown name, or a value of the wrong type.
-            ImageError, VideoError: an option of images or videos that is out of its range.
+            ImageError, VideoError: an option of images or videos is out of range.
         """
         known = (*TEMPLATE_OPTIONS, *MEDIA_OPTIONS)
         if unknown := [name for name in raw if name not in known]:
@@ -63,10 +63,10 @@ class PromptOptions:
         return PromptOptions(_tools(given.get("tools", ())), _variables(given), images, videos)
 
     def of_media(self, kind: str, own: Mapping[str, Any]) -> ImageOptions | VideoOptions:
-        """The options of one image or video: its part's own before those of the call."""
+        """Returns the options of one image or video; those of its part override those of the call."""
         if kind == "image":
             return ImageOptions.of({**self.images, **own})
-        # transformers takes only one of the two: a part that says one is not held to the other
+        # transformers takes only one of the two: if a part sets one, the call's other one does not apply
         other = {"fps": "num_frames", "num_frames": "fps"}
         left_out = {other[name] for name in own if name in other}
         return VideoOptions.of({**{k: v for k, v in self.videos.items() if k not in left_out}, **own})

@@ -1,4 +1,4 @@
-"""What callers hand over: files, URLs, data URIs, base64, bytes, file objects, arrays of any library, and options."""
+"""Reads what callers pass: files, URLs, data URIs, base64, bytes, file objects, arrays of any library, and options."""
 
 import base64
 import io
@@ -23,14 +23,14 @@ _GIVE = "give an existing file, an http(s) URL, a data URI or base64"
 
 
 def open_source(source: MediaSource, max_bytes: int, error: type[ValueError]) -> Path | io.BytesIO:
-    """Gives the path of a local file as it is, and the bytes behind anything else as a file object at its start.
+    """Returns the path of a local file, or the bytes of any other source as a file object positioned at its start.
 
     Args:
         source: a path (`~` is the home folder), a `file:`, `http:` or `https:` URL, a `data:` URI, the base64 of a
             picture or video without a header, its bytes, or a file object opened for reading bytes. A file object is
-            read from its start, wherever it stands; one that can't seek is read from where it stands.
-        max_bytes: the most that is taken from anything but a path.
-        error: the exception raised, with one line naming the source, when it can't be read.
+            read from its start, or from its current position if it can't seek.
+        max_bytes: the maximum size of anything except a local file.
+        error: the exception raised if the source can't be read, with one line that names it.
     """
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(_media_bytes(bytes(source), describe(source), max_bytes, error))
@@ -44,10 +44,10 @@ def open_source(source: MediaSource, max_bytes: int, error: type[ValueError]) ->
 
 
 def decode_base64(text: str) -> bytes:
-    """Decodes base64 as tools write it: line breaks, white space around lines, URL-safe letters, padding left out.
+    """Decodes base64 as tools write it: with line breaks, white space around lines or URL-safe letters, or unpadded.
 
     Raises:
-        ValueError: any other character, letters of both alphabets, or a length that no bytes have.
+        ValueError: any other character, letters of both alphabets, or an impossible length.
     """
     letters = _base64_letters(text)
     padding = len(letters) - len(letters.rstrip("="))
@@ -79,7 +79,7 @@ def looks_like_video(first_bytes: bytes) -> bool:
         return first_bytes[8:12] not in PICTURE_BRANDS
     if first_bytes[:4] == b"RIFF":
         return first_bytes[8:12] == b"AVI "
-    # the packets of an MPEG transport stream have 188 bytes
+    # packets of an MPEG transport stream have 188 bytes
     packets = len(first_bytes) > 188 and first_bytes[0] == first_bytes[188] == 0x47
     return packets or first_bytes[4:8] in (b"moov", b"mdat", b"wide") or first_bytes.startswith(_VIDEOS)
 
@@ -87,14 +87,14 @@ def looks_like_video(first_bytes: bytes) -> bool:
 def option_values(
     raw: Mapping[str, Any], kinds: Mapping[str, type], what: str, error: type[ValueError]
 ) -> dict[str, Any]:
-    """Checks options by name. Null values are left out: they are as if they had not been given.
+    """Checks options by name and returns them without those that are null.
 
     Args:
-        raw: names and values, as a caller or a JSON text has them.
+        raw: names and values, from a caller or from JSON.
         kinds: the options that exist, each `int`, `float` or `bool`. Numbers must be finite and above 0; a float
-            without a fraction is as good as an integer.
+            without a fraction counts as an integer.
         what: what the options belong to, such as "an image", for messages.
-        error: the exception raised, naming the option, its value and what it may be.
+        error: the exception raised; its message names the option, its value and what is allowed.
     """
     given = {name: value for name, value in raw.items() if value is not None}
     for name in given:
@@ -104,20 +104,20 @@ def option_values(
 
 
 def host_array(value: Any, name: str, error: type[ValueError]) -> np.ndarray:
-    """The numbers of an array of any library, or of nested lists, as a NumPy array in host memory.
+    """Returns an array of any library, or nested lists, as a NumPy array in host memory.
 
-    Torch tensors may be on any device, of any floating-point type, and part of a graph of gradients; floating-point
-    types that NumPy lacks (bfloat16, float8) become float32.
+    Torch tensors may be on any device, of any floating-point type, and part of an autograd graph. Floating-point types
+    that NumPy lacks (bfloat16, float8) become float32.
 
     Raises:
-        error: one line that names the array, when its values can't be read or aren't numbers.
+        error: the values can't be read or aren't real numbers; the message is one line that names the array.
     """
     kind = type(value).__name__
     try:
         array = _to_numpy(value)
-    except Exception as reason:  # each library raises its own
+    except Exception as reason:  # each library raises its own types
         raise error(f"{name} can't be read from {kind} ({one_line(reason)[:160]}): give a NumPy array") from None
-    if array.dtype.kind == "V" and array.dtype.type is not np.void:  # what ml_dtypes adds to NumPy
+    if array.dtype.kind == "V" and array.dtype.type is not np.void:  # a dtype that ml_dtypes adds to NumPy
         array = array.astype(np.int32 if "int" in array.dtype.name else np.float32)
     if array.dtype.kind not in "biuf":
         raise error(f"{name} of type {kind} holds {array.dtype}, not real numbers: give integers or floating point")
@@ -130,7 +130,7 @@ def is_array(value: object) -> bool:
 
 
 def describe(source: object) -> str:
-    """A short name of a source for messages, on one line: never the whole of a data URI."""
+    """Returns a short one-line name of a source for messages; a long data URI is truncated."""
     if isinstance(source, io.BytesIO):
         return f"file of {len(source.getbuffer())} bytes"
     if isinstance(source, bytes | bytearray | memoryview):
@@ -150,12 +150,12 @@ def _open_text(text: str, max_bytes: int, error: type[ValueError]) -> Path | io.
     if scheme.startswith("data:"):
         return io.BytesIO(_decode_data_uri(stripped, max_bytes, error))
     if scheme.startswith(("http://", "https://")):
-        # imported here: most calls read files, and what it needs takes a while to load
+        # imported here because it loads slowly and most calls read files
         from deepstack_jax.processing.download import download
 
         return io.BytesIO(download(stripped, max_bytes, error))
     if scheme.startswith("file:"):
-        # people write unquoted names, and two slashes before relative ones
+        # users write unquoted names, and two slashes before relative ones
         rest = re.sub("^//(localhost(?=/))?", "", stripped[5:])
         return _existing(
             [Path(name) for name in (rest, unquote(rest), unquote(re.split("[?#]", rest)[0]))], text, error
@@ -178,7 +178,7 @@ def _found(paths: list[Path]) -> Path | None:
                 return path
             if path.parts[:1] and path.parts[0].startswith("~") and (home := path.expanduser()).is_file():
                 return home
-        except (OSError, RuntimeError):  # a name longer than the file system allows; no such user
+        except (OSError, RuntimeError):  # the name is too long for the file system, or there is no such user
             continue
     return None
 
@@ -190,7 +190,7 @@ def _existing(paths: list[Path], source: object, error: type[ValueError]) -> Pat
 
 
 def _bare_base64(text: str, max_bytes: int, error: type[ValueError]) -> bytes | None:
-    """The bytes of a picture or video in base64 without a header; None for any other text."""
+    """Returns the bytes of a picture or video in base64 without a header, or None for any other text."""
     try:
         start = _base64_letters(text[: 2 * SNIFFED_BYTES]).rstrip("=")[: SNIFFED_BYTES // 3 * 4]
         if not looks_like_media(decode_base64(start[: len(start) // 4 * 4])):
@@ -215,7 +215,7 @@ def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes
     if payload.count("%") > _MAX_ESCAPES:
         raise error(f"{name} has more than {_MAX_ESCAPES} characters in %XX: send it as data:image/png;base64,...")
     content = unquote_to_bytes(payload)
-    decoded = _base64_of_media(content, max_bytes, error)  # tools forget to say that it is base64
+    decoded = _base64_of_media(content, max_bytes, error)  # some tools omit ";base64"
     return _bounded(content if decoded is None else decoded, name, max_bytes, error)
 
 
@@ -231,9 +231,9 @@ def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError
 
 
 def _base64_letters(text: str) -> str:
-    """`text` without line breaks and the white space around lines.
+    """Returns `text` without line breaks and the white space around lines.
 
-    White space inside a line is refused, as a form may have turned each "+" into a space.
+    White space inside a line is refused, because a web form may have turned each "+" into a space.
     """
     if (" " in text or "\t" in text) and re.search(r"\S[ \t]++\S", text):
         raise ValueError("not valid base64")
@@ -241,7 +241,7 @@ def _base64_letters(text: str) -> str:
 
 
 _WHITE_SPACE = dict.fromkeys(map(ord, " \t\r\n"))
-# what tools escape in base64; to unquote every %XX of a large text would take many times its memory
+# what tools escape in base64; unquoting every %XX of a large text would take many times its memory
 _ESCAPED = ("2B", "2b", "2F", "2f", "3D", "3d", "2D", "2d", "5F", "5f", "0A", "0a", "0D", "0d", "09", "20")
 _ESCAPES = [("%" + code, chr(int(code, 16))) for code in _ESCAPED]
 _MAX_ESCAPES = 1 << 20
@@ -251,7 +251,7 @@ _MAX_ESCAPES = 1 << 20
 
 
 def _media_bytes(content: bytes, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
-    """`content`, decoded if it is the text of a data URI or of base64, as base64.b64encode gives it."""
+    """Returns `content`, decoded if it is the text of a data URI or base64 such as `base64.b64encode` returns."""
     if content[:SNIFFED_BYTES].lstrip()[:5].lower() == b"data:":
         return _decode_data_uri(content.decode("latin-1").strip(), max_bytes, error)
     decoded = _base64_of_media(content, max_bytes, error)
@@ -285,7 +285,7 @@ def _read_file_object(file: Any, max_bytes: int, error: type[ValueError]) -> io.
         raise
     except UnicodeDecodeError:
         raise error(f'{name} was opened as text: open it with mode "rb"') from None
-    except Exception as reason:  # whatever stands behind read()
+    except Exception as reason:  # read() may raise anything
         raise error(f"{name} can't be read ({one_line(reason)}): give an open file, or its bytes") from None
     if isinstance(content, str):
         raise error(f'{name} was opened as text: open it with mode "rb"')
@@ -300,7 +300,7 @@ def _can_seek(file: Any) -> bool:
 
 
 def _read_up_to(file: Any, count: int) -> Any:
-    """Up to `count` bytes: a pipe or a socket gives fewer than it is asked for. What is not bytes is given back."""
+    """Reads up to `count` bytes, in several reads if needed, as for a pipe. Returns a non-bytes result unchanged."""
     content = bytearray()
     while len(content) < count:
         piece = file.read(count - len(content))
@@ -328,7 +328,7 @@ def _to_numpy(value: Any) -> np.ndarray:
 
 
 def _is_torch(value: Any) -> bool:
-    # asked of the object: importing torch takes seconds and may be impossible
+    # decided by the type's name, because importing torch takes seconds and it may not be installed
     return any(base.__module__.partition(".")[0] == "torch" and base.__name__ == "Tensor" for base in type(value).mro())
 
 
@@ -360,7 +360,7 @@ def _option(name: str, value: Any, kind: type, what: str, error: type[ValueError
 
 
 def _shown(value: object) -> str:
-    """A value in a message: short, and on one line."""
+    """Returns a value as messages show it: short and on one line."""
     text = str(value) if isinstance(value, str | os.PathLike | numbers.Number) else repr(value)
     text = text if len(text) <= 120 else text[:60] + "..."
     return text if text.isprintable() else repr(text)[1:-1]

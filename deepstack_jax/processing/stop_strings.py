@@ -1,4 +1,4 @@
-"""Stop strings of an answer that is read piece by piece: what can be shown of it, and when it ends."""
+"""Searches streamed text for stop strings: decides which text can be shown, and when the answer ends."""
 
 import reprlib
 from collections.abc import Sequence
@@ -8,28 +8,28 @@ MAX_STOP_CHARACTERS = 1024
 
 
 class StopStrings:
-    """Text up to the first stop string, given out as soon as it can't be the beginning of one.
+    """Releases text up to the first stop string, as soon as the text can't be the beginning of one.
 
-    The match that starts first in the text ends it. Of those that start together it is the shortest, which is complete
-    first. Borders between pieces make no difference. Strings are compared character by character, without Unicode
-    normalization.
+    The match that starts first in the text ends it. If several start there, the shortest wins, because it is complete
+    first. It makes no difference how the text is divided into pieces. Strings are compared character by character,
+    without Unicode normalization.
 
     Attributes:
-        matched: the stop string that has ended the text; None until then.
+        matched: the stop string that ended the text; None until then.
     """
 
     def __init__(self, stops: Sequence[str] = ()):
         self.matched: str | None = None
         self._searches = [_Search(stop) for stop in stops]
-        self._held = ""  # the end of the text read so far, not given out yet
-        self._match: tuple[int, str] | None = None  # the first match so far and where it starts in `_held`
+        self._held = ""  # the end of the text read so far, which was not released yet
+        self._match: tuple[int, str] | None = None  # the first match so far, as (start in `_held`, stop string)
 
     @staticmethod
     def of(stop: str | Sequence[str] | None) -> "StopStrings":
-        """Of one string or several. Empty ones are ignored; None is none.
+        """Checks one stop string or several. Empty strings are ignored; None means no stop strings.
 
         Raises:
-            ValueError: something that is not a string, more than 16 of them, or one of more than 1024 characters.
+            ValueError: a value is not a string, there are more than 16, or one has more than 1024 characters.
         """
         listed = [] if stop is None else [stop] if isinstance(stop, str) else stop
         if not isinstance(listed, list | tuple):
@@ -47,7 +47,7 @@ class StopStrings:
         return StopStrings(stops)
 
     def feed(self, piece: str) -> str:
-        """Takes the next piece of the text and gives what can be shown now; "" once a stop string has matched."""
+        """Takes the next piece of text and returns what can be shown now; "" once a stop string has matched."""
         if self.matched is not None:
             return ""
         self._held += piece
@@ -61,7 +61,7 @@ class StopStrings:
         return self._release(self._first_open(len(self._held)))
 
     def finish(self) -> str:
-        """Gives the rest of the text, once its last piece was fed."""
+        """Returns the rest of the text after the last piece."""
         if self._match is not None:
             start, self.matched = self._match
             shown, self._held, self._match = self._held[:start], "", None
@@ -69,7 +69,7 @@ class StopStrings:
         return self._release(len(self._held))
 
     def _first_open(self, end: int) -> int:
-        """Where the earliest beginning of a stop string starts in the text up to `end`."""
+        """Returns where the earliest beginning of a stop string starts in the text up to `end`."""
         return end - max((search.length for search in self._searches), default=0)
 
     def _release(self, count: int) -> str:
@@ -80,12 +80,12 @@ class StopStrings:
 
 
 class _Search:
-    """One stop string's search by Knuth, Morris and Pratt (1977): constant time per character, on average."""
+    """The search for one stop string by Knuth, Morris and Pratt (1977): amortised constant time per character."""
 
     def __init__(self, stop: str):
         self.stop = stop
-        self.length = 0  # of the longest proper beginning of `stop` that the text ends with
-        # for each beginning of `stop`, the length of the longest shorter one that it ends with
+        self.length = 0  # the length of the longest proper prefix of `stop` that the text ends with
+        # for each prefix of `stop`, the length of the longest shorter prefix that it ends with
         self._borders = [0]
         for character in stop[1:]:
             self._borders.append(self._longer(self._borders[-1], character))

@@ -1,4 +1,4 @@
-"""Reading http and https URLs: one reading only, in the form in which hosts, paths and queries travel."""
+"""Parses http and https URLs unambiguously, into the encoded form in which hosts, paths and queries are sent."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _HOST = re.compile(r"(?=.{1,253}\Z)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 class DownloadError(ValueError):
-    """A URL or a download that failed; the message is one line with the reason, `status` is that of an HTTP answer."""
+    """A URL or a download failed. The message is one line with the reason; `status` is the HTTP status to return."""
 
     def __init__(self, message: str, status: int = 400):
         super().__init__(message)
@@ -20,12 +20,12 @@ class DownloadError(ValueError):
 
 @dataclass(frozen=True)
 class Target:
-    """A URL taken apart; host and path are in the form in which they travel."""
+    """A parsed URL; host and path are encoded as they are sent."""
 
     secure: bool
-    host: str  # lower case ASCII, IPv6 addresses without brackets
+    host: str  # in lower-case ASCII; IPv6 addresses have no brackets
     port: int
-    path: str  # with the query
+    path: str  # includes the query
 
     @property
     def url_host(self) -> str:
@@ -37,21 +37,21 @@ class Target:
 
 
 def url_name(url: str) -> str:
-    """What messages call a URL: one line, never long."""
+    """Returns the name of a URL in messages: one short line."""
     url = url.strip()
     url = url if len(url) <= 120 else url[:60] + "..."
     return "".join(character if character.isprintable() else "?" for character in url)
 
 
 def parse_url(url: str, name: str) -> Target:
-    """Takes an http or https URL apart, and encodes its host by IDNA, its path and query as UTF-8 in %XX.
+    """Parses an http or https URL. The host is encoded by IDNA, path and query as percent-encoded UTF-8.
 
     Raises:
-        DownloadError: what is wrong with it.
+        DownloadError: the URL is not valid or not allowed.
     """
-    # urlsplit drops line ends and tabs, and others read a backslash as a slash: two readers, two hosts
+    # urlsplit drops line ends and tabs, and other parsers read a backslash as a slash, so they could see another host
     if any(character < " " or character in "\x7f\\" for character in url):
-        raise DownloadError(f"{name} holds characters that no URL has: percent-encode them")
+        raise DownloadError(f"{name} holds characters that are not allowed in a URL: percent-encode them")
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
@@ -74,12 +74,12 @@ def parse_url(url: str, name: str) -> Target:
 
 
 def ascii_host(host: str) -> str:
-    """A host's name in lower case ASCII, without the dot at its end.
+    """Returns a host name in lower-case ASCII without a trailing dot.
 
     Raises:
-        ValueError: it isn't one.
+        ValueError: `host` is not a host name.
     """
-    # names of ASCII may have underscores, which IDNA refuses
+    # ASCII names may have underscores, which IDNA refuses
     encoded = host.lower() if host.isascii() else idna.encode(host, uts46=True).decode()
     encoded = encoded.removesuffix(".")
     if not _HOST.fullmatch(encoded):
@@ -88,5 +88,5 @@ def ascii_host(host: str) -> str:
 
 
 def _percent_encoded(text: str, safe: str) -> str:
-    """A `%` that begins no %XX is one that was meant as it stands."""
+    """Percent-encodes `text`. A `%` that does not begin a %XX is a literal one."""
     return quote(re.sub(r"%(?![0-9A-Fa-f]{2})", "%25", text), safe=safe + "%")

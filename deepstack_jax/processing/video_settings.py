@@ -1,9 +1,7 @@
 """How videos are sampled and resized: the settings in a checkpoint's files, and the options of one video.
 
-The names, meanings and defaults are those of transformers' Qwen3VLVideoProcessor.
-
-`cap_pixels_per_frame` is off unless the checkpoint's file turns it on, as in transformers 5.23, which announces
-another default for later versions.
+The names, meanings and defaults are those of transformers' Qwen3VLVideoProcessor. `cap_pixels_per_frame` is off unless
+the checkpoint's file turns it on, as in transformers 5.23, which announces a different default for later versions.
 """
 
 import math
@@ -25,16 +23,16 @@ from deepstack_jax.processing.images import (
 from deepstack_jax.processing.moving_pictures import VideoError
 from deepstack_jax.processing.sources import option_values
 
-# more than any video has a use for, and few enough to be counted out in memory
+# more than any video needs, and few enough for a list of their numbers to fit in memory
 MAX_FRAMES = 1_000_000
 
 
 @dataclass(frozen=True)
 class VideoSettings(ImageSettings):
-    """How a video becomes patches. `min_pixels` and `max_pixels` count the sampled frames together.
+    """How a video becomes patches. `min_pixels` and `max_pixels` count the pixels of all sampled frames together.
 
-    With `num_frames`, so many frames are sampled whatever the rate. With neither that nor `fps`, all of them are,
-    within `min_frames` and `max_frames`.
+    If `num_frames` is set, that many frames are sampled at any rate. If neither it nor `fps` is set, all frames are
+    sampled, within `min_frames` and `max_frames`.
     """
 
     min_pixels: int = 4096
@@ -50,22 +48,22 @@ class VideoSettings(ImageSettings):
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How one video is sampled and resized, if it differs from the checkpoint's settings.
+    """How one video is sampled and resized; replaces the checkpoint's settings.
 
-    The names and meanings are those of transformers' video processor; `min_pixels` and `max_pixels` are the two edges
-    of its `size`, and count the sampled frames together.
+    The names and meanings are those of transformers' video processor. `min_pixels` and `max_pixels` are the two edges
+    of its `size` and count the pixels of all sampled frames together.
 
     Attributes:
-        fps: of a file, how many frames per second are sampled; of given frames, how many of them make a second (24).
-        num_frames: how many frames are sampled; above the video's own number, frames are repeated.
-        min_frames, max_frames: bounds of what `fps` makes.
-        do_sample_frames: False keeps every frame, whatever the other options say.
-        min_pixels, max_pixels: with only one of the two given, the settings' other bound stays in force.
+        fps: for a file, how many frames are sampled per second; for given frames, their own rate (24 by default).
+        num_frames: how many frames are sampled; if the video has fewer, frames are repeated.
+        min_frames, max_frames: bounds on the number of frames that `fps` gives.
+        do_sample_frames: False keeps every frame, regardless of the other options.
+        min_pixels, max_pixels: if only one of the two is given, the settings' other bound stays in force.
         resized_height, resized_width: the size that the frames are resized to, rounded to whole merge blocks and kept
             within the bounds.
 
     Raises:
-        VideoError: a value that isn't a number above 0, or options that exclude one another.
+        VideoError: a value is not a number above 0 or is too large, or options are mutually exclusive.
     """
 
     fps: float | None = None
@@ -93,10 +91,10 @@ class VideoOptions:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "VideoOptions":
-        """Options by name, as a part of a message has them; null values are as if absent.
+        """Reads options by name, as given in a part of a message. Null values count as absent.
 
         Raises:
-            VideoError: an unknown name, or what the class refuses.
+            VideoError: an unknown name, or a value that the class refuses.
         """
         return cls(**option_values(raw, _OPTION_KINDS, "a video", VideoError))
 
@@ -109,16 +107,18 @@ VIDEO_OPTIONS: tuple[str, ...] = tuple(_OPTION_KINDS)
 
 
 def read_video_settings(directory: Path, vision: VisionConfig) -> VideoSettings:
-    """The video settings of a checkpoint; without a file of them, Qwen3-VL's with the encoder's own patch sizes.
+    """Returns the video settings of a checkpoint; without a file, they are Qwen3-VL's with the encoder's patch sizes.
 
     Raises:
-        ImageError, VideoError: naming the file, the key, its value and what it may be.
+        ConfigError: a file is not valid JSON.
+        ImageError, VideoError: a setting is not supported; the message names the file, the key, its value and what is
+            allowed.
     """
     names = ("video_preprocessor_config.json", "preprocessor_config.json")
     raw = read_processor_config(directory, "video_processor", names)
     if raw is None:
         return VideoSettings(vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
-    # what the file leaves out takes the value of transformers' class, so that both make the same arrays
+    # missing keys take the defaults of transformers' class, so that both make the same arrays
     size = raw.get("size", {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768})
     common = common_settings(raw, vision, size, (0.5,) * 3, (0.5,) * 3)
     if not common["rescale_factor"]:
@@ -130,7 +130,7 @@ _LEAST = {"num_frames": 1, "min_frames": 0, "max_frames": 1, "max_video_tokens":
 
 
 def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
-    """The fields that `VideoSettings` has beside those of `ImageSettings`, if a file has them."""
+    """Returns the fields that `VideoSettings` adds to those of `ImageSettings`, if a file has them."""
     chosen: dict[str, Any] = {}
     for key in ("do_sample_frames", "cap_pixels_per_frame"):
         if key in raw:
@@ -150,7 +150,7 @@ def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
             raise VideoError(
                 f"fps {raw['fps']} and num_frames {raw['num_frames']} of {raw.file} exclude one another: drop one"
             )
-    # of these two, transformers tells null from a key that is absent
+    # for these two, transformers distinguishes null from an absent key
     read_as = {"fps": None, "do_sample_frames": False}
     return chosen | {key: value for key, value in read_as.items() if key in raw.nulls}
 

@@ -1,8 +1,8 @@
-"""Videos: from a file, a URL or frames to sampled, timestamped, resized frames and their patches.
+"""Turns videos (files, URLs or frames) into sampled, timestamped, resized frames and their patches.
 
 Sampling, size budget and timestamps follow transformers' Qwen3VLVideoProcessor and Qwen3VLProcessor. Frames are resized
-with Pillow, not torchvision, which rounds the last bit of some pixels otherwise; frames that need no resizing give the
-same arrays bit for bit.
+with Pillow, not torchvision, which rounds the last bit of some pixels differently; frames that need no resizing give
+the same arrays bit for bit.
 """
 
 import io
@@ -47,7 +47,7 @@ from deepstack_jax.processing.video_settings import (
 from deepstack_jax.rounding import cdiv
 
 MAX_VIDEO_BYTES = 1 << 30
-# what vLLM says of the frames that its clients send in one data URI
+# vLLM's frame rate for frames that its clients send in one data URI
 JPEG_FRAMES_FPS = 2.0
 
 __all__ = [
@@ -70,7 +70,7 @@ VideoSource = MediaSource | ArrayLike | Sequence[ImageSource]
 
 @dataclass(frozen=True)
 class Video:
-    """Sampled frames `[F, H, W, 3]` uint8, their numbers in the whole video of `total_frames` frames at `fps`."""
+    """Sampled frames, uint8 `[F, H, W, 3]`, and their indices in the whole video of `total_frames` frames at `fps`."""
 
     frames: np.ndarray
     fps: float
@@ -78,7 +78,7 @@ class Video:
     total_frames: int
 
     def timestamps(self, temporal_patch_size: int) -> list[float]:
-        """Seconds of each temporal patch: the mean of its first and its last frame's time."""
+        """Returns the time of each temporal patch in seconds: the mean of the times of its first and last frame."""
         indices = list(self.frame_indices)
         indices += indices[-1:] * (-len(indices) % temporal_patch_size)
         times = [index / self.fps for index in indices]
@@ -92,12 +92,14 @@ def load_video(source: VideoSource, settings: VideoSettings, options: VideoOptio
     Args:
         source: a path, an http(s) URL or data URI of a video or an animated picture (GIF, WebP, PNG, AVIF), its bytes,
             a file object, an array `[F, H, W, 3]` of any library, or a sequence of images as `load_image` takes them.
-            `data:video/jpeg;base64,` followed by the base64 of pictures with commas between holds frames that are
-            sampled already, 2 per second.
-        options: how this video differs from the settings.
+            `data:video/jpeg;base64,` followed by pictures in base64, separated by commas, holds frames that are already
+            sampled at 2 per second.
+        settings: the checkpoint's settings.
+        options: the values that replace the settings for this video.
 
     Raises:
-        VideoError: no frames, not a video, a missing file, frames of unlike sizes, too large or too narrow.
+        VideoError: the file is missing or not a video, has no frames, or has frames that differ in size, are too large
+            or are too narrow.
     """
     options = options or VideoOptions()
     if (frames := jpeg_frames(source)) is not None:
@@ -109,10 +111,10 @@ def load_video(source: VideoSource, settings: VideoSettings, options: VideoOptio
 
 
 def jpeg_frames(source: object) -> list[bytes] | None:
-    """The frames in a data URI of the type video/jpeg, as text or as its bytes; None for any other source.
+    """Returns the frames in a data URI (text or bytes) of the type video/jpeg, or None for any other source.
 
     Raises:
-        VideoError: a frame that is empty or not base64, by its number.
+        VideoError: a frame is empty or not base64 (the message gives its number), or there are too many.
     """
     start, text = _text_of(source)
     head = re.match(r"\s*data:\s*video/jpe?g\s*(;[^,]*)?,", start, re.IGNORECASE)
@@ -126,7 +128,7 @@ def jpeg_frames(source: object) -> list[bytes] | None:
 
 def preprocess_videos(videos: Sequence[Video], settings: VideoSettings) -> tuple[np.ndarray, np.ndarray]:
     """Turns loaded videos into `(pixel_values_videos [P, C*Tp*p*p] float32, video_grid_thw [n, 3] int64)`."""
-    # transformers' video processor divides once, by 255 times the deviation
+    # like transformers' video processor, this divides once, by 255 times the deviation
     scale = np.float32(1 / settings.rescale_factor)
     mean, std = (np.array(values, np.float32)[:, None] * scale for values in (settings.mean, settings.std))
     table = (np.arange(256, dtype=np.float32) - mean) / std
@@ -140,7 +142,11 @@ def preprocess_videos(videos: Sequence[Video], settings: VideoSettings) -> tuple
 
 
 def sample_frames(total: int, video_fps: float, settings: VideoSettings, fps: float | None = None) -> np.ndarray:
-    """Numbers of the frames sampled from `total`: evenly, `fps` per second, within the settings' bounds."""
+    """Returns the indices of the frames sampled from `total`, int64 `[F]`.
+
+    They are evenly spaced: `num_frames` of them, or `fps` per second within the settings' bounds. The rule is that of
+    transformers' Qwen3VLVideoProcessor.
+    """
     rate = settings.fps if fps is None else fps
     if fps is None and settings.num_frames is not None:
         count = settings.num_frames
@@ -155,7 +161,7 @@ def sample_frames(total: int, video_fps: float, settings: VideoSettings, fps: fl
 def smart_resize_video(
     num_frames: int, height: int, width: int, settings: VideoSettings, max_pixels: int
 ) -> tuple[int, int]:
-    """The size the frames are resized to; the rule is that of transformers' Qwen3VLVideoProcessor."""
+    """Returns the (height, width) that frames are resized to, by the rule of transformers' Qwen3VLVideoProcessor."""
     factor, tp = settings.factor, settings.temporal_patch_size
     if min(height, width) < factor:
         enlarge = max(factor / height, factor / width)
@@ -173,7 +179,7 @@ def smart_resize_video(
 
 
 def _in_force(settings: VideoSettings, options: VideoOptions) -> VideoSettings:
-    """The settings with a call's options in the place of the checkpoint's own values."""
+    """Returns the settings with the options in place of the checkpoint's values."""
     names = ("num_frames", "min_frames", "max_frames", "do_sample_frames", "min_pixels", "max_pixels")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return replace(settings, **given)
@@ -200,7 +206,7 @@ def _load_file(source: MediaSource, settings: VideoSettings, options: VideoOptio
         decoded, frames = _decode(file, found, numbers, len(indices), settings, options, name)
         if len(frames) == len(numbers):
             return Video(np.stack(frames)[places], found.fps, tuple(indices.tolist()), total)
-        total = decoded  # the header promised more than the file holds: sample what is there
+        total = decoded  # the header announces more frames than the file holds: sample from those that are there
     raise no_frames(name)
 
 
@@ -213,7 +219,7 @@ def _decode(
     options: VideoOptions,
     name: str,
 ) -> tuple[int, list[np.ndarray]]:
-    """Decodes up to the last number; gives how many frames that took and those asked for, resized."""
+    """Decodes up to the last of `numbers`; returns how many frames it decoded, and the requested ones, resized."""
     wanted, last = set(numbers.tolist()), int(numbers[-1])
     frames: list[np.ndarray] = []
     size: tuple[int, int] | None = None
@@ -251,7 +257,7 @@ def _load_frames(
 
 
 def _loaded(frames: Sequence[ImageSource] | np.ndarray) -> Iterable[np.ndarray]:
-    """Frames as RGB arrays of one size, one at a time: a list of files need not fit into memory as pictures."""
+    """Yields frames as RGB arrays of one size, one at a time, because a list of files may not fit in memory decoded."""
     if isinstance(frames, np.ndarray) and frames.dtype == np.uint8 and frames.shape[3] == 3:
         yield from frames
         return
@@ -303,7 +309,7 @@ def _jpeg_frame(piece: str, number: int, count: int) -> bytes:
 
 
 def _text_of(source: object) -> tuple[str, Callable[[], str]]:
-    """The start of a source that is text or holds it, and what gives the whole."""
+    """Returns the start of a source that is or holds text, and a function that returns the whole text."""
     if isinstance(source, str):
         return source[:200], lambda: source
     if isinstance(source, io.BytesIO):
@@ -324,7 +330,7 @@ def _target_size(num_frames: int, frame: np.ndarray, settings: VideoSettings, op
             f"video frames of {width}x{height} have an aspect ratio above {MAX_ASPECT_RATIO}: crop or pad them"
         )
     height, width = options.resized_height or height, options.resized_width or width
-    # a single frame is repeated to fill its temporal patch, and counts as often
+    # a single frame is repeated to fill its temporal patch, and each repetition counts
     num_frames = max(num_frames, settings.temporal_patch_size)
     max_pixels = settings.max_pixels
     if settings.cap_pixels_per_frame:
