@@ -248,6 +248,21 @@ class TestFailures:
         assert [tokens_of(events[each]) for each in (requests[0], requests[2])] == [alone, alone]
         assert engine.scheduler.ledger.in_use == 0
 
+    def test_images_that_cannot_be_encoded_fail_their_request_only(self, model: dsj.Model):
+        """Another request's image would run with them."""
+        good = ask(model, inputs_of(1, (IMAGE, (1, 4, 4)), 1))
+        bad = ask(model, inputs_of(2, (IMAGE, (1, 4, 4)), 1, (IMAGE, (1, 4, 4)), 2))
+        alone = tokens_of(run_all(engine_of(model), [good])[0])
+        engine = engine_of(model)
+        requests = add_all(engine, [bad, good])
+        for image in requests[0].images:
+            assert image.pixels
+            image.pixels = replace(image.pixels, pixel_values=image.pixels.pixel_values[:, :5])
+        events = run(engine)
+        assert [type(event) for event in events[requests[0]]] == [Failed]
+        assert tokens_of(events[requests[1]]) == alone
+        assert engine.scheduler.ledger.in_use == 0
+
     def test_a_failure_of_the_device_fails_all_and_the_next_request_works(self, model: dsj.Model):
         question = ask(model, inputs_of(40))
         alone = tokens_of(run_all(engine_of(model), [question])[0])

@@ -132,7 +132,9 @@ def test_a_large_presence_penalty_never_repeats_a_token(model: dsj.Model):
     assert all(len(set(row)) == 40 for row in out.tokens.tolist())
 
 
-@pytest.mark.parametrize("penalties", [{"frequency_penalty": -0.5}, {"frequency_penalty": 0.5, "presence_penalty": -0.7}])
+@pytest.mark.parametrize(
+    "penalties", [{"frequency_penalty": -0.5}, {"frequency_penalty": 0.5, "presence_penalty": -0.7}]
+)
 def test_a_frequency_penalty_counts_the_tokens_of_the_answer(model: dsj.Model, penalties: dict[str, float]):
     ids = text(9)["input_ids"]
     out = dsj.generate(model, ids, max_new_tokens=14, eos_token_id=[], **penalties)

@@ -22,7 +22,7 @@ from deepstack_jax.checkpoint import Model
 from deepstack_jax.encoding import encode_group, group_size
 from deepstack_jax.engine.pages import PageLedger
 from deepstack_jax.engine.prefix_cache import PrefixCache
-from deepstack_jax.engine.request import GenerationPlan, Request, chunk_of
+from deepstack_jax.engine.request import GenerationPlan, Image, Request, chunk_of
 from deepstack_jax.engine.scheduler import Scheduler
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Part, Prefill, Turn
@@ -328,18 +328,26 @@ class Engine:
             each for each in waiting if each[1].pixels and len(each[1].pixels.pixel_values) == len(pixels.pixel_values)
         ]
         group = alike[: group_size(len(alike))]
-        with self._failing([request for request, _ in group], events):
-            encoded = encode_group(self.model, [image.pixels for _, image in group if image.pixels])
-            if not self._flights:
-                jax.block_until_ready(encoded)
-            for (_, image), rows in zip(group, encoded, strict=True):
-                image.encoded, image.pixels = rows, None
+        try:
+            self._encode_images([image for _, image in group])
+        except Exception:
+            for request, image in group:  # one by one: only requests whose images can't be encoded fail
+                if request.id in self._requests:
+                    with self._failing([request], events):
+                        self._encode_images([image])
         seconds = time.monotonic() - started
         self.encode_seconds += seconds
         for request in {request.id: request for request, _ in group}.values():
             request.encode_seconds += seconds
             self.scheduler.arrived(request.id, request.ready)
         return True
+
+    def _encode_images(self, images: Sequence[Image]) -> None:
+        encoded = encode_group(self.model, [image.pixels for image in images if image.pixels])
+        if not self._flights:
+            jax.block_until_ready(encoded)
+        for image, rows in zip(images, encoded, strict=True):
+            image.encoded, image.pixels = rows, None
 
     def _read(self, flight: _Flight) -> Iterator[Event]:
         """Waits for what a turn launched, reports it to the scheduler and gives out the tokens."""
@@ -349,10 +357,10 @@ class Engine:
             for row, id in last:
                 if id not in self.scheduler.running:
                     continue  # a later launch of it failed
-                request = self._requests.get(id)
-                self.scheduler.prefilled(id, request is not None and first[row] in request.plan.ends)
-                if request:
-                    yield self._progress(request, (first[row],))
+                event = self._progress(id, (first[row],))
+                self.scheduler.prefilled(id, event is not None and event.finish_reason is not None)
+                if event:
+                    yield event
         if flight.decode and flight.tokens is not None:
             made = np.asarray(flight.tokens)
             slots = range(self.shape.slots) if flight.rows is None else flight.rows.tolist()
@@ -361,13 +369,16 @@ class Engine:
                 if id not in self.scheduler.running:
                     continue
                 tokens = tuple(token for token in tokens_of[slot] if token >= 0)
-                request = self._requests.get(id)
-                ended = request is not None and bool(tokens) and tokens[-1] in request.plan.ends
-                self.scheduler.decoded(id, len(tokens), ended)
-                if request and tokens:
-                    yield self._progress(request, tokens)
+                event = self._progress(id, tokens)
+                self.scheduler.decoded(id, len(tokens), event is not None and event.finish_reason is not None)
+                if event:
+                    yield event
 
-    def _progress(self, request: Request, tokens: tuple[int, ...]) -> NewTokens:
+    def _progress(self, id: int, tokens: tuple[int, ...]) -> NewTokens | None:
+        """Adds tokens to a request's answer; None if it made none, or if it was cancelled in the meantime."""
+        request = self._requests.get(id)
+        if request is None or not tokens:
+            return None
         request.add(tokens)
         if request.finish_reason:
             del self._requests[request.id]
