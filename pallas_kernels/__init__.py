@@ -1,1 +1,4 @@
-"""Kernels of Qwen3-VL-MoE. Each op is a folder: a dispatching function and one file per backend. Imports only jax."""
+"""Kernels of Qwen3-VL-MoE. Each op is a folder with a dispatching function and one file per backend.
+
+Outside the standard library, this package imports only jax.
+"""

@@ -1,18 +1,18 @@
-"""Compiling JAX programs and Pallas kernels for TPUs and NVIDIA chips on a machine that has neither.
+"""Compiles JAX programs and Pallas kernels for TPUs and NVIDIA GPUs on a machine that has neither.
 
-The real compilers of the targets run (libtpu's, and XLA's for CUDA with Mosaic GPU), so a program that they refuse, the
-memory that they plan and the copies that they insert show up without the chip. Nothing is executed: this says nothing
-about results (the interpreters do) and nothing about speed (`cost_analysis()` is no model of time).
+The real compilers of the targets run (libtpu's, and XLA's for CUDA with Mosaic GPU). This shows, without the chip,
+which programs they refuse, how much memory they plan and which copies they insert. Nothing is executed: this tells
+nothing about results (the interpreters do) or speed (`cost_analysis()` is not a model of time).
 
     from pallas_kernels import aot
 
     compiled = aot.compile_for("v5e", fn, jax.ShapeDtypeStruct((8, 2048), jnp.bfloat16), donate_argnums=0)
     compiled.memory_analysis().temp_size_in_bytes, aot.copies(compiled, at_least=1 << 20)
 
-Needs, beside jax: `libtpu` for TPUs; `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's version for CUDA, installed
-with `--no-deps` (`make test-aot` sets that up in .venv-aot, apart from the environment in which programs run), and the
-environment variable JAX_PLATFORMS=cpu: with both plugins installed and no chip, jax's own start-up may crash. Import
-this module before jax compiles anything. Only one process at a time can use libtpu.
+Besides jax, this needs `libtpu` for TPUs, and for CUDA `jax-cuda13-plugin` and `jax-cuda13-pjrt` of jax's version,
+installed with `--no-deps`. `make test-aot` sets that up in .venv-aot, apart from the environment in which programs run.
+Set the environment variable JAX_PLATFORMS=cpu: with both plugins installed and no chip, jax may crash when it starts.
+Import this module before jax compiles anything. Only one process at a time can use libtpu.
 
     python -m pallas_kernels.aot      # compiles one small kernel for every target and prints a table
 """
@@ -24,9 +24,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for a metadata server that only a cloud has
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu waits for a cloud's metadata server
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-# XLA's radix sort asks the chip at hand for its scratch memory, and there is none
+# XLA's radix sort asks the local GPU how much scratch memory it needs, and there is none
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_cub_radix_sort=false"
 
 import jax
@@ -43,10 +43,10 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 
 
 def mesh_of(target: str, num_devices: int = 1) -> Mesh:
-    """A mesh with the one axis "x" over described, not present, devices of a target out of `TARGETS`.
+    """Returns a mesh with one axis "x" over described (not present) devices of a target from `TARGETS`.
 
     Raises:
-        ValueError: an unknown target, or one for which the compiler isn't installed.
+        ValueError: the target is unknown, or its compiler isn't installed.
     """
     if target not in TARGETS:
         raise ValueError(f"no target {target!r}: expected one of {', '.join(TARGETS)}")
@@ -66,19 +66,20 @@ def mesh_of(target: str, num_devices: int = 1) -> Mesh:
 
 
 def compile_for(target: str | Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Any:
-    """Lowers and compiles `fn`, plain or already jitted, for a target's chip.
+    """Lowers and compiles `fn` for a target's chip.
 
     Args:
-        target: a name out of `TARGETS`, or a mesh from `mesh_of`.
-        fn: a function of `args`; `jit_options` (static_argnums, donate_argnums) go to jax.jit unless it is jitted.
-        args: pytrees of `jax.ShapeDtypeStruct`, replicated where they have no sharding; others are static.
+        target: a name from `TARGETS`, or a mesh from `mesh_of`.
+        fn: a function of `args`, plain or already jitted. A plain one is jitted with `jit_options` (static_argnums,
+            donate_argnums).
+        args: pytrees of `jax.ShapeDtypeStruct`, replicated if they have no sharding, and static arguments.
 
     Returns:
-        `jax.stages.Compiled`: `memory_analysis()` and `as_text()` tell what the compiler planned.
+        `jax.stages.Compiled`, whose `memory_analysis()` and `as_text()` show what the compiler planned.
 
     Raises:
-        ValueError: as `mesh_of`.
-        Exception: whatever the target's compiler raises.
+        ValueError: the errors of `mesh_of`.
+        Exception: any error of the target's compiler.
     """
     mesh = mesh_of(target) if isinstance(target, str) else target
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn, **jit_options)
@@ -87,7 +88,7 @@ def compile_for(target: str | Mesh, fn: Callable[..., Any], *args: Any, **jit_op
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """`tree` with every `jax.ShapeDtypeStruct` that has no sharding replicated over the mesh."""
+    """Returns `tree` with every `jax.ShapeDtypeStruct` that has no sharding replicated over the mesh."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def place(leaf: Any) -> Any:
@@ -99,7 +100,7 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def copies(compiled: Any, at_least: int) -> list[str]:
-    """Instructions of the compiled program that do nothing but copy, transpose or convert `at_least` bytes or more."""
+    """Lists instructions of the compiled program that only copy, transpose or convert `at_least` bytes or more."""
     pattern = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* ((?:copy|transpose|convert)[\w-]*)\(", re.M)
     found = []
     for name, dtype, dims, op in pattern.findall(compiled.as_text()):
@@ -130,7 +131,7 @@ def _main() -> None:
         try:
             memory = compile_for(target, on_tpu if target in TPUS else on_gpu, x).memory_analysis()
             print(f"{target:6} compiles: {memory.argument_size_in_bytes} B in, {memory.temp_size_in_bytes} B temporary")
-        except Exception as error:  # a table of what works is the point
+        except Exception as error:  # the table shows what works and what doesn't
             print(f"{target:6} {type(error).__name__}: {str(error).splitlines()[0][:200]}")
 
 

@@ -1,4 +1,4 @@
-"""Finding a backend of an op: by name, or by the chip that the program is compiled for."""
+"""Selects a backend of an op, by name or by the chip that the program is compiled for."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -13,14 +13,14 @@ _log = logging.getLogger(__name__)
 
 
 class Chip(NamedTuple):
-    """What a program is compiled for: platform is cpu, tpu or cuda; kind is jax's device_kind, as "NVIDIA H200"."""
+    """The chip that a program is compiled for: platform is cpu, tpu or cuda; kind is jax's device_kind."""
 
     platform: str
     kind: str
 
 
 def target_chip(*args: jax.Array) -> Chip:
-    """The chip of the mesh that `args` lie on or that is in use, also a described one (aot.py), otherwise jax's own."""
+    """Returns the chip of the mesh of `args` or of the mesh in use (which aot.py may describe), otherwise jax's own."""
     of_mesh = next((mesh.abstract_device for mesh in _meshes(args) if mesh.abstract_device), None)
     device = of_mesh or jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
@@ -30,7 +30,7 @@ def target_chip(*args: jax.Array) -> Chip:
 
 
 def partitioned_by_xla(*args: jax.Array) -> bool:
-    """Whether XLA splits the program of `args` over devices. It can't split a kernel: that takes shard_map."""
+    """Whether XLA splits the program of `args` over devices. XLA can't split a kernel: that takes shard_map."""
     return any(mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual} for mesh in _meshes(args))
 
 
@@ -39,7 +39,7 @@ def _meshes(args: tuple[jax.Array, ...]) -> list[jax.sharding.AbstractMesh]:
 
 
 def get_backend[B](op: str, backends: Mapping[str, B], name: str) -> B:
-    """The backend called `name`; an unknown name raises a `ValueError` that lists the known ones."""
+    """Returns the backend called `name`; an unknown name raises a `ValueError` that lists the known ones."""
     if name not in backends:
         raise ValueError(f"{op} has no backend {name!r}: expected one of {', '.join(backends)}")
     return backends[name]
@@ -47,5 +47,5 @@ def get_backend[B](op: str, backends: Mapping[str, B], name: str) -> B:
 
 @cache
 def log_choice(op: str, shapes: str, chip: Chip, backend: str, why: str) -> None:
-    """Logs once per op, shapes and chip which backend was taken."""
+    """Logs once per op, shapes and chip, at DEBUG level, which backend was chosen and why."""
     _log.debug("%s of %s on %s: %s (%s)", op, shapes, chip.kind, backend, why)

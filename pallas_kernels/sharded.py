@@ -1,4 +1,4 @@
-"""Kernels inside shard_map: what they make varies over every mesh axis that one of their arguments varies over."""
+"""Helpers for kernels inside shard_map: a result varies over every mesh axis over which an argument varies."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ import jax.numpy as jnp
 
 
 def result(shape: tuple[int, ...], dtype: Any, *args: jax.Array) -> jax.ShapeDtypeStruct:
-    """What a kernel of `args` returns."""
+    """Returns the shape, dtype and varying axes of a kernel's result, given its arguments."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=_axes(args)))
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, *args: jax.Array) -> jax.Array:
-    """Zeros for a loop to add `args` to: a loop's state must vary from its start."""
+    """Returns zeros to which a loop adds `args`: the state of a loop must vary from its start."""
     made, axes = jnp.zeros(shape, dtype), _axes(args)
     return jax.lax.pcast(made, tuple(axes), to="varying") if axes else made
 

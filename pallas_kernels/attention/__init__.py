@@ -1,8 +1,8 @@
 """Attention in which every query reads one contiguous range of keys.
 
-Both masks of this project are of that form: causal attention over a cache (token i of a row reads slots 0 to i, or the
-last `window` of them) and attention within a segment of packed patches (one image, one video frame). So a mask is two
-integers per query, padding is an empty range, and blocks of keys that no query of a block reads are skipped.
+Both masks of this project have that form: causal attention over a cache (token i of a row reads slots 0 to i, or the
+last `window` of them) and attention within a segment of packed patches (one image or one video frame). A mask is then
+two integers per query, padding is an empty range, and blocks of keys that no query of a block reads are skipped.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from pallas_kernels.dispatch import get_backend
 
 
 class Backend(NamedTuple):
-    """The two functions of one backend. Each takes the arguments of the public one without `backend`."""
+    """The two functions of one backend. Each takes the arguments of the public function except `backend`."""
 
     ranged_attention: Callable[..., jax.Array]
     paged_attention: Callable[..., jax.Array]
@@ -33,9 +33,9 @@ def ranged_attention(
     *,
     backend: str | None = None,
 ) -> jax.Array:
-    """softmax(query key^T / sqrt(h)) value over keys `start <= s < stop` of each query; 0 where the range is empty.
+    """softmax(query key^T / sqrt(h)) value over keys `start <= s < stop` of each query; 0 if the range is empty.
 
-    Differentiable in query, key and value for T > 1, whatever the lengths.
+    It is differentiable in query, key and value for T > 1 and any lengths.
 
     Args:
         query: [B, H, T, h]; query head j reads key head j // (H / K).
@@ -49,8 +49,8 @@ def ranged_attention(
         float32 [B, T, H, h].
 
     Raises:
-        ValueError: shapes that don't fit together, or an unknown backend.
-        NotImplementedError: the named backend can't do this; the message says why.
+        ValueError: the shapes don't fit together, or the backend is unknown.
+        NotImplementedError: the named backend doesn't support the arguments; the message says why.
     """
     _check_queries("ranged_attention", query, key, start, stop)
     if key.shape != value.shape or key.shape[0] != query.shape[0]:
@@ -71,28 +71,28 @@ def paged_attention(
     *,
     backend: str | None = None,
 ) -> jax.Array:
-    """`ranged_attention` over keys that lie in pages: key s of row b is in page `page_table[b, s // page]`.
+    """`ranged_attention` over keys that are stored in pages: key s of row b is in page `page_table[b, s // page]`.
 
-    For given B, T, page and dtypes, the bits of a row's output depend only on the row's own queries, ranges, and the
-    keys and values within its ranges: not on N, P, the pages that hold them, the other rows, or the row's place in the
-    batch. What lies outside a row's ranges may be anything, NaN included. There is no gradient.
+    For given B, T, page and dtypes, the bits of a row's output depend only on the row's own queries and ranges, and on
+    the keys and values within its ranges. They don't depend on N, P, the pages that hold them, the other rows, or the
+    row's place in the batch. Values outside a row's ranges may be anything, including NaN. There is no gradient.
 
     Args:
         query: [B, H, T, h]; query head j reads key head j // (H / K).
         key_pages: [N, K, page, h], in which key s of a row is at offset s % page of its page. Products read the given
             dtype and accumulate in float32.
         value_pages: [N, K, page, h].
-        page_table: int32 [B, P], numbers of pages, 0 <= page_table < N also where a row reads nothing.
+        page_table: int32 [B, P], page numbers; 0 <= page_table < N even where a row reads nothing.
         start: int32 [B, T], the first key that a query reads.
         stop: int32 [B, T], the key after the last one, at most P * page.
         backend: a name from `BACKENDS`. None is `xla` on every chip.
 
     Returns:
-        float32 [B, T, H, h]; 0 where the range is empty.
+        float32 [B, T, H, h]; 0 if the range is empty.
 
     Raises:
-        ValueError: shapes that don't fit together, or an unknown backend.
-        NotImplementedError: the named backend can't do this; the message says why.
+        ValueError: the shapes don't fit together, or the backend is unknown.
+        NotImplementedError: the named backend doesn't support the arguments; the message says why.
     """
     _check_queries("paged_attention", query, key_pages, start, stop)
     if key_pages.shape != value_pages.shape or page_table.ndim != 2 or page_table.shape[0] != query.shape[0]:

@@ -1,4 +1,4 @@
-"""The arguments that ranged_attention and paged_attention are tested, compiled, measured and tuned with."""
+"""Arguments with which ranged_attention and paged_attention are tested, compiled, measured and tuned."""
 
 from dataclasses import dataclass, replace
 
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 @dataclass(frozen=True)
 class RangedArgSpec:
-    """Shapes of one call: causal, the last query reading the last key, or S keys in `segments` of one length."""
+    """Shapes of one call: causal, where the last query reads the last key, or with S keys in equal `segments`."""
 
     batch: int  # B
     heads: int  # H
@@ -30,7 +30,7 @@ class RangedArgSpec:
         return _query(self, dtype), keys, keys, *[_bound(self)] * 2
 
     def arrays(self, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, ...]:
-        """Arrays of those shapes, the first three random."""
+        """Returns arrays of those shapes, the first three random."""
         token = jnp.broadcast_to(jnp.arange(self.length, dtype=jnp.int32), (self.batch, self.length))
         if self.segments:
             size = pl.cdiv(self.capacity, self.segments)
@@ -43,9 +43,9 @@ class RangedArgSpec:
 
 @dataclass(frozen=True)
 class PagedArgSpec:
-    """Shapes of one call: the T last queries of B causal rows, whose lengths differ, `context` being the longest.
+    """Shapes of one call: the last T queries of B causal rows of different lengths, the longest with `context` keys.
 
-    The pages of a row lie anywhere, all rows' together are half of the N that there are, and page 0 is nobody's.
+    A row's pages are scattered. All rows together use half of the N pages, and page 0 is unused.
     """
 
     batch: int  # B
@@ -74,7 +74,7 @@ class PagedArgSpec:
         return _query(self, dtype), pages, pages, table, *[_bound(self)] * 2
 
     def arrays(self, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, ...]:
-        """Arrays of those shapes, the first three random. The shortest row has T keys, or half of the longest's."""
+        """Returns arrays of those shapes, the first three random. The shortest row has max(T, context / 2) keys."""
         shapes = self.shapes(dtype)
         table = shapes[3].shape
         numbers = 1 + jax.random.permutation(jax.random.key(seed + 1), shapes[1].shape[0] - 1)
@@ -125,7 +125,8 @@ REAL_PAGED = {
     for model, heads in HEADS.items()
 }
 
-# No two sizes are equal. Those of the first fit no tile, those of the second are the real models' but for the counts.
+# No two sizes are equal. The first spec's are not multiples of any tile; the second's are those of the real models
+# except for the counts.
 ODD = PagedArgSpec(batch=3, heads=10, kv_heads=5, length=1, context=77, head_dim=72, page=16)
 TILED = PagedArgSpec(batch=4, heads=6, kv_heads=2, length=1, context=700, head_dim=128)
 SMALL_PAGED = (

@@ -1,8 +1,8 @@
 """The plain form of paged_attention: a running softmax over pages, up to the last one that a query reads.
 
-The time follows the longest range in the batch and the temporary memory is constant. A row's bits don't depend on the
-other rows: the sizes of all products are constants of the shapes, the turns stand at fixed places of a row's keys, and
-a turn leaves the state of a query that reads none of its keys as it was.
+The time grows with the distance from the first key that any query of the batch reads to the last; the temporary memory
+does not. A row's bits don't depend on the other rows: the sizes of products follow from the shapes, turns start at
+fixed places of a row's keys, and a turn does not change the state of a query that reads none of its keys.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from pallas_kernels.attention.running_softmax import State, finish, initial, read_block
 from pallas_kernels.attention.xla_ranged import BLOCK, even_block
 
-# Keys at a time, a whole number of pages: fewer for one query, where they cost more than the state that they are added
-# to. A turn must not depend on anything but shapes, or bits would.
+# Keys per turn, rounded to whole pages. One query takes fewer, because there reading keys costs more than updating the
+# state. Turns may depend only on shapes, because bits depend on turns.
 TURN = BLOCK
 DECODE_TURN = 128
 
@@ -46,7 +46,7 @@ def paged_attention(
 
 
 def _by_blocks(attend: Callable[..., jax.Array], query: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """`attend` on blocks of at most BLOCK queries, one after another; what fills the last block reads nothing."""
+    """Calls `attend` on blocks of at most BLOCK queries, one after another; the last block's padding reads nothing."""
     length = query.shape[3]
     if length <= BLOCK:
         return attend(query, start, stop)
@@ -72,7 +72,10 @@ def _attend(
     page_table: jax.Array,
     pages: int,
 ) -> jax.Array:
-    """Queries [B, K, G, T, h], `pages` pages of each row per turn, from the first to the last that any query reads."""
+    """Returns the attention of queries [B, K, G, T, h], reading `pages` pages of each row per turn.
+
+    The turns run from the first to the last page that any query reads.
+    """
     size = pages * key_pages.shape[2]
 
     def step(turn: jax.Array, state: State) -> State:
@@ -80,7 +83,7 @@ def _attend(
         key, value = (_gather(x, numbers) for x in (key_pages, value_pages))
         slots = turn * size + jnp.arange(size)
         readable = (slots >= start[..., None]) & (slots < stop[..., None])
-        # what no query of a row reads weighs 0, which isn't enough where it is NaN
+        # values that no query of a row reads have weight 0, but 0 * NaN would be NaN
         value = jnp.where(jnp.any(readable, axis=1)[:, None, :, None], value, 0)
         reads = jnp.any(readable, axis=2)[:, None, None]
         return _choose(reads, read_block(state, _products(query, key), value, readable), state)
@@ -92,13 +95,13 @@ def _attend(
 
 
 def _choose(reads: jax.Array, after: State, before: State) -> State:
-    """The state after a turn for the queries that read one of its keys, the very bits of before for the others."""
+    """Returns the state after a turn for queries that read one of its keys, and the unchanged bits for the others."""
     maximum, total = (jnp.where(reads, after[i], before[i]) for i in (0, 1))
     return maximum, total, jnp.where(reads[..., None], after[2], before[2])
 
 
 def _gather(pages: jax.Array, numbers: jax.Array) -> jax.Array:
-    """The pages [N, K, page, h] with the `numbers` [B, n], side by side: [B, K, n * page, h]."""
+    """Returns the pages [N, K, page, h] with the `numbers` [B, n] side by side: [B, K, n * page, h]."""
     batch, count = numbers.shape
     _, kv_heads, page, head_dim = pages.shape
     chosen = jnp.take(pages, numbers.reshape(-1), axis=0, mode="clip")
@@ -107,9 +110,9 @@ def _gather(pages: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def _products(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Query times key, float32 [B, K, G, T, S]."""
+    """Returns query times key, float32 [B, K, G, T, S]."""
     if query.shape[3] > 1:
         return jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32)
-    # keys on the left: on the right XLA on CPU would transpose them first
+    # keys are on the left, because XLA on CPU would first transpose them on the right
     products = jnp.einsum("bksh,bkgh->bksg", key, query[:, :, :, 0], preferred_element_type=jnp.float32)
     return products.swapaxes(2, 3)[:, :, :, None]

@@ -1,6 +1,6 @@
-"""The plain form of ranged_attention; differentiable.
+"""The plain form of ranged_attention, which is differentiable for T > 1.
 
-Long inputs run block by block with a running softmax, so memory grows with T + S and not with T x S.
+Long inputs run block by block with a running softmax, so memory grows with T + S instead of T x S.
 """
 
 import jax
@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.attention.running_softmax import State, finish, initial, read_block
 
-BLOCK = 256  # queries, and keys, at a time
-DECODE_BLOCK = 1024  # keys at a time for one query
+BLOCK = 256  # queries per block, and keys per block
+DECODE_BLOCK = 1024  # keys per block for one query
 
 
 def ranged_attention(
@@ -35,7 +35,7 @@ def _at_once(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Arra
 
 
 def _one_query(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """Decoding: only the blocks that hold a slot in use are read, however long the cache is."""
+    """Decodes: reads only the blocks that hold a slot in use, however long the cache is."""
     size = DECODE_BLOCK
     if key.shape[2] <= size:
         return _at_once(query, key, value, start, stop)
@@ -48,7 +48,7 @@ def _one_query(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Ar
 
 
 def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
-    """Blocks of queries one after another, each over the blocks of keys that it reads."""
+    """Runs blocks of queries one after another, each over the blocks of keys that it reads."""
     length = query.shape[3]
     rows = even_block(length)
     padding = -length % rows
@@ -79,7 +79,7 @@ def _blocked(query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Arra
 
 
 def even_block(length: int) -> int:
-    """The size of blocks of at most BLOCK that split `length` evenly, up to a multiple of 8."""
+    """Returns the size of blocks that divide `length` evenly, at most BLOCK, rounded up to a multiple of 8."""
     size = pl.cdiv(length, pl.cdiv(length, BLOCK))
     return min(length, pl.cdiv(size, 8) * 8)
 
@@ -94,7 +94,7 @@ def _read_block(
     i: jax.Array,
     size: int,
 ) -> State:
-    """Adds block i of `size` keys; the last, shorter block is read with the keys before it, which it leaves out."""
+    """Adds block i of `size` keys. A shorter last block is read together with preceding keys, which are masked."""
     slot = jnp.minimum(i * size, key.shape[2] - size)
     key, value = (jax.lax.dynamic_slice_in_dim(x, slot, size, axis=2) for x in (key, value))
     return read_block(state, _products(query, key), value, _readable(key, start, stop, slot, i * size))
@@ -103,13 +103,13 @@ def _read_block(
 def _readable(
     key: jax.Array, start: jax.Array, stop: jax.Array, slot: jax.Array | int, unread_from: jax.Array | int
 ) -> jax.Array:
-    """bool [B, T, S]: which keys a query reads of those at slots `slot`, `slot` + 1, ...; none before unread_from."""
+    """Returns bool [B, T, S]: which keys at slots `slot`, `slot` + 1, ... a query reads; none before unread_from."""
     slots = slot + jnp.arange(key.shape[2])
     return (slots >= jnp.maximum(start, unread_from)[..., None]) & (slots < stop[..., None])
 
 
 def _products(query: jax.Array, key: jax.Array) -> jax.Array:
-    """Query times key, float32 [B, K, G, T, S]."""
+    """Returns query times key, float32 [B, K, G, T, S]."""
 
     def product(query: jax.Array, key: jax.Array) -> jax.Array:
         return jnp.einsum("bkgth,bksh->bkgts", query, key, preferred_element_type=jnp.float32)
@@ -119,5 +119,5 @@ def _products(query: jax.Array, key: jax.Array) -> jax.Array:
 
     if query.shape[3] > 1:
         return product(query, key)
-    # for one query XLA on CPU would transpose the keys first, which takes as long as the rest
+    # for one query, XLA on CPU would first transpose the keys, which takes as long as the rest
     return jax.lax.platform_dependent(query, key, cpu=sum_of_products, default=product)

@@ -1,4 +1,4 @@
-"""Adding one deepstack level to the hidden states of the visual tokens."""
+"""Adds one DeepStack level (arXiv:2406.04334) to the hidden states of the visual tokens."""
 
 import jax
 
@@ -15,22 +15,24 @@ BACKENDS = {
 def deepstack_add(
     hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int, *, backend: str | None = None
 ) -> jax.Array:
-    """`out[t] = hidden[t] + rows[visual_index[t], level*D : (level+1)*D]`, or hidden[t] where visual_index[t] is -1.
+    """`out[t] = hidden[t] + rows[visual_index[t], level*D : (level+1)*D]`, or hidden[t] if visual_index[t] is -1.
+
+    It is differentiable in hidden and rows.
 
     Args:
         hidden: [T, D], any float dtype.
         rows: [M, N*D], the N deepstack levels of M visual tokens side by side.
         visual_index: int32 [T], the row of each visual token, -1 for text.
         level: 0..N-1, static.
-        backend: a name from `BACKENDS`. None is `xla` on every chip: after a decoder layer XLA adds the level in the
-            same pass as the residual, where a kernel is a pass of its own (docs/kernels.md).
+        backend: a name from `BACKENDS`. None is `xla` on every chip: after a decoder layer, XLA adds the level in the
+            same pass as the residual, whereas a kernel needs a separate pass (docs/kernels.md).
 
     Returns:
         [T, D] in hidden's dtype.
 
     Raises:
-        ValueError: shapes that don't fit together, a level that rows don't have, or an unknown backend.
-        NotImplementedError: the named backend can't do this; the message says why.
+        ValueError: the shapes don't fit together, rows don't have the level, or the backend is unknown.
+        NotImplementedError: the named backend doesn't support the arguments; the message says why.
     """
     tokens, width = hidden.shape
     if rows.ndim != 2 or rows.shape[1] % width or visual_index.shape != (tokens,):

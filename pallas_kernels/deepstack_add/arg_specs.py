@@ -1,4 +1,4 @@
-"""The arguments that deepstack_add is tested, compiled and measured with."""
+"""Arguments with which deepstack_add is tested, compiled and measured."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 @dataclass(frozen=True)
 class ArgSpec:
-    """Shapes of one call: T tokens, of which the first M are visual, in `runs` runs of neighbours."""
+    """Shapes of one call: T tokens, of which M are visual, in `runs` contiguous runs."""
 
     tokens: int  # T
     visual: int  # M
@@ -33,7 +33,7 @@ class ArgSpec:
     def arrays(
         self, hidden_dtype: DTypeLike, rows_dtype: DTypeLike, seed: int = 0
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Random arrays of those shapes; text stands between the runs of visual tokens, and after the last one."""
+        """Returns random arrays of those shapes; text is spread before, between and after the runs of visual tokens."""
         of_hidden, of_rows = jax.random.split(jax.random.key(seed))
         hidden, rows, _ = self.shapes(hidden_dtype, rows_dtype)
         number = jnp.arange(self.visual, dtype=jnp.int32)
@@ -52,7 +52,7 @@ REAL = tuple(
     for width in (2048, 4096)
     for tokens, visual, runs in ((512, 256, 1), (4096, 1024, 4), (16384, 8192, 64))
 )
-# No two sizes are equal; the first fit no tile, the second fit the lanes of a TPU.
+# No two sizes are equal. The first spec's are not multiples of any tile; the second's fit the lanes of a TPU.
 ODD = ArgSpec(11, 5, 6, levels=3, runs=2)
 TILED = ArgSpec(37, 12, 256, levels=3, runs=4)
 SMALL = (ODD, TILED, replace(TILED, visual=2, runs=1), replace(TILED, visual=36, runs=1))

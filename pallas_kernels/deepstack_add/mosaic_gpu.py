@@ -1,8 +1,8 @@
 """deepstack_add for Hopper: one block per token, in place.
 
-A token that isn't visual costs its block one read of its index; a visual one reads its hidden row and its level's
-columns of its feature row once and writes the hidden row. The rows lie anywhere, so nothing is staged: up to 16 blocks
-of 128 threads live on each multiprocessor and keep enough reads in flight between them.
+The block of a text token only reads its index. The block of a visual token reads the hidden row and the level's columns
+of the feature row once, and writes the hidden row. Rows may be anywhere, so nothing is staged: up to 16 blocks of 128
+threads per multiprocessor keep enough reads in flight.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from pallas_kernels.deepstack_add.transforms import differentiable
 
 
 def unsupported(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int) -> str | None:
-    """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
+    """Returns why these arguments (or `jax.ShapeDtypeStruct`s) are not supported, or None."""
     width = hidden.shape[1]
     if width % 128:
         return f"D = {width} is not a multiple of 128"
@@ -30,7 +30,7 @@ def unsupported(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, lev
 
 
 def deepstack_add(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int) -> jax.Array:
-    """See `pallas_kernels.deepstack_add`. Overwrites hidden where the program donates it or needs it no more."""
+    """See `pallas_kernels.deepstack_add`. Overwrites hidden if the program donates it or no longer needs it."""
     reason = unsupported(hidden, rows, visual_index, level)
     if reason:
         raise NotImplementedError(reason)
@@ -50,7 +50,7 @@ def _in_place(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level
             added = rows_ref[row, pl.ds(level * width, width)]
             hidden_ref[token] = hidden_ref[token] + added.astype(hidden.dtype)
 
-    out = jax.new_ref(hidden)  # XLA copies hidden into it only if hidden lives on
+    out = jax.new_ref(hidden)  # XLA copies hidden only if it is used later
     plgpu.kernel(
         body,
         grid=(tokens,),

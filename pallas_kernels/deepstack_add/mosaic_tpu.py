@@ -1,8 +1,9 @@
-"""deepstack_add for TPU: a Pallas kernel that adds in place and touches visual tokens only.
+"""deepstack_add for TPU: a Pallas kernel that adds in place and touches only visual tokens.
 
-The plain form reads and writes all of hidden. Here the positions of the visual tokens are listed first; the kernel
-copies their rows of hidden into VMEM, with the level's columns of their rows, adds, and copies the sums back, one group
-of rows while the next one comes. Reasoned from bytes, not timed on a chip (docs/kernels.md).
+The plain form reads and writes all of hidden. Here the positions of the visual tokens are listed first. The kernel
+copies their rows of hidden into VMEM, together with the level's columns of their feature rows, adds them, and copies
+the sums back; one group of rows is processed while the next one is fetched. The design follows from byte counts and was
+not timed on a chip (docs/kernels.md).
 """
 
 from functools import partial
@@ -16,16 +17,16 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import sharded, tpu
 from pallas_kernels.deepstack_add.transforms import differentiable
 
-# Positions and rows of the visual tokens take 8 bytes each of 1 MiB SMEM.
+# The position and row of a visual token take 8 bytes of the 1 MiB SMEM.
 MAX_TOKENS = 65536
 
-# Rows at a time. While one group is added the next one's rows of hidden and rows are under way: 64 copies of 8 KiB (at
-# D = 2048, float32), half a MiB, which is what 0.8 TB/s (v5e) to 3.7 (tpu7x) bring in 0.6 to 0.14 us.
+# Rows per group. While one group is added, the next group's rows of hidden and of features are in flight: 64 copies of
+# 8 KiB (at D = 2048, float32), half a MiB, which takes 0.6 us at 0.8 TB/s (v5e) and 0.14 us at 3.7 TB/s (tpu7x).
 _GROUP = 32
 
 
 def unsupported(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int) -> str | None:
-    """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
+    """Returns why these arguments (or `jax.ShapeDtypeStruct`s) are not supported, or None."""
     tokens, width = hidden.shape
     if width % 128:
         return f"D = {width} is not a multiple of 128"
@@ -42,20 +43,20 @@ def unsupported(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, lev
 
 @differentiable
 def deepstack_add(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int) -> jax.Array:
-    """See `pallas_kernels.deepstack_add`. Overwrites hidden where jit donates it, else a copy of it."""
+    """See `pallas_kernels.deepstack_add`. Overwrites hidden if jit donates it, otherwise a copy of it."""
     if reason := unsupported(hidden, rows, visual_index, level):
         raise NotImplementedError(reason)
     tokens, width = hidden.shape
     first_column = level * width
-    if rows.dtype != jnp.float32:  # a pass over the level's columns makes words of them, which can be copied by row
+    if rows.dtype != jnp.float32:  # one pass packs the level's columns into words, which can be copied row by row
         rows, first_column = tpu.pack_bf16_pairs(rows[:, first_column : first_column + width], rows.dtype), 0
-    else:  # where they lie, else XLA may bring all levels into VMEM beforehand
+    else:  # rows stay in HBM, otherwise XLA may first copy all levels to VMEM
         rows = pltpu.with_memory_space_constraint(rows, pltpu.HBM)
     columns = width // 2 if rows.dtype == jnp.uint32 else width
     is_visual = visual_index >= 0
     token = jnp.arange(tokens, dtype=jnp.int32)
     token = jnp.sort(jnp.where(is_visual, token, tokens), stable=False)
-    row = visual_index[jnp.minimum(token, tokens - 1)]  # what follows the visual ones isn't read
+    row = visual_index[jnp.minimum(token, tokens - 1)]  # entries after the visual tokens aren't read
     return pl.pallas_call(
         partial(_body, first_column),
         out_shape=sharded.result(hidden.shape, hidden.dtype, hidden, rows, visual_index),
@@ -71,7 +72,7 @@ def deepstack_add(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, l
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        input_output_aliases={4: 0},  # rows are number 3 because the scalars count
+        input_output_aliases={4: 0},  # hidden; the three scalar arguments count too
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         name="deepstack_add",
     )(token, row, jnp.sum(is_visual, dtype=jnp.int32)[None], rows, hidden)
@@ -81,9 +82,9 @@ def _body(
     first_column: int,
     token_ref: Any,  # [T] the visual tokens
     row_ref: Any,  # [T] their rows
-    count_ref: Any,  # [1] how many they are
+    count_ref: Any,  # [1] their number
     rows_hbm: Any,  # float32 [M, N * D], or uint32 words of one level's columns
-    _: Any,  # hidden, which out is
+    _: Any,  # hidden, which is aliased to out
     out_hbm: Any,  # float32 [T, D]
     sum_ref: Any,  # float32 [2, group, D]
     added_ref: Any,  # float32 or words of [2, group, D]
@@ -129,7 +130,7 @@ def _body(
     def _(group: Any):
         @pl.when(group + 1 < groups)
         def _():
-            pl.when(group >= 1)(lambda: wait_until_sent(group - 1))  # from where the next group goes
+            pl.when(group >= 1)(lambda: wait_until_sent(group - 1))  # the next group takes its buffer
             fetch(group + 1)
 
         wait_until_fetched(group)

@@ -1,4 +1,4 @@
-"""What makes a forward function of deepstack_add a full member of jax: a gradient, and vmap."""
+"""Adds JAX's transformations to a forward function of deepstack_add: a gradient and vmap."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,10 +13,10 @@ Forward = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 
 
 def differentiable(forward: Forward) -> Forward:
-    """`forward(hidden, rows, visual_index, level)`, level static, with the plain form's gradient, and with vmap.
+    """Gives `forward(hidden, rows, visual_index, level)`, level static, the plain form's gradient and vmap.
 
-    vmap folds the new axis into T, so one call serves all. Rows that have the axis too are folded into M, and the
-    indices are moved to their own rows.
+    vmap folds the new axis into T, so one call serves all. If rows have the axis too, it is folded into M and the
+    indices are shifted accordingly.
     """
 
     def of_level(level: int) -> Callable[..., jax.Array]:
@@ -48,7 +48,7 @@ def differentiable(forward: Forward) -> Forward:
     def forward_keeping(
         hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        return op(hidden, rows, visual_index, level), (rows, visual_index)  # linear: hidden may be overwritten
+        return op(hidden, rows, visual_index, level), (rows, visual_index)  # linear, so hidden may be overwritten
 
     op.defvjp(forward_keeping, _backward)
     return op
@@ -56,7 +56,7 @@ def differentiable(forward: Forward) -> Forward:
 
 def _backward(level: int, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array | None, ...]:
     rows, visual_index = kept
-    # only the shape and dtype of the first primal matter, and they are the gradient's
+    # only the shape and dtype of the first primal matter, and they equal the gradient's
     _, vjp = jax.vjp(lambda h, r: xla.deepstack_add(h, r, visual_index, level), gradient, rows)
     of_hidden, of_rows = vjp(gradient)
     return of_hidden, of_rows, None

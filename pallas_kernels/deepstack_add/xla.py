@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def deepstack_add(hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int) -> jax.Array:
-    """A gather of the level's rows, masked and added; XLA fuses the three."""
+    """Gathers the level's rows, masks and adds them; XLA fuses the three steps."""
     width = hidden.shape[1]
     of_level = jax.lax.slice_in_dim(rows, level * width, (level + 1) * width, axis=1)
     added = of_level[jnp.maximum(visual_index, 0)].astype(hidden.dtype)

@@ -1,4 +1,4 @@
-"""The experts of a mixture-of-experts layer: SwiGLU through the chosen experts, summed by routing weight."""
+"""Computes the experts of a mixture-of-experts layer: SwiGLU through the chosen experts, summed by routing weight."""
 
 import jax
 
@@ -25,22 +25,24 @@ def fused_moe(
 ) -> jax.Array:
     """`out[t] = sum_j top_k_weights[t, j] * (silu(g) * u) @ down[e]` with `g, u = split(hidden[t] @ gate_up[e])`.
 
+    It is differentiable in everything except top_k_index.
+
     Args:
         hidden: [T, D], any float dtype; read in the weights' dtype.
         gate_up: [E, D, 2F], the gate in the first F columns.
         down: [E, F, D].
-        top_k_index: int32 [T, k], e = top_k_index[t, j] in 0..E-1. -1 (or any other number) goes nowhere: this choice
-            adds exactly 0 and reads no weights; a token of nothing but -1 gets zeros.
+        top_k_index: int32 [T, k], e = top_k_index[t, j] in 0..E-1. A choice of -1 (or any other number) goes nowhere:
+            it adds exactly 0 and reads no weights. A token with only such choices gets zeros.
         top_k_weights: [T, k], any float dtype; applied in float32.
         backend: a name from `BACKENDS`, or None for the automatic choice by chip and shapes (docs/kernels.md).
 
     Returns:
-        [T, D] in hidden's dtype, accumulated in float32. Every token reaches its k experts: there is no capacity. At
-        one T a token's bits depend on its own row, experts and weights only, never on its place or the other tokens.
+        [T, D] in hidden's dtype, accumulated in float32. Every token reaches its k experts: there is no capacity. For
+        a given T, a token's bits depend only on its own row, experts and weights, not on its place or other tokens.
 
     Raises:
-        ValueError: shapes that don't fit together, or an unknown backend.
-        NotImplementedError: the named backend can't do this; the message says why.
+        ValueError: the shapes don't fit together, or the backend is unknown.
+        NotImplementedError: the named backend doesn't support the arguments; the message says why.
     """
     tokens, width = hidden.shape
     experts, _, double = gate_up.shape
@@ -57,7 +59,7 @@ def fused_moe(
     args = hidden, gate_up, down, top_k_index, top_k_weights
     if backend is not None:
         return get_backend("fused_moe", BACKENDS, backend)(*args)
-    # platform_dependent picks by what is really compiled for; only the branch for the chip at hand is traced with it
+    # platform_dependent selects by the platform that is really compiled for; a kernel is only traced for this chip
     branches = {"cpu": cpu.fused_moe, "default": xla.fused_moe}
     chip = target_chip(*args)
     name, why = _automatic(*args)
@@ -68,7 +70,7 @@ def fused_moe(
 
 
 def _automatic(*args: jax.Array) -> tuple[str, str]:
-    """(backend, why) for the chip at hand."""
+    """Returns (backend, reason) for the chip that is compiled for."""
     platform, kind = target_chip(*args)
     if platform == "cpu":
         return "cpu", "the form for XLA on CPU"

@@ -1,4 +1,4 @@
-"""The arguments that fused_moe is tested, compiled, measured and tuned with."""
+"""Arguments with which fused_moe is tested, compiled, measured and tuned."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ ROUTINGS: tuple[Routing, ...] = get_args(Routing)
 
 @dataclass(frozen=True)
 class ArgSpec:
-    """Shapes of one call and how its tokens are routed."""
+    """Shapes of one call, and how its tokens are routed."""
 
     tokens: int  # T
     width: int  # D
@@ -39,7 +39,7 @@ class ArgSpec:
     def arrays(
         self, dtype: DTypeLike, hidden_dtype: DTypeLike = jnp.float32, seed: int = 0
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Random arrays of those shapes. Products keep their input's variance; routing weights sum to one."""
+        """Returns random arrays of those shapes. Products keep their input's variance; routing weights sum to one."""
         of_hidden, of_gate_up, of_down, of_index, of_weights = jax.random.split(jax.random.key(seed), 5)
         weights = jax.nn.softmax(jax.random.normal(of_weights, (self.tokens, self.top_k)))
         return (
@@ -53,9 +53,9 @@ class ArgSpec:
         )
 
     def _index(self, key: jax.Array) -> jax.Array:
-        """int32 [T, k]; the experts of a token differ. Of "a third nowhere" every third choice and token is -1."""
+        """Returns int32 [T, k], distinct per token; with "a third nowhere", every third choice and token is -1."""
         shape = self.tokens, self.top_k
-        if self.routing == "one expert":  # and k - 1 others that every token shares as well
+        if self.routing == "one expert":  # all tokens share one expert, and also the k - 1 others
             return jnp.broadcast_to(jnp.arange(self.top_k, dtype=jnp.int32), shape)
         if self.routing == "one token per expert":
             return (jnp.arange(self.tokens * self.top_k, dtype=jnp.int32) % self.experts).reshape(shape)
@@ -77,8 +77,8 @@ REAL = {
     "235B-A22B": tuple(replace(QWEN3_VL_235B_A22B, tokens=tokens) for tokens in TOKENS),
 }
 
-# No two sizes are equal, so that a transposition can't pass. The first are multiples of no tile; the second are those
-# that matrix units need, with an F that is not a multiple of 256.
+# No two sizes are equal, so a transposition can't go unnoticed. The first spec's are not multiples of any tile. The
+# second's are multiples that matrix units need, with an F that is not a multiple of 256.
 ODD = ArgSpec(1, width=36, experts=10, top_k=3, inner=20)
 TILED = ArgSpec(1, width=256, experts=6, top_k=2, inner=384)
 SMALL = tuple(

@@ -1,7 +1,7 @@
-"""fused_moe by XLA alone for NVIDIA chips without a kernel of ours: grouped products over sorted tokens.
+"""fused_moe in plain XLA, for NVIDIA chips that the Pallas kernel doesn't support: grouped products over sorted tokens.
 
-Few tokens multiply and add instead of calling a matrix product: XLA fuses the gather of the chosen experts' weights
-into the sum, so that they are read once per token and never copied.
+With few tokens, multiply and add replaces the matrix product: XLA fuses the gather of the chosen experts' weights into
+the sum, so that they are read once per token and never copied.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from pallas_kernels.fused_moe import routing, xla
 from pallas_kernels.fused_moe.transforms import differentiable
 
-FEW_ROWS = 16  # T * k up to which weights are read anew for every token
+FEW_ROWS = 16  # T * k up to which weights are read again for every token
 
 
 @differentiable
@@ -24,10 +24,10 @@ def fused_moe(
 
 
 def _read_by_token(x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array) -> jax.Array:
-    """float32 [T, k, D], not yet weighted.
+    """Returns float32 [T, k, D], not yet weighted.
 
-    A choice of no expert takes one that another choice reads anyway, so that it costs no reading; a call whose choices
-    are all -1 reads one expert.
+    A choice of no expert uses one that another choice reads anyway, so that it costs no extra read. A call whose
+    choices are all -1 reads one expert.
     """
     experts = len(gate_up)
     is_expert = routing.is_expert(top_k_index, experts)
@@ -43,11 +43,11 @@ def _read_by_token(x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_inde
 
 
 def _sorted(x: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array) -> jax.Array:
-    """float32 [T, k, D], not yet weighted."""
+    """Returns float32 [T, k, D], not yet weighted."""
     tokens, top_k = top_k_index.shape
     expert_of_row = routing.nowhere_last(top_k_index, len(gate_up)).reshape(-1)
     order = jnp.argsort(expert_of_row)
-    counts = jnp.bincount(expert_of_row, length=len(gate_up)).astype(jnp.int32)  # nowhere's rows are no group's
+    counts = jnp.bincount(expert_of_row, length=len(gate_up)).astype(jnp.int32)  # without rows of no expert
 
     def product(rows: jax.Array, weights: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(rows, weights, counts, preferred_element_type=jnp.float32)

@@ -1,10 +1,10 @@
-"""fused_moe for Hopper (H100, H200): two pairs of Pallas kernels, taken by the number of tokens.
+"""fused_moe for Hopper (H100, H200): two pairs of Pallas kernels, selected by the number of tokens.
 
-Few tokens (`_decode`) are bound by memory: each active expert's weights are streamed once past all tokens. Many
-(`_prefill`) are bound by the matrix units: rows (token, expert) are sorted by expert and tiled, and the kernel gathers
-each tile's tokens. In both the first kernel of the pair ends with the activation, the second writes each choice's row,
-and XLA sums a token's rows in the order of its choices. Nothing here was timed on a chip: tile sizes are reasoned from
-bytes and flops (docs/kernels.md).
+With few tokens (`_decode`), memory is the bottleneck: each active expert's weights are streamed once past all tokens.
+With many (`_prefill`), the matrix units are: rows (token, expert) are sorted by expert and tiled, and the kernel
+gathers each tile's tokens. In both pairs, the first kernel ends with the activation, the second writes each choice's
+row, and XLA sums a token's rows in the order of its choices. Nothing here was timed on a chip: tile sizes follow from
+counts of bytes and flops (docs/kernels.md).
 """
 
 from collections.abc import Callable
@@ -21,21 +21,21 @@ from pallas_kernels import sharded
 from pallas_kernels.fused_moe import routing
 from pallas_kernels.fused_moe.transforms import differentiable
 
-# At T tokens a streamed weight does T flops per byte. 64 are 307 TFLOP/s at H200's 4.8 TB/s, a third of what its matrix
-# units do, and x's steps are still no larger than a weight's. From there on a tile of 64 rows pads no more than that.
+# With T tokens, a streamed weight gives T flops per byte. 64 are 307 TFLOP/s at H200's 4.8 TB/s, a third of the peak of
+# its matrix units, and a step of x is not larger than one of weights. Above, a tile of 64 rows pads no more than that.
 DECODE_TOKENS = 64
 
-# Of H100 SXM and H200. A prefill kernel starts one block for each, which loops over its share of the work.
+# The number of H100 SXM and H200. A prefill kernel starts one block per multiprocessor, which loops over its share.
 MULTIPROCESSORS = 132
 
-# Depth of one step of a product: 128 bytes of bfloat16, the length of a row in shared memory.
+# The depth of one step of a product: 128 bytes of bfloat16, the length of a row in shared memory.
 K = 64
 
 
 def unsupported(
     hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
 ) -> str | None:
-    """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
+    """Returns why these arguments (or `jax.ShapeDtypeStruct`s) are not supported, or None."""
     for name, size in (("D", down.shape[2]), ("F", down.shape[1])):
         if size % 128:
             return f"{name} = {size} is not a multiple of 128"
@@ -72,12 +72,12 @@ def _decode(
     columns = pl.cdiv(tokens, 8) * 8
     x = jnp.pad(hidden.astype(gate_up.dtype), ((0, columns - tokens), (0, 0)))
     is_active = routing.in_use(top_k_index, experts)
-    slots = min(experts, top_k_index.size)  # no more experts can be active; a slot holds one
+    slots = min(experts, top_k_index.size)  # one per expert that can be active
     active = jnp.nonzero(is_active, size=slots, fill_value=0)[0].astype(jnp.int32)
     count = jnp.sum(is_active, dtype=jnp.int32)[None]
     inner = _decode_gate_up(x, gate_up, active, count)
     out = _decode_down(inner, down, active, count)
-    # Slots depend on the other tokens' experts; a token's sum over its own choices doesn't. XLA gathers as it sums.
+    # Slots depend on the other tokens' experts; a token's sum over its own choices doesn't. XLA fuses gather and sum.
     slot_of_expert = jnp.cumsum(is_active, dtype=jnp.int32) - 1
     slot = slot_of_expert[jnp.clip(top_k_index, 0, experts - 1)]
     of_choice = out[jnp.maximum(slot, 0), :, jnp.arange(tokens)[:, None]]  # [T, k, D]
@@ -87,9 +87,10 @@ def _decode(
 def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
     """[columns, D] -> [slots, columns, F] in the weights' dtype, for the first `count` slots.
 
-    One block for each slot and 64 of F: at one token of 30B-A3B 96 blocks, which stream 512 KiB each. A step holds 64
-    rows of the gate's and of the up's 64 columns (8 KiB each) and as many of x's columns (1 to 8 KiB). Two blocks share
-    a multiprocessor and keep at least 128 KiB of weights in flight there; its share of 4.8 TB/s needs 36 at 1 us.
+    There is one block per slot and 64 columns of F: for one token of 30B-A3B, 96 blocks that stream 512 KiB each. A
+    step holds 64 rows of 64 columns of the gate and of the up (8 KiB each) and 64 columns of x (1 to 8 KiB). Two blocks
+    share a multiprocessor and keep at least 128 KiB of weights in flight; its share of 4.8 TB/s needs 36 KiB at a
+    latency of 1 us.
     """
     columns, width = x.shape
     slots, inner_width = active.shape[0], gate_up.shape[2] // 2
@@ -106,7 +107,7 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: 
                 def step(_: Any, gate: Any, up: Any, x: Any) -> None:
                     plgpu.wgmma(gate_acc, gate.transpose((1, 0)), x.transpose((1, 0)))
                     plgpu.wgmma(up_acc, up.transpose((1, 0)), x.transpose((1, 0)))
-                    plgpu.wgmma_wait(2)  # these may go on; the step before is done, and its buffers are filled next
+                    plgpu.wgmma_wait(2)  # these may still run; the previous step is done, and its buffers are refilled
 
                 block = partial(plgpu.BlockSpec, transforms=_swizzled(), delay_release=1)
                 plgpu.emit_pipeline(
@@ -141,10 +142,10 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: 
 def _decode_down(inner: jax.Array, down: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
     """[slots, columns, F] -> float32 [slots, D, columns], not yet weighted, for the first `count` slots.
 
-    One block for each 64 of D and group of slots, which it goes through in one stream that doesn't stop between
-    experts. 256 blocks are two per multiprocessor, and 8 groups at D = 2048. A slot's result is written by itself,
-    because partial sums over a group would make the order of a token's sum depend on the other tokens' experts: at 64
-    tokens of 30B-A3B that is 67 MB beside 1208 MB of weights, and in proportion to T less below.
+    There is one block per 64 columns of D and group of slots; it processes the group in one stream that doesn't stop
+    between experts. 256 blocks are two per multiprocessor, and 8 groups at D = 2048. Each slot's result is written
+    separately, because partial sums over a group would make the order of a token's sum depend on the other tokens'
+    experts. At 64 tokens of 30B-A3B that is 67 MB beside 1208 MB of weights, and less in proportion to T below.
     """
     slots, columns, inner_width = inner.shape
     width = down.shape[2]
@@ -178,7 +179,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, active: jax.Array, count: ja
                     buffer = lax.rem(step, buffers)
                     plgpu.barrier_wait(arrived.at[buffer])
                     plgpu.wgmma(acc, weights.at[buffer].transpose((1, 0)), inners.at[buffer].transpose((1, 0)))
-                    plgpu.wgmma_wait(1)  # the step before is done, and its buffer is filled next
+                    plgpu.wgmma_wait(1)  # the previous step is done, and its buffer is refilled
                     pl.when(step + (buffers - 1) < steps)(lambda: fetch(step + (buffers - 1)))
 
                 return acc[...]
@@ -201,7 +202,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, active: jax.Array, count: ja
 
 
 def _buffers_of_two_blocks(step: int) -> int:
-    """How many steps of so many bytes a block may hold for two blocks to share 227 KiB; 9 KiB each are left."""
+    """Returns how many steps of `step` bytes a block may hold so that two blocks fit 227 KiB; 9 KiB each are spare."""
     return min(8, (104 << 10) // step)
 
 
@@ -209,14 +210,14 @@ def _buffers_of_two_blocks(step: int) -> int:
 
 
 class Rows(NamedTuple):
-    """Where the T * k rows went.
+    """Where the T * k rows are after sorting.
 
-    Shapes are static, so there are as many tiles as any routing may need; no kernel looks at those past `count`.
+    Shapes are static, so there are as many tiles as any routing may need; kernels ignore those past `count`.
     """
 
     expert: jax.Array  # int32 [tiles]
     count: jax.Array  # int32 [1], tiles in use
-    token: jax.Array  # int32 [tiles * rows]; 0 in rows past an expert's last, which are computed but never read
+    token: jax.Array  # int32 [tiles * rows]; 0 in rows past an expert's last row, which are computed but never read
     share: jax.Array  # float32 [tiles * rows], the routing weight
     of_choice: jax.Array  # int32 [T, k], the row of a token's j-th expert; 0 for a choice that goes nowhere
 
@@ -225,13 +226,13 @@ def _prefill(
     hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
 ) -> jax.Array:
     experts = gate_up.shape[0]
-    # Two warp groups of 64 rows halve what each row costs in weights fetched, if experts have more than 64 rows.
+    # If experts have more than 64 rows, two warp groups of 64 rows halve the weights fetched per row.
     groups = 2 if top_k_index.size > 64 * experts else 1
     rows = _sorted_rows(top_k_index, top_k_weights, experts, 64 * groups)
     inner = _prefill_gate_up(hidden.astype(gate_up.dtype), gate_up, rows, groups)
     out = _prefill_down(inner, down, rows, groups)
     somewhere = routing.is_expert(top_k_index, experts)[..., None]
-    # XLA gathers as it sums: no [T, k, D]
+    # XLA fuses the gather into the sum and makes no [T, k, D]
     return jnp.sum(jnp.where(somewhere, out[rows.of_choice], 0), axis=1).astype(hidden.dtype)
 
 
@@ -245,7 +246,7 @@ def _sorted_rows(top_k_index: jax.Array, top_k_weights: jax.Array, experts: int,
     tiles_each = pl.cdiv(counts, tile)
     next_tile = jnp.cumsum(tiles_each)
     expert = jnp.searchsorted(next_tile, jnp.arange(tiles, dtype=jnp.int32), side="right")
-    # an expert's sorted choices lie side by side: its first moves to its first tile, and the others with it
+    # an expert's sorted choices are contiguous: its first row moves to its first tile, and the others follow
     moves_by = (next_tile - tiles_each) * tile - (jnp.cumsum(counts) - counts)
     expert_of_row = expert_of_choice[order]
     row = jnp.arange(choices, dtype=jnp.int32) + moves_by[jnp.minimum(expert_of_row, experts - 1)]
@@ -264,22 +265,22 @@ def _sorted_rows(top_k_index: jax.Array, top_k_weights: jax.Array, experts: int,
 def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) -> jax.Array:
     """[T, D] -> [tiles * rows, F] in the weights' dtype.
 
-    An item of work is a tile of rows times 128 columns of the gate and the same of the up: 128 float32 registers a
-    thread. One warp group streams weights, one gathers token rows, the others (one for 64 rows) multiply.
+    An item of work is a tile of rows times 128 columns of the gate and of the up: 128 float32 registers per thread. One
+    warp group streams weights, one gathers token rows, and the others (one per 64 rows) multiply.
 
-    Tensor copies can't take rows by index on Hopper, and one copy per row would cost 128 threads' arrivals at a barrier
-    each. So the gathering warp group loads 512 bytes of each of 64 rows into registers, all loads in flight at once;
-    stores them one row below the other; starts the next 64 rows' loads; and copies what it stored, 16 bytes a thread,
-    to where and how wgmma reads it.
+    On Hopper, tensor copies can't take rows by index, and with one copy per row, each would cost the arrivals of 128
+    threads at a barrier. So the gathering warp group loads 512 bytes of each of 64 rows into registers, with all loads
+    in flight at once; stores them row by row; starts the loads of the next 64 rows; and copies the stored rows, 16
+    bytes per thread, into the place and layout that wgmma reads.
 
     Shared memory at 128 rows: 3 steps of weights, 2 x 64 x 128 x 2 B; 5 steps of rows, 128 x 64 x 2 B; 64 x 256 x 2 B
-    just gathered; 2 x 64 x 64 x 2 B on the way out: 224 KiB of 227.
+    of gathered rows; 2 x 64 x 64 x 2 B of results: 224 KiB of 227.
     """
     width, inner_width = x.shape[1], gate_up.shape[2] // 2
     tile, tiles = 64 * groups, rows.expert.shape[0]
     columns = 128
     chunks, steps = inner_width // columns, width // K
-    part = 256 if width % 256 == 0 else 128  # of a row: 4 or 2 bytes a gathering thread
+    part = 256 if width % 256 == 0 else 128  # columns of a row: 4 or 2 bytes per gathering thread
     parts, steps_of_part = width // part, part // K
     weight_buffers, row_buffers = 5 - groups, 5
     blocks = min(MULTIPROCESSORS, tiles * chunks)
@@ -310,7 +311,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
         @pl.when(role == groups + 1)
         def gather_rows() -> None:
             plgpu.set_max_registers(112, action="decrease")
-            turns = items * (parts * groups)  # a part of 64 rows each, the tile's warp groups in turn
+            turns = items * (parts * groups)  # each is a part of 64 rows; the tile's warp groups alternate
 
             def load(turn: jax.Array) -> list[jax.Array]:
                 at, _ = place(lax.div(turn, parts * groups))
@@ -322,7 +323,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
                 for i, row in enumerate(loaded):
                     gathered[i] = row
                 plgpu.commit_smem()
-                following = load(jnp.minimum(turn + 1, turns - 1))  # the last turn loads its own again, unused
+                following = load(jnp.minimum(turn + 1, turns - 1))  # the last loads its own again, unused
                 for i in range(steps_of_part):
                     step = lax.div(turn, groups) * steps_of_part + i
                     group, buffer = lax.rem(turn, groups), lax.rem(step, row_buffers)
@@ -362,7 +363,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
                         plgpu.barrier_wait(weights_arrived.at[of_weights])
                         plgpu.wgmma(gate_acc, operands.at[role, of_rows], weights.at[of_weights, 0])
                         plgpu.wgmma(up_acc, operands.at[role, of_rows], weights.at[of_weights, 1])
-                        plgpu.wgmma_wait(2)  # these may go on; the step before is done
+                        plgpu.wgmma_wait(2)  # these may still run; the previous step is done
                         pl.when(k > 0)(lambda: release(step - 1))
 
                     gate, up = gate_acc[...], up_acc[...]
@@ -404,9 +405,9 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
 def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) -> jax.Array:
     """[tiles * rows, F] -> float32 [tiles * rows, D], weighted by routing.
 
-    An item of work is a tile of rows times 256 columns of D: 128 float32 registers a thread. One warp group streams
-    rows and weights, the others multiply. Shared memory at 128 rows: 4 steps of (128 + 256) x 64 x 2 B, and 2 x 2 x 64
-    x 32 x 4 B on the way out: 224 KiB of 227.
+    An item of work is a tile of rows times 256 columns of D: 128 float32 registers per thread. One warp group streams
+    rows and weights, and the others multiply. Shared memory at 128 rows: 4 steps of (128 + 256) x 64 x 2 B, and
+    2 x 2 x 64 x 32 x 4 B of results: 224 KiB of 227.
     """
     inner_width, width = down.shape[1:]
     tile, tiles = 64 * groups, rows.expert.shape[0]
@@ -414,7 +415,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
     chunks, steps = width // columns, inner_width // K
     buffers = 6 - groups
     blocks = min(MULTIPROCESSORS, tiles * chunks)
-    piece = 32  # float32 that leave together: 128 bytes of a row
+    piece = 32  # float32 values per copy of results: 128 bytes of a row
 
     def body(*refs: Any) -> None:
         inner_ref, weights_ref, expert_ref, count_ref, share_ref, out_ref, *scratch = refs
@@ -424,7 +425,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
 
         @pl.when(role == groups)
         def stream() -> None:
-            if groups == 2:  # two warp groups by themselves have all the registers that they can use
+            if groups == 2:  # with only two warp groups in all, each has as many registers as it can use
                 plgpu.set_max_registers(40, action="decrease")
 
             @pl.loop(0, items * steps)
@@ -460,7 +461,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
                         buffer = lax.rem(step, buffers)
                         plgpu.barrier_wait(arrived.at[buffer])
                         plgpu.wgmma(acc, inners.at[buffer, pl.ds(role * 64, 64)], weights.at[buffer])
-                        plgpu.wgmma_wait(1)  # this may go on; the step before is done
+                        plgpu.wgmma_wait(1)  # this one may still run; the previous step is done
                         pl.when(k > 0)(lambda: release(step - 1))
 
                     out = acc[...]
@@ -500,9 +501,10 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
 def _share_of_work(
     items: jax.Array, chunks: int, blocks: int
 ) -> tuple[jax.Array, Callable[[jax.Array], tuple[jax.Array, jax.Array]]]:
-    """How many of the items are this block's, and (tile, chunk) of its i-th.
+    """Returns the number of items of this block, and a function that maps i to the (tile, chunk) of its i-th item.
 
-    Chunks of a tile are neighbours: blocks at work at one time share rows, and mostly an expert, in the L2 cache.
+    Chunks of one tile are neighbours, so blocks that run at the same time share rows, and mostly an expert, in the L2
+    cache.
     """
     block = lax.axis_index("block")
 
@@ -514,7 +516,7 @@ def _share_of_work(
 
 
 def _wait_for_the_last(consumed: Any, steps: jax.Array, buffers: int, first: int = 0) -> None:
-    """Observes the barriers' last phases, which no copy waited for: a kernel may not end with them pending."""
+    """Waits for the barriers' last phases, for which no copy waited: a kernel must not end while they are pending."""
 
     @pl.loop(jnp.maximum(steps - buffers, 0), steps)
     def _(step: jax.Array) -> None:
@@ -525,9 +527,9 @@ def _wait_for_the_last(consumed: Any, steps: jax.Array, buffers: int, first: int
 
 
 def _swizzled(row: int = K) -> tuple[Any, ...]:
-    """What wgmma and tensor copies (TMA) call 128-byte swizzle, for rows of 128 bytes.
+    """Returns the transforms that wgmma and tensor copies (TMA) call 128-byte swizzle, for rows of 128 bytes.
 
-    Eight rows make a tile, in which 16-byte pieces are permuted: neither a row's nor a column's lie on one bank.
+    Eight rows form a tile, in which 16-byte pieces are permuted so that neither a row's nor a column's share a bank.
     """
     return plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 
@@ -537,10 +539,11 @@ def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _params(hands_over_by_barrier: bool = False) -> Any:
-    """By default a warp group's threads meet around each of its stores and before each copy into shared memory.
+    """Returns the compiler's parameters.
 
-    Kernels in which every buffer passes from its writers to its readers, and back, by a barrier or a commit_smem or
-    wait_smem_to_gmem (whose end is one) need no more.
+    By default, the threads of a warp group synchronise around each store and before each copy into shared memory. A
+    kernel doesn't need that if every buffer passes from its writers to its readers, and back, by a barrier, or by a
+    commit_smem or wait_smem_to_gmem (which end with one).
     """
     return plgpu.CompilerParams(
         lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=hands_over_by_barrier

@@ -1,10 +1,10 @@
-"""fused_moe for TPU: two Pallas kernels, taken by the number of tokens.
+"""fused_moe for TPU: two Pallas kernels, selected by the number of tokens.
 
-Few tokens (`_decode`): every chosen expert's weights are streamed once past all tokens, which stay in VMEM. Many
-(`_prefill`): (token, expert) rows are sorted by expert; each tile of rows fetches its tokens by row copies, passes
-through its expert and sends its rows to where the sum over k reads them. In both the activation lives in VMEM only, and
-the order of a token's sum is that of its own experts, whatever the other tokens chose.
-Nothing here was timed on a chip: tile sizes are reasoned from bytes and flops (docs/kernels.md).
+With few tokens (`_decode`), every chosen expert's weights are streamed once past all tokens, which stay in VMEM. With
+many (`_prefill`), (token, expert) rows are sorted by expert; each tile of rows fetches its tokens by row copies, passes
+through its expert and is sent to where the sum over k reads it. In both, the activation exists only in VMEM, and the
+order of a token's sum depends only on its own experts, not on what other tokens chose.
+Nothing here was timed on a chip: tile sizes follow from counts of bytes and flops (docs/kernels.md).
 """
 
 from collections.abc import Callable
@@ -20,38 +20,38 @@ from pallas_kernels import sharded, tpu
 from pallas_kernels.fused_moe import routing
 from pallas_kernels.fused_moe.transforms import differentiable
 
-# At T tokens an expert's weights do T flops per byte in _decode, whether its tokens are many or few. Chips need 186
-# (v5p) to 560 (v6e) flops per byte before the matrix units, not memory, set the pace: up to there sorting saves nothing
+# With T tokens, an expert's weights give T flops per byte in _decode, however many of the tokens chose it. Chips need
+# 186 (v5p) to 560 (v6e) flops per byte before the matrix units are the bottleneck; until then, sorting saves nothing.
 DECODE_TOKENS = 256
 
-# Sorted rows of one _prefill kernel. Their indices take 4 bytes each of 1 MiB SMEM, their float32 outputs D * 4 bytes
-# each of HBM (1 GiB at D = 4096); at k = 8, E = 128 an expert has 512 of them, enough to pay for its weights.
+# The most sorted rows of one _prefill kernel. A row's index takes 4 bytes of 1 MiB SMEM, its float32 output D * 4 bytes
+# of HBM (1 GiB in all at D = 4096). At E = 128, an expert has 512 of them, enough to amortise reading its weights.
 PREFILL_ROWS = 65536
 
 _LANES = 128
-_ROW_COPIES = 8  # row copies started by one turn of a loop, and waited for at once
+_ROW_COPIES = 8  # row copies that one turn of a loop starts, or waits for
 
 
 class TpuSpec(NamedTuple):
-    """What tile sizes depend on."""
+    """The properties of a chip on which tile sizes depend."""
 
     vmem: int  # bytes per core
-    cores: int  # that share HBM and run one program
-    matrix_unit: int  # its rows and columns
+    cores: int  # cores that share HBM and run one program
+    matrix_unit: int  # rows and columns of the matrix unit
 
 
 class Tiles(NamedTuple):
-    """How _prefill cuts its work."""
+    """How _prefill divides its work."""
 
-    rows: int  # sorted rows of one expert that pass its weights at a time
-    step: int  # rows of one product; steps past a tile's last row are skipped
-    block: int  # of F's columns at a time
+    rows: int  # sorted rows of one expert per tile
+    step: int  # rows per product; steps past a tile's last row are skipped
+    block: int  # columns of F per step
 
 
 def unsupported(
     hidden: jax.Array, gate_up: jax.Array, down: jax.Array, top_k_index: jax.Array, top_k_weights: jax.Array
 ) -> str | None:
-    """Why these arguments (or `jax.ShapeDtypeStruct`s) can't be served, or None."""
+    """Returns why these arguments (or `jax.ShapeDtypeStruct`s) are not supported, or None."""
     width, inner = down.shape[2], down.shape[1]
     for name, size in (("D", width), ("F", inner)):
         if size % _LANES:
@@ -86,7 +86,7 @@ def fused_moe(
 
 
 def _tpu_spec() -> TpuSpec:
-    """That of the chip that is compiled for; without a TPU, what the smallest has."""
+    """Returns the spec of the chip that is compiled for; without a TPU, that of the smallest one."""
     if not pltpu.is_tpu_device():
         return TpuSpec(vmem=64 << 20, cores=1, matrix_unit=128)
     info = pltpu.get_tpu_info()
@@ -94,36 +94,36 @@ def _tpu_spec() -> TpuSpec:
 
 
 def _room(tpu_spec: TpuSpec) -> int:
-    """Bytes of VMEM for a kernel's arrays: 1/16 more goes to what the compiler adds, the rest to XLA."""
+    """Returns the bytes of VMEM for a kernel's arrays; the compiler may add 1/16 of that, and XLA has the rest."""
     return tpu_spec.vmem * 13 // 16
 
 
 def _decode_block(width: int, inner: int, dtype: Any, cores: int) -> int:
-    """Columns of F at a time: the most whose three [D, block] matrices take 8 MiB.
+    """Returns the columns of F per step: the largest block whose three [D, block] matrices take at most 8 MiB.
 
-    8 MiB take 2 us (tpu7x) to 10 us (v5e) to fetch, against about 0.4 us that starting a step costs. Smaller is better
-    otherwise: nothing is multiplied while the first block comes, nothing fetched while the last is multiplied. Where
-    lanes allow it each core has the same number of blocks.
+    It takes 2 us (tpu7x) to 10 us (v5e) to fetch 8 MiB, and about 0.4 us to start a step. Apart from that, smaller is
+    better: nothing is multiplied while the first block is fetched, and nothing is fetched while the last one is
+    multiplied. If the lanes allow it, each core has the same number of blocks.
     """
     blocks = _blocks(inner // cores if inner % (cores * _LANES) == 0 else inner)
     return next(b for b in blocks if b == _LANES or 3 * width * b * jnp.dtype(dtype).itemsize <= 8 << 20)
 
 
 def _decode_bytes(tokens: int, width: int, block: int, dtype: Any) -> int:
-    """VMEM: two of each block of weights; hidden, x, the result twice, and a step's values for 16 tokens or more."""
+    """Returns the bytes of VMEM for two of each block of weights, hidden, x, the result twice, and a step's values."""
     size, tokens = jnp.dtype(dtype).itemsize, pl.cdiv(tokens, 16) * 16
     arrays = tokens * (width * (4 + size + 2 * 4) + 4 * _LANES * 4)
     return 2 * 3 * width * block * size + arrays + _bytes_of_values(tokens, width, block, dtype)
 
 
 def _bytes_of_values(rows: int, width: int, block: int, dtype: Any) -> int:
-    """What products of [rows, D] leave in VMEM: gate, up, their activation, the result and its sum, in float32."""
-    passes = 4 if dtype == jnp.float32 else 1  # each float32 operand is split into three of bfloat16
+    """Returns the bytes of VMEM for the values of [rows, D]: gate, up, activation, result and sum, in float32."""
+    passes = 4 if dtype == jnp.float32 else 1  # each float32 operand is split into three bfloat16 ones
     return passes * rows * (3 * block + 2 * width) * 4
 
 
 def _blocks(inner: int) -> list[int]:
-    """What cuts F into equal blocks of whole lanes, the largest first."""
+    """Returns the sizes that divide F into equal blocks of whole lanes, the largest first."""
     return [b for b in range(inner, 0, -_LANES) if inner % b == 0]
 
 
@@ -139,9 +139,9 @@ def _decode(
 ) -> jax.Array:
     """Streams each chosen expert's weights past all T tokens, `block` of its F columns at a time.
 
-    A token that didn't choose the expert is multiplied all the same, as the matrix unit has the rows anyway, and is
-    left out of the sum. Where two cores share HBM each takes half of every expert's blocks. Dealing whole experts by
-    their place among the chosen ones would make the order of a token's sum depend on the other tokens.
+    A token that didn't choose the expert is multiplied too, because the matrix unit has the rows anyway, and is left
+    out of the sum. If two cores share HBM, each takes half of every expert's blocks. Distributing whole experts by
+    their rank among the chosen ones would make the order of a token's sum depend on the other tokens.
     """
     (tokens, width), (experts, inner, _), top_k = hidden.shape, down.shape, top_k_index.shape[1]
     blocks = inner // block
@@ -150,11 +150,11 @@ def _decode(
     numbers = jnp.arange(experts, dtype=jnp.int32)
     is_chosen = jnp.any(top_k_index.reshape(-1, 1) == numbers, axis=0)
     chosen = jnp.sort(jnp.where(is_chosen, numbers, experts), stable=False)[: min(experts, tokens * top_k)]
-    chosen = jnp.minimum(chosen, experts - 1)  # those past the count aren't used, but one is read where it is 0
+    chosen = jnp.minimum(chosen, experts - 1)  # those past the count aren't used, but one is read if it is 0
     count = jnp.sum(is_chosen, dtype=jnp.int32)
 
     def block_at(core: Any, turn: Any, step: Any, chosen_ref: Any, count_ref: Any) -> tuple[Any, Any]:
-        is_work = count_ref[0] > 0  # where there is none, the same block all along: one is fetched, whatever it is
+        is_work = count_ref[0] > 0  # without work, every step names the same block, so that only one is fetched
         return chosen_ref[turn], jnp.where(is_work, jnp.minimum(core * steps + step, blocks - 1), 0)
 
     def whole(*shape: int) -> pl.BlockSpec:
@@ -185,7 +185,7 @@ def _decode(
 def _decode_body(
     blocks: int,
     chosen_ref: Any,  # [at most E] the chosen experts
-    count_ref: Any,  # [1] how many they are
+    count_ref: Any,  # [1] their number
     hidden_ref: Any,  # [T, D]
     index_ref: Any,  # [T, k]
     weights_ref: Any,  # [T, k]
@@ -214,10 +214,10 @@ def _decode_body(
 
 
 def _prefill_tiles(width: int, inner: int, dtype: Any, tpu_spec: TpuSpec) -> Tiles | None:
-    """The largest tiles that fit into VMEM; None if none does.
+    """Returns the largest tiles that fit into VMEM, or None.
 
-    `rows` first: a tile's rows are the flops per byte of weights. Then `block`: where it is all of F, the tiles
-    of one expert follow each other without fetching its weights again.
+    `rows` has priority, because a tile's rows are the flops per byte of weights. `block` is next: if it is all of F,
+    consecutive tiles of one expert don't fetch its weights again.
     """
     for rows in (512, 256, 128):
         for block in _blocks(inner):
@@ -228,7 +228,7 @@ def _prefill_tiles(width: int, inner: int, dtype: Any, tpu_spec: TpuSpec) -> Til
 
 
 def _prefill_bytes(width: int, tiles: Tiles, dtype: Any) -> int:
-    """VMEM: two of each block of weights, of x and of the float32 result; and one step's values."""
+    """Returns the bytes of VMEM for two of each block of weights, of x and of the result, and one step's values."""
     size = jnp.dtype(dtype).itemsize
     weights = 2 * 3 * width * tiles.block * size
     arrays = 2 * tiles.rows * width * (size + 4)
@@ -246,7 +246,7 @@ def _prefill(
     tiles: Tiles,
     max_rows: int = PREFILL_ROWS,
 ) -> jax.Array:
-    """Runs equal parts of the tokens one after another, each of at most `max_rows` rows."""
+    """Runs equal parts of the tokens one after another, each with at most `max_rows` rows."""
     tokens, top_k = top_k_index.shape
     run = partial(_prefill_part, cores=cores, tiles=tiles)
     parts = pl.cdiv(tokens, max_rows // top_k)
@@ -305,23 +305,23 @@ def _prefill_part(
         name="fused_moe_prefill",
     )(order, expert_of, rows_before, tiles_before, x, gate_up, gate_up, down)
     out = out.reshape(top_k, stride, width)[:, :tokens]
-    # rows of no expert were never written; the routing weights are free here, where memory sets the pace
+    # rows of no expert were never written; the routing weights cost nothing here, where memory is the bottleneck
     is_expert = routing.is_expert(top_k_index, experts)
     share, is_expert = (x.T[..., None] for x in (top_k_weights.astype(jnp.float32), is_expert))
     return jnp.sum(jnp.where(is_expert, share * out, 0), axis=0).astype(hidden.dtype)
 
 
 def _sorted(top_k_index: jax.Array, experts: int, rows: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Sorts the T * k rows by expert and cuts each expert's into tiles of at most `rows`.
+    """Sorts the T * k rows by expert and divides each expert's rows into tiles of at most `rows`.
 
     Returns, in int32:
-        order: [T * k], j << 16 | t of row after row.
-        expert_of: [the most tiles that there can be], of each tile.
+        order: [T * k], j << 16 | t of each sorted row.
+        expert_of: [maximum number of tiles], the expert of each tile.
         rows_before, tiles_before: [E + 1], rows and tiles of the experts before each one, and of all.
     """
     tokens = top_k_index.shape[0]
     index = routing.nowhere_last(top_k_index, experts).T.reshape(-1)
-    # sorting single words is cheaper than sorting pairs; PREFILL_ROWS leaves 16 bits to the row
+    # sorting single words is cheaper than sorting pairs; with at most PREFILL_ROWS rows, 16 bits suffice for the row
     row = jnp.sort(index << 16 | jnp.arange(index.size, dtype=jnp.int32), stable=False) & 0xFFFF
     order = (row // tokens) << 16 | row % tokens
 
@@ -345,8 +345,8 @@ def _prefill_body(
     up_ref: Any,  # [D, block]
     down_ref: Any,  # [block, D]
     out_hbm: Any,  # float32 [k * stride, D], row j * stride + t
-    x_ref: Any,  # words of [2, rows, D]: a tile's and the next one's
-    total_ref: Any,  # float32 [2, rows, D]: a tile's and the one's before, which is on its way out
+    x_ref: Any,  # words of [2, rows, D]: of this tile and of the next one
+    total_ref: Any,  # float32 [2, rows, D]: of this tile and of the previous one, which is being sent
     fetched: Any,  # DMA semaphores [2]
     sent: Any,  # DMA semaphores [2]
 ) -> None:
@@ -356,7 +356,7 @@ def _prefill_body(
     slot = jax.lax.rem(turn, 2)
 
     def rows_of(tile: Any) -> tuple[Any, Any]:
-        """The first of a tile's sorted rows, and how many they are."""
+        """Returns the first of a tile's sorted rows, and their number."""
         expert = expert_ref[tile]
         first = rows_before[expert] + (tile - tiles_before[expert]) * tiles.rows
         return first, jnp.minimum(rows_before[expert + 1] - first, tiles.rows)
@@ -413,7 +413,7 @@ def _prefill_body(
 
 
 def _for_rows(count: Any, start: Callable[[Any], None]) -> None:
-    """Calls start(row) for row in 0..count-1, several in one turn."""
+    """Calls start(row) for row in 0..count-1, several per turn of the loop."""
 
     @pl.loop(0, count // _ROW_COPIES)
     def _(group: Any):
@@ -424,7 +424,7 @@ def _for_rows(count: Any, start: Callable[[Any], None]) -> None:
 
 
 def _wait_for_rows(count: Any, rows_ref: Any, semaphore: Any) -> None:
-    """Waits for `count` row copies to or from rows_ref: a semaphore counts bytes, so a wait can be for several."""
+    """Waits for `count` row copies to or from rows_ref. A semaphore counts bytes, so one wait can be for several."""
 
     def wait(rows: int) -> None:
         pltpu.make_async_copy(rows_ref.at[:rows], rows_ref.at[:rows], semaphore).wait()
@@ -434,7 +434,7 @@ def _wait_for_rows(count: Any, rows_ref: Any, semaphore: Any) -> None:
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """In float32: of bfloat16 exact products; of float32 the passes that keep its precision, summed in short pieces."""
+    """Returns a @ b in float32: bfloat16 products are exact; float32 takes several passes, summed in short pieces."""
     if a.dtype == jnp.bfloat16:
         return jnp.dot(a, b, precision=jax.lax.Precision.DEFAULT, preferred_element_type=jnp.float32)
     pieces = (slice(at, at + _LANES) for at in range(0, a.shape[1], _LANES))
@@ -443,16 +443,16 @@ def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def _dot_of_columns(columns: list[jax.Array], weights_ref: Any) -> jax.Array:
-    """x @ weights, x given as one or two blocks of columns."""
+    """Returns x @ weights for an x that is given as one or two blocks of columns."""
     size = columns[0].shape[1]
     first, *rest = (_dot(x, weights_ref[i * size : (i + 1) * size]) for i, x in enumerate(columns))
     return first + rest[0] if rest else first
 
 
 def _weight_specs(block_at: Callable[..., tuple[Any, Any]], width: int, inner: int, block: int) -> list[pl.BlockSpec]:
-    """Blocks of gate, up and down: of the expert, and of its F, that block_at(*grid indices, *scalars) names.
+    """Returns block specs of gate, up and down; block_at(*grid indices, *scalars) returns the expert and block of F.
 
-    Gate and up are blocks of the same array. A block that stays the same from step to step isn't fetched again.
+    Gate and up are blocks of the same array. A block that is the same as in the previous step isn't fetched again.
     """
 
     def columns(first: int) -> Callable[..., tuple[Any, ...]]:
@@ -470,14 +470,14 @@ def _weight_specs(block_at: Callable[..., tuple[Any, Any]], width: int, inner: i
 
 
 def _tile_of(core: Any, turn: Any, cores: int, count: Any) -> Any:
-    """Which of `count` tiles a core takes at its turn; `count` and more are none."""
+    """Returns which of `count` tiles a core takes at its turn; `count` and above mean none."""
     return core * pl.cdiv(count, cores) + turn
 
 
 def _compiler_params(vmem: int) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-        vmem_limit_bytes=vmem + vmem // 16 + (1 << 20),  # what isn't asked for stays XLA's
-        # every index comes out of a sort of indices that were checked, and each row copy would be checked again
+        vmem_limit_bytes=vmem + vmem // 16 + (1 << 20),  # XLA keeps the rest
+        # every index comes from a sort of checked indices, and each row copy would be checked again
         disable_bounds_checks=True,
     )

@@ -1,4 +1,4 @@
-"""What makes a forward function of fused_moe a full member of jax: a gradient, and vmap."""
+"""Adds JAX's transformations to a forward function of fused_moe: a gradient and vmap."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ Forward = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.
 
 
 def differentiable(forward: Forward) -> Forward:
-    """`forward` with the plain form's gradient, and with vmap.
+    """Gives `forward` the plain form's gradient and vmap.
 
-    vmap over tokens folds the new axis into T, so the weights are still read once; vmap over weights runs one after
-    another.
+    vmap over tokens folds the new axis into T, so the weights are still read once; vmap over weights runs one call
+    after another.
     """
 
     @custom_vmap

@@ -1,7 +1,7 @@
-"""The plain form of fused_moe, the reference of the others; differentiable.
+"""The plain form of fused_moe, which is differentiable and the reference for the others.
 
-Expert after expert over all tokens, left out of the sum where the expert wasn't chosen; an idle expert is skipped. A
-token's sum is in the order of its experts' numbers. Memory is that of one expert's weights and activations.
+It runs expert after expert over all tokens and leaves out tokens that didn't choose the expert; an idle expert is
+skipped. A token's sum is in the order of its experts' numbers. Memory is that of one expert's weights and activations.
 """
 
 import jax
@@ -19,7 +19,7 @@ def fused_moe(
     experts = gate_up.shape[0]
 
     def share_of(number: jax.Array, expert_gate_up: jax.Array, expert_down: jax.Array) -> jax.Array:
-        """What one expert adds to every token, float32 [T, D]."""
+        """Returns what one expert adds to every token, float32 [T, D]."""
         gate_up_out = jnp.dot(x, expert_gate_up, preferred_element_type=jnp.float32)
         out = jnp.dot(swiglu(gate_up_out).astype(down.dtype), expert_down, preferred_element_type=jnp.float32)
         chose = top_k_index == number
@@ -27,7 +27,7 @@ def fused_moe(
         return jnp.where(jnp.any(chose, axis=1, keepdims=True), weight * out, 0)  # 0 * inf would be NaN
 
     def add_by_number(number: jax.Array, total: jax.Array) -> jax.Array:
-        """Reads the expert's weights only where a token chose it: ten times as fast for one token of 128 experts."""
+        """Reads the expert's weights only if a token chose it: ten times as fast for one token and 128 experts."""
 
         def add() -> jax.Array:
             at = (jax.lax.dynamic_index_in_dim(weights, number, keepdims=False) for weights in (gate_up, down))
@@ -36,7 +36,7 @@ def fused_moe(
         return jax.lax.cond(is_in_use[number], add, lambda: total)
 
     def add_scanned(total: jax.Array, expert: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        """Reads all weights in turn, as most are needed, and so has a gradient in turn."""
+        """Reads all weights in turn, because most are needed; its gradient does the same."""
         is_in_use, *of_expert = expert
         return jax.lax.cond(is_in_use, lambda: total + share_of(*of_expert), lambda: total), None
 
@@ -51,6 +51,6 @@ def fused_moe(
 
 
 def swiglu(gate_up_out: jax.Array) -> jax.Array:
-    """silu(gate) * up of [..., 2F], the gate in the first F columns -> [..., F]."""
+    """Returns silu(gate) * up, [..., F], of [..., 2F] with the gate in the first F columns."""
     gate, up = jnp.split(gate_up_out, 2, axis=-1)
     return jax.nn.silu(gate) * up
