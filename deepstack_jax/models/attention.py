@@ -1,4 +1,4 @@
-"""Attention, by its former place: see `pallas_kernels.attention`."""
+"""Re-exports attention from its former location; see `pallas_kernels.attention`."""
 
 from pallas_kernels.attention import ranged_attention
 

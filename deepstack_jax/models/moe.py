@@ -1,4 +1,7 @@
-"""The feed-forward half of a decoder layer: dense SwiGLU, or a router over experts."""
+"""The feed-forward half of a decoder layer: dense SwiGLU, or a router with experts.
+
+Reference: transformers' qwen3_moe.
+"""
 
 from collections.abc import Callable
 
@@ -14,7 +17,7 @@ from pallas_kernels.fused_moe import fused_moe
 
 
 class DenseMLP(nnx.Module):
-    """SwiGLU of the config's intermediate_size."""
+    """SwiGLU of the config's intermediate_size: [B, T, D] to float32 [B, T, D]."""
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.intermediate_size
@@ -30,9 +33,9 @@ class DenseMLP(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The stacked weights of all experts, in the order that `pallas_kernels.fused_moe` takes.
+    """The stacked weights of all experts: gate_up_proj [E, D, 2F] and down_proj [E, F, D].
 
-    `compute` is that function; training may set one whose gradient costs less.
+    `compute` is `pallas_kernels.fused_moe`; training may replace it by a function whose gradient costs less.
     """
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -48,14 +51,14 @@ class Experts(nnx.Module):
         top_k_index: Int[Array, "T k"],
         top_k_weights: Float[Array, "T k"],
     ) -> Float[Array, "T D"]:
-        """The weighted sum of each token's k experts, float32."""
+        """Returns the weighted sum of each token's k experts in hidden's dtype; a choice of -1 adds nothing."""
         return self.compute(hidden, self.gate_up_proj[...], self.down_proj[...], top_k_index, top_k_weights)
 
 
 class SparseMoE(nnx.Module):
-    """Routes each token to its k likeliest experts and sums their outputs by probability.
+    """Routes each token to its k most likely experts and sums their outputs, weighted by probability.
 
-    `nnx.capture` finds `router_logits` [T, E] and `top_k_index` [T, k] in it.
+    `nnx.capture` collects its `router_logits` [T, E] and `top_k_index` [T, k].
     """
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -66,9 +69,9 @@ class SparseMoE(nnx.Module):
         self.experts = Experts(config, dtype=dtype, rngs=rngs)
 
     def route(self, hidden: Float[Array, "T D"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"], Float[Array, "T E"]]:
-        """(weights, experts, logits) of each token; weights and logits are float32."""
-        # Rounding here would turn the choice of experts, which no later accuracy can mend. So a bfloat16 router reads
-        # the hidden states in two bfloat16 parts; a float32 copy of its weights would be kept for all layers at once.
+        """Returns (weights, experts, logits) of each token; weights and logits are float32."""
+        # Rounding here could change the choice of experts, which later precision can't repair. A bfloat16 router thus
+        # reads hidden states in two bfloat16 parts; float32 copies of its weights would exist for all layers at once.
         coarse = jax.lax.reduce_precision(hidden, exponent_bits=8, mantissa_bits=7)
         is_float32 = self.gate.weight[...].dtype == jnp.float32
         logits = self.gate(hidden) if is_float32 else self.gate(coarse) + self.gate(hidden - coarse)
@@ -80,7 +83,7 @@ class SparseMoE(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "B T D"], active: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        """Tokens that are not `active` go to no expert, and get 0."""
+        """Returns [B, T, D] in hidden's dtype; tokens that are not `active` go to no expert and get 0."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         weights, chosen, logits = self.route(tokens)
         self.sow(nnx.Intermediate, "router_logits", logits, capture_noop=True)

@@ -1,4 +1,4 @@
-"""Normalisation, in float32 whatever the parameters' dtype."""
+"""Normalisation, computed in float32 for any dtype of parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from deepstack_jax.models.param import param
 
 
 class RMSNorm(nnx.Module):
-    """`x / rms(x) * weight` over the last axis."""
+    """`x / rms(x) * weight` over the last axis, float32. Source: arXiv:1910.07467."""
 
     def __init__(self, size: int, eps: float, *, axis: str = "norm", dtype: DTypeLike, rngs: nnx.Rngs):
         self.eps = eps
@@ -23,7 +23,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean(x)) / std(x) * weight + bias` over the last axis, with the vision encoder's eps of 1e-6."""
+    """`(x - mean(x)) / std(x) * weight + bias` over the last axis, float32, with the vision encoder's eps of 1e-6."""
 
     def __init__(self, size: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = param(rngs, (size,), ("norm",), dtype, nnx.initializers.ones)

@@ -1,7 +1,7 @@
-"""The Qwen3-MoE text model (and Qwen3, the same with dense layers).
+"""The Qwen3-MoE text model, and Qwen3, which is the same with dense layers.
 
-One `Qwen3MoeForCausalLM` serves plain text, vision-language and the language side of a split: they differ in whether
-visual rows are given. Reference: transformers' qwen3_moe and qwen3_vl_moe; DeepStack is arXiv:2406.04334.
+`Qwen3MoeForCausalLM` serves plain text, vision-language and the language side of a split: they differ only in whether
+visual rows are given. References: transformers' qwen3_moe and qwen3_vl_moe; DeepStack (arXiv:2406.04334).
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from deepstack_jax.rounding import cdiv
 from pallas_kernels.attention import paged_attention, ranged_attention
 from pallas_kernels.deepstack_add import deepstack_add
 
-# keys and values of one layer, [B, K, S, h] or in pages [N, K, page, h]
+# keys and values of one layer, [B, K, S, h], or [N, K, page, h] in pages
 LayerCache = tuple[Float[Array, "_ K _ h"], Float[Array, "_ K _ h"]]
 
 
@@ -31,9 +31,9 @@ LayerCache = tuple[Float[Array, "_ K _ h"], Float[Array, "_ K _ h"]]
 @jax.tree_util.register_dataclass
 @dataclass
 class KVCache:
-    """Keys and values of every layer, each [B, K, S, h]: the order in which decoding reads them.
+    """Keys and values of every layer, each [B, K, S, h], which is the order in which decoding reads them.
 
-    A row's tokens fill slots 0, 1, 2, ... with no gap, whatever padding its prompt came with.
+    A row's tokens fill slots 0, 1, 2, ... without gaps, however its prompt was padded.
     """
 
     keys: tuple[Float[Array, "B K S h"], ...]
@@ -41,6 +41,7 @@ class KVCache:
 
     @staticmethod
     def empty(config: TextConfig, batch: int, capacity: int, dtype: DTypeLike) -> "KVCache":
+        """Returns zeros for `batch` rows of `capacity` slots."""
         shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
         return KVCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
@@ -50,8 +51,9 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass
 class PagedKVCache:
-    """Keys and values of every layer in pages that rows of any length share; slot s of row b is in page
-    `page_table[b, s // page]`. Page 0 takes what inactive tokens write, and is never read.
+    """Keys and values of every layer in pages that rows of any length share.
+
+    Slot s of row b is in page `page_table[b, s // page]`. Inactive tokens write to page 0, which is never read.
     """
 
     keys: tuple[Float[Array, "N K page h"], ...]
@@ -60,6 +62,7 @@ class PagedKVCache:
 
     @staticmethod
     def empty(config: TextConfig, num_pages: int, page: int, page_table: Array, dtype: DTypeLike) -> "PagedKVCache":
+        """Returns zeros: `num_pages` pages of `page` slots per layer."""
         shape = (num_pages, config.num_key_value_heads, page, config.head_dim)
         layers = range(config.num_hidden_layers)
         keys, values = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
@@ -89,7 +92,7 @@ class Attention(nnx.Module):
         cached: LayerCache | None,
         page_table: Int[Array, "B P"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the output and the layer's keys and values, those of `hidden` written at `slots`.
+        """Returns the float32 output, and the layer's keys and values with those of `hidden` written at `slots`.
 
         With a page table, `cached` is in pages, and tokens at slot -1 are inactive: they write to page 0, read nothing
         and are never read.
@@ -131,7 +134,7 @@ class DecoderLayer(nnx.Module):
         cached: LayerCache | None = None,
         page_table: Int[Array, "B P"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the hidden states after the layer, and its keys and values with those of `hidden` at `slots`.
+        """Returns the hidden states after the layer, and its keys and values with those of `hidden` written at `slots`.
 
         With a page table, tokens at slot -1 are inactive: they attend to nothing and go to no expert.
         """
@@ -142,23 +145,23 @@ class DecoderLayer(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """The token embeddings, and the output head if it is tied to them."""
+    """The token embeddings, which are also the output head if the two are tied."""
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         init = nnx.initializers.normal(stddev=1.0)
         self.weight = param(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), dtype, init)
 
     def __call__(self, input_ids: Int[Array, "..."]) -> Float[Array, "... D"]:
-        """float32 embeddings of token ids."""
+        """Returns float32 embeddings of token ids."""
         return self.weight[...][input_ids].astype(jnp.float32)
 
     def attend(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """float32 logits: `hidden` against every token's embedding."""
+        """Returns float32 logits, the products of `hidden` with every token's embedding."""
         return product(hidden, self.weight[...])
 
 
 class Qwen3MoeModel(nnx.Module):
-    """Token ids, or visual rows in their place, to normalised hidden states."""
+    """Maps token ids, or visual rows in their place, to normalised hidden states."""
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config = config
@@ -179,12 +182,15 @@ class Qwen3MoeModel(nnx.Module):
         input_deepstack_embeds: Float[Array, "M ND"] | None = None,
         visual_index: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | PagedKVCache | None]:
-        """The arguments are those of `Qwen3MoeForCausalLM`.
+        """Takes the arguments of `Qwen3MoeForCausalLM`.
 
-        `nnx.capture` finds the `hidden_states` in it: the embeddings, then those after each layer and its level.
+        `nnx.capture` collects its `hidden_states`: the embeddings, then those after each layer and its DeepStack level.
 
         Returns:
-            float32 normalised hidden states and the cache with these tokens in it (None without one).
+            float32 normalised hidden states, and the cache with these tokens in it (None without a cache).
+
+        Raises:
+            ValueError: `input_embeds` is given without `visual_index`.
         """
         hidden = self.embed_tokens(input_ids)
         if input_embeds is not None:
@@ -217,11 +223,11 @@ class Qwen3MoeModel(nnx.Module):
 class Qwen3MoeForCausalLM(nnx.Module):
     """`Qwen3MoeModel` and the output head: plain text, vision-language and the language side of a split.
 
-    They differ only in whether visual rows are given:
+    These uses differ only in whether visual rows are given:
 
         logits, _ = model(input_ids, position_ids)  # text
         logits, _ = model(input_ids, position_ids, input_embeds=embeds, visual_index=index,
-                          input_deepstack_embeds=deepstack)  # with pictures
+                          input_deepstack_embeds=deepstack)  # with images
     """
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
@@ -244,20 +250,20 @@ class Qwen3MoeForCausalLM(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], KVCache | PagedKVCache | None]:
         """
         Args:
-            input_ids: tokens, each row from its first one on; padding follows them.
+            input_ids: the tokens of each row, followed by padding.
             position_ids: M-RoPE positions (time, height, width) of the tokens.
-            slots: where in the cache the tokens stand, consecutive in each row; 0, 1, 2, ... by default. In a paged
-                cache, more than one token begin at a multiple of a page, and tokens at slot -1 are inactive.
-            cache: keys and values of the tokens before; None attends only among `input_ids`.
-            input_embeds: embeddings of M visual tokens.
-            input_deepstack_embeds: their N deepstack levels, side by side; level i is added after layer i.
+            slots: the tokens' slots in the cache, consecutive in each row; 0, 1, 2, ... by default. In a paged cache,
+                several tokens must begin at a multiple of the page size, and tokens at slot -1 are inactive.
+            cache: keys and values of the preceding tokens; with None, tokens attend only to those in `input_ids`.
+            input_embeds: embeddings of M visual tokens, which replace those of their token ids.
+            input_deepstack_embeds: their N DeepStack levels, side by side; level i is added after layer i.
             visual_index: the row of each visual token in the two arrays, -1 for text.
 
         Returns:
-            float32 logits and the cache with these tokens in it (None without one).
+            float32 logits, and the cache with these tokens in it (None without a cache).
 
         Raises:
-            ValueError: `input_embeds` without `visual_index`.
+            ValueError: `input_embeds` is given without `visual_index`.
         """
         hidden, cache = self.model(
             input_ids,
@@ -271,12 +277,12 @@ class Qwen3MoeForCausalLM(nnx.Module):
         return self.logits(hidden), cache
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """float32 logits of normalised hidden states: of those tokens whose logits are needed."""
+        """Returns float32 logits of normalised hidden states; pass only those of the tokens that need logits."""
         return self.model.embed_tokens.attend(hidden) if self.tied else self.lm_head(hidden)
 
 
 def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
-    """`new` [B, K, T, h] at slots first[b], first[b] + 1, ... of `cached` [B, K, S, h]."""
+    """Writes `new` [B, K, T, h] to slots first[b], first[b] + 1, ... of `cached` [B, K, S, h]."""
     if new.shape == cached.shape:
         return new  # a prompt that fills the cache can only start at slot 0
     write_row = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
@@ -284,10 +290,10 @@ def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
 
 
 def _write_pages(pages: jax.Array, new: jax.Array, page_table: jax.Array, slots: jax.Array) -> jax.Array:
-    """`new` [B, K, T, h] at the slots [B, T] of `pages` [N, K, page, h]; what is at slot -1 goes to page 0.
+    """Writes `new` [B, K, T, h] to the slots [B, T] of `pages` [N, K, page, h]; tokens at slot -1 go to page 0.
 
-    Several tokens of a row begin at a multiple of a page and are written page by page, inactive ones after the others
-    with them: nothing reads a slot that wasn't written yet.
+    Several tokens of a row begin at a multiple of the page size and are written page by page, together with inactive
+    ones that follow them: a slot is not read before its own token is written.
     """
     batch, heads, length, width = new.shape
     page, first = pages.shape[2], slots[:, 0]
@@ -295,7 +301,7 @@ def _write_pages(pages: jax.Array, new: jax.Array, page_table: jax.Array, slots:
         place = jnp.maximum(first, 0)
         where = jnp.take_along_axis(page_table, place[:, None] // page, axis=1)
         where = jnp.where(first[:, None] < 0, 0, where) * heads + jnp.arange(heads)
-        # as one list of rows, which a TPU scatters into without laying the pages out anew
+        # pages are viewed as one list of rows, into which a TPU scatters without changing their layout
         rows = pages.reshape(-1, width).at[(where * page + place[:, None] % page).reshape(-1)]
         return rows.set(new.reshape(-1, width)).reshape(pages.shape)
     height = min(length, page)

@@ -10,7 +10,7 @@ from deepstack_jax.models.vision import PatchGeometry, VisionEncoder, VisualRows
 
 
 class Qwen3VLMoeForConditionalGeneration(nnx.Module):
-    """A vision encoder beside the text model; text families have no `visual`."""
+    """A vision encoder beside the text model. In text families, `visual` is absent."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         if config.vision:
@@ -19,10 +19,10 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         self.num_deepstack_levels = config.num_deepstack_levels
 
     def get_image_features(self, pixel_values: Float[Array, "P C"], geometry: PatchGeometry) -> VisualRows:
-        """The embeddings [M, D] and deepstack levels [M, N*D] of packed images and videos.
+        """Returns the embeddings [M, D] and DeepStack levels [M, N*D] of packed images and videos.
 
         Args:
-            pixel_values: their patches [P, C*Tp*p*p], as a Hugging Face processor gives them.
+            pixel_values: their patches [P, C*Tp*p*p], as returned by a Hugging Face processor.
             geometry: `patch_geometry(config.vision, grid_thw)`.
         """
         return separate_deepstack_embeds(self.visual(pixel_values, geometry), self.num_deepstack_levels)
@@ -38,12 +38,13 @@ class Qwen3VLMoeForConditionalGeneration(nnx.Module):
         slots: Int[Array, "B T"] | None = None,
         cache: KVCache | PagedKVCache | None = None,
     ) -> tuple[Float[Array, "B T V"], KVCache | PagedKVCache | None]:
-        """float32 logits, and the cache with these tokens in it: `Qwen3MoeForCausalLM` behind `get_image_features`.
+        """Runs `get_image_features` and `Qwen3MoeForCausalLM`; returns float32 logits and the updated cache.
 
-        `visual_index` says which row of the features each visual token takes, -1 for text (processing/positions.py).
+        `visual_index` is the row of the features that each visual token takes, -1 for text (processing/positions.py).
+        The other arguments are those of the two.
 
         Raises:
-            ValueError: `pixel_values` without `geometry` or `visual_index`.
+            ValueError: `pixel_values` is given without `geometry` or `visual_index`.
         """
         embeds = deepstack = None
         if pixel_values is not None:

@@ -1,6 +1,6 @@
-"""The model families: one entry each says all that is particular to one. Nothing else compares `model_type`.
+"""The model families. One entry per family holds everything specific to it; no other code compares `model_type`.
 
-A new family is one `register(Family(...))`: see docs/add-a-model.md.
+To add a family, call `register(Family(...))`: see docs/add-a-model.md.
 """
 
 import re
@@ -26,7 +26,7 @@ def _aliases(*pairs: tuple[str, str]) -> Aliases:
 
 
 _TEXT_ALIASES = _aliases((r"^(?=embed_tokens\.|layers\.|norm\.)", "model."))
-# of a base model that was saved by itself, and of the older multimodal families
+# names of a base model that was saved by itself, and of older multimodal families
 _VL_ALIASES = _aliases(
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
@@ -34,7 +34,7 @@ _VL_ALIASES = _aliases(
     (r"^visual\.", "model.visual."),
     (r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
 )
-# of the text model of a vision-language checkpoint, taken out of it with its names
+# names of a text model that was extracted from a vision-language checkpoint without renaming
 _TEXT_PART_ALIASES = (
     *_aliases(
         (r"^(model\.)?language_model\.lm_head\.", "lm_head."),
@@ -46,11 +46,11 @@ _TEXT_PART_ALIASES = (
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Where a Hugging Face checkpoint has the parameters.
+    """How a Hugging Face checkpoint names the parameters.
 
     Attributes:
-        roots: (prefix of our paths, prefix of its names); the first that fits counts.
-        aliases: other spellings of names, and what replaces them; the first that fits counts.
+        roots: pairs (prefix of our paths, prefix of its names), of which the first match applies.
+        aliases: pairs (pattern of an older name, replacement), of which the first match applies.
     """
 
     roots: tuple[tuple[str, str], ...]
@@ -62,12 +62,12 @@ class Family:
     """One model family.
 
     Attributes:
-        model_type: as config.json has it.
-        architecture: the class of transformers that config.json names.
-        parse_config: the contents of a config.json to a `ModelConfig`; raises `ConfigError`.
-        layout: of its Hugging Face checkpoints.
+        model_type: the model_type in config.json.
+        architecture: the transformers class that config.json names.
+        parse_config: turns the contents of a config.json into a `ModelConfig`; raises `ConfigError`.
+        layout: the names in its Hugging Face checkpoints.
         module: `module(config, dtype=..., rngs=...)` has a `language_model` and, with vision, `visual`.
-        checkpoints: published ones, for the README's table.
+        checkpoints: published checkpoints, for the README's table.
         is_text_part: whether it is the text model of another family, saved by itself.
     """
 
@@ -87,7 +87,7 @@ def register(family: Family) -> None:
     """Adds a family.
 
     Raises:
-        ValueError: there is one of this model_type.
+        ValueError: a family with this model_type exists already.
     """
     if family.model_type in FAMILIES:
         raise ValueError(f"model_type {family.model_type!r} is registered already: choose another name")
@@ -95,12 +95,12 @@ def register(family: Family) -> None:
 
 
 def family_of(config: ModelConfig) -> Family:
-    """The family of a configuration."""
+    """Returns the family of a configuration; raises `KeyError` if it isn't registered."""
     return FAMILIES[config.model_type]
 
 
 def parse_config(raw: dict[str, Any]) -> ModelConfig:
-    """Turns the contents of a config.json into a `ModelConfig`; raises `ConfigError` naming what can't be served."""
+    """Turns the contents of a config.json into a `ModelConfig`; raises `ConfigError` naming what is not supported."""
     family = FAMILIES.get(model_type) if isinstance(model_type := raw.get("model_type"), str) else None
     if family is None:
         raise ConfigError(f"model_type {model_type!r} is not supported: expected one of {', '.join(FAMILIES)}")
@@ -108,12 +108,12 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
 
 
 def read_config(path: str | Path) -> ModelConfig:
-    """Reads `path` (a config.json or the directory that holds one); raises `ConfigError` naming file and position."""
+    """Reads `path`, a config.json or the directory that holds one; raises `ConfigError` that names the problem."""
     return parse_config(read_config_object(path))
 
 
 def build_module(config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> Any:
-    """The module of a configuration's family, initialised."""
+    """Returns the initialised module of a configuration's family."""
     return family_of(config).module(config, dtype=dtype, rngs=rngs)
 
 

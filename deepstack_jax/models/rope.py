@@ -1,6 +1,6 @@
-"""Rotary position embeddings: interleaved M-RoPE for text (1-D rope is the case of no sections), 2-D for patches.
+"""Rotary position embeddings: interleaved M-RoPE for text (1-D rope is the case without sections), 2-D for patches.
 
-Angles and rotation are float32 in both. Sources: RoFormer (arXiv:2104.09864), the interleaved M-RoPE of Qwen3-VL
+Angles and rotations are float32 in both. Sources: RoFormer (arXiv:2104.09864), the interleaved M-RoPE of Qwen3-VL
 (arXiv:2511.21631), YaRN (arXiv:2309.00071).
 """
 
@@ -16,7 +16,7 @@ Rotation = tuple[Float[Array, "*batch T half"], Float[Array, "*batch T half"]]
 
 
 def text_rotation(rope: RopeConfig, head_dim: int, position_ids: Int[Array, "3 B T"]) -> Rotation:
-    """(cos, sin), each float32 [B, T, head_dim/2], of positions (time, height, width)."""
+    """Returns (cos, sin), each float32 [B, T, head_dim/2], for positions (time, height, width)."""
     frequencies, scale = _inverse_frequencies(rope, head_dim)
     positions = jnp.moveaxis(position_ids, 0, -1)[..., _frequency_axis(rope, head_dim)]
     angles = positions.astype(jnp.float32) * frequencies
@@ -24,7 +24,7 @@ def text_rotation(rope: RopeConfig, head_dim: int, position_ids: Int[Array, "3 B
 
 
 def patch_rotation(theta: float, head_dim: int, coordinates: Int[Array, "P 2"]) -> Rotation:
-    """(cos, sin), each float32 [P, head_dim/2]: the first half of the angles follows the row, the second the column."""
+    """Returns (cos, sin), each float32 [P, head_dim/2]: first the angles of the row, then those of the column."""
     quarter = np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2)
     angles = coordinates.astype(jnp.float32)[..., None] * (1.0 / np.float32(theta) ** quarter)
     angles = angles.reshape(len(coordinates), -1)
@@ -32,14 +32,17 @@ def patch_rotation(theta: float, head_dim: int, coordinates: Int[Array, "P 2"]) 
 
 
 def rotate(x: Float[Array, "*batch T H h"], rotation: Rotation) -> Float[Array, "*batch T H h"]:
-    """Turns each pair (x[i], x[i + h/2]) by its angle; float32 in and out."""
+    """Rotates each pair (x[i], x[i + h/2]) by its angle, in float32."""
     cos, sin = (part[..., None, :] for part in rotation)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def _frequency_axis(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Which of (time, height, width) turns each frequency: T H W T H W ... while height and width have any left."""
+    """Returns which of (time, height, width) each frequency uses: T H W T H W ... until height and width run out.
+
+    The result is int32 [head_dim/2]; the remaining frequencies use time.
+    """
     axis = np.zeros(head_dim // 2, np.int32)
     if rope.mrope_section:
         for which in (1, 2):
@@ -48,7 +51,7 @@ def _frequency_axis(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
-    """(float32 [head_dim/2], factor on cos and sin)."""
+    """Returns (frequencies float32 [head_dim/2], factor on cos and sin)."""
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     plain = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
     if rope.rope_type == "default":
@@ -59,11 +62,11 @@ def _inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, f
 
 
 def _yarn(rope: RopeConfig, head_dim: int, plain: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fast frequencies stay, slow ones are divided by the factor, with a ramp between."""
+    """Keeps fast frequencies and divides slow ones by the factor, with a linear ramp between (arXiv:2309.00071)."""
     trained = rope.original_max_position_embeddings or 0
 
     def dimension_of(rotations: float) -> float:
-        """The dimension that makes this many full turns over the trained context."""
+        """Returns the dimension that makes this many full rotations over the trained context."""
         return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)

@@ -1,9 +1,8 @@
-"""The vision encoder: patches of images and video frames to visual rows, with DeepStack levels beside them.
+"""The vision encoder: maps patches of images and video frames to visual rows with their DeepStack levels.
 
-The patches of an image or a video stand in one packed sequence; each image, and each frame of a video, is a segment
-that attends only to itself. Within a segment patches come in merge blocks: the patches that become one visual token are
-neighbours.
-Reference: transformers' qwen3_vl.
+The patches of an image or a video form one packed sequence; each image, and each frame of a video, is a segment that
+attends only to itself. Within a segment, patches are in merge blocks: those that become one visual token are adjacent.
+References: transformers' qwen3_vl and qwen3_vl_moe; DeepStack (arXiv:2406.04334).
 """
 
 from dataclasses import dataclass
@@ -27,19 +26,19 @@ from pallas_kernels.attention import ranged_attention
 @jax.tree_util.register_dataclass
 @dataclass
 class PatchGeometry:
-    """Where each of P packed patches stands. Patches of padding have the empty segment [0, 0)."""
+    """The positions and segments of P packed patches. Padding patches have the empty segment [0, 0)."""
 
     coordinates: Int[AnyArray, "P 2"]  # row and column in the image
-    position_index: Int[AnyArray, "P 4"]  # neighbours in the grid of learned position embeddings
-    position_weight: Float[AnyArray, "P 4"]  # their bilinear weights
+    position_index: Int[AnyArray, "P 4"]  # four neighbours in the grid of learned position embeddings
+    position_weight: Float[AnyArray, "P 4"]  # bilinear weights of the four
     segment_start: Int[AnyArray, " P"]
     segment_stop: Int[AnyArray, " P"]
 
 
 def patch_geometry(config: VisionConfig, grid_thw: np.ndarray, num_patches: int | None = None) -> PatchGeometry:
-    """The geometry of images and videos with grids `grid_thw` [n, 3] in patches (time, height, width).
+    """Computes on the host the geometry of images and videos with grids `grid_thw` [n, 3] (time, height, width).
 
-    Computed on the host; `num_patches` pads the result to a bucket.
+    Grids count patches. `num_patches` pads the result to that many patches.
     """
     parts = [_one_geometry(config, *(int(x) for x in grid)) for grid in grid_thw]
     fields = [np.concatenate(field) for field in zip(*(part[:-1] for part in parts), strict=True)]
@@ -51,7 +50,7 @@ def patch_geometry(config: VisionConfig, grid_thw: np.ndarray, num_patches: int 
 
 
 class VisionEncoder(nnx.Module):
-    """`pixel_values` and their geometry to rows [M, (1+N)*D]: the visual embeddings and N deepstack levels."""
+    """Maps `pixel_values` and their geometry to rows [M, (1+N)*D]: visual embeddings and N DeepStack levels."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.config, self.dtype = config, jnp.dtype(dtype)
@@ -67,9 +66,9 @@ class VisionEncoder(nnx.Module):
         )
 
     def __call__(self, pixel_values: Float[Array, "P C"], geometry: PatchGeometry) -> Float[Array, "M R"]:
-        """pixel_values [P, C*Tp*p*p] -> rows [P / merge^2, (1+N)*D] in the model's dtype.
+        """Maps pixel_values [P, C*Tp*p*p] to rows [P / merge^2, (1+N)*D] in the model's dtype.
 
-        `nnx.capture` finds the `hidden_states` after each block in it.
+        `nnx.capture` collects its `hidden_states` after each block.
         """
         hidden = self.patch_embed(pixel_values) + self.pos_embed(geometry)
         rotation = patch_rotation(self.config.rope_theta, self.config.head_dim, jnp.asarray(geometry.coordinates))
@@ -87,20 +86,20 @@ class VisionEncoder(nnx.Module):
 
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well
 class VisualRows(NamedTuple):
-    """Visual rows in two arrays, as the language model takes them and as they travel."""
+    """Visual rows in two arrays, as the language model takes them and as they are transferred."""
 
     embeds: Float[Array, "M D"]
     deepstack: Float[Array, "M ND"] | None = None  # None if N is 0
 
 
 def separate_deepstack_embeds(rows: Float[Array, "M R"], num_deepstack_embeddings: int) -> VisualRows:
-    """Splits rows [M, (1+N)*D] into embeddings [M, D] and deepstack [M, N*D] (None if N is 0)."""
+    """Splits rows [M, (1+N)*D] into embeddings [M, D] and DeepStack levels [M, N*D] (None if N is 0)."""
     width = rows.shape[-1] // (1 + num_deepstack_embeddings)
     return VisualRows(rows[:, :width], rows[:, width:] if num_deepstack_embeddings else None)
 
 
 class PatchEmbed(nnx.Module):
-    """The convolution over whole patches, which is a product: its stride is its kernel's size."""
+    """The convolution over patches, computed as a product because its stride equals its kernel size."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         shape = config.hidden_size, config.patch_dim
@@ -111,7 +110,7 @@ class PatchEmbed(nnx.Module):
 
 
 class PositionEmbedding(nnx.Module):
-    """A square grid of learned embeddings, read between its points."""
+    """A square grid of learned embeddings with bilinear interpolation between its points."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         shape = config.num_position_embeddings, config.hidden_size
@@ -123,10 +122,10 @@ class PositionEmbedding(nnx.Module):
 
 
 class VisionAttention(nnx.Module):
-    """Attention within segments, with 2-D rope."""
+    """Attention within segments with 2-D rope: [P, D] to float32 [P, D]."""
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width = config.hidden_size  # of all heads together as well
+        width = config.hidden_size  # also the width of all heads together
         self.head_dim, self.dtype = config.head_dim, jnp.dtype(dtype)
         self.qkv = Linear((3, width), width, (None, "heads", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
         self.proj = Linear(width, width, ("vision_embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
@@ -169,7 +168,7 @@ class VisionBlock(nnx.Module):
 
 
 class PatchMerger(nnx.Module):
-    """merge x merge neighbouring patches to one visual token; deepstack levels are normalised after the merge."""
+    """Merges merge x merge adjacent patches into one visual token; DeepStack levels are normalised after the merge."""
 
     def __init__(self, config: VisionConfig, *, norm_after_merge: bool, dtype: DTypeLike, rngs: nnx.Rngs):
         merged = config.hidden_size * config.merge_unit
@@ -189,7 +188,7 @@ class PatchMerger(nnx.Module):
 
 
 def _one_geometry(config: VisionConfig, frames: int, height: int, width: int) -> tuple[np.ndarray, ...]:
-    """(coordinates, position_index, position_weight, patches of each frame) of one image or video."""
+    """Returns (coordinates, position_index, position_weight, patches per frame) of one image or video."""
     merge = config.spatial_merge_size
     rows, columns = np.indices((height, width), dtype=np.int32)
     blocks = height // merge, merge, width // merge, merge
