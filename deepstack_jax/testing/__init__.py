@@ -1,1 +1,1 @@
-"""What tests and benchmarks share, the project's own and those of its users: random checkpoints of every family."""
+"""Random checkpoints of the model families, for this project's tests and benchmarks and for those of its users."""

@@ -1,8 +1,8 @@
-"""A made-up checkpoint in Hugging Face's layout, for the demo, tests and benchmarks. Needs no PyTorch.
+"""Writes random checkpoints in Hugging Face's layout, for tests and benchmarks. It does not need PyTorch.
 
-Weights are scaled so that experts share the load: token embeddings of standard deviation 1 stay large against what
-the layers add (0.5 / sqrt(fan in)). The values depend only on the seed and the parameter, so that the same seed
-gives the same model in every dtype (up to rounding), expert layout and division into files.
+Weights are scaled so that experts share the load: token embeddings have standard deviation 1 and stay large compared to
+what the layers add (0.5 / sqrt(fan in)). The values depend only on the seed and the parameter, so the same seed gives
+the same model in every dtype (up to rounding), expert layout and division into files.
 """
 
 import json
@@ -29,8 +29,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-_BLOCK = 1 << 20  # values made at once
-# Frequent pairs, so that a random model's output has some letters in common with text.
+_BLOCK = 1 << 20  # values generated at once
+# Frequent pairs of letters, so that a random model's output resembles text a little.
 _MERGES = (
     "Ġ t", "Ġ a", "h e", "i n", "r e", "o n", "Ġt he", "e r", "Ġ s", "a t", "Ġ w", "Ġ o", "e n", "Ġ c", "i t", "i s",
     "a n", "o r", "e s", "Ġ b", "e d", "Ġ f", "in g", "Ġ p", "o u", "Ġa n", "a l", "a r", "Ġt o", "Ġ m", "Ġo f", "Ġ in",
@@ -39,10 +39,11 @@ _MERGES = (
 
 
 def tiny_config(model_type: str = "qwen3_vl_moe", **overrides: Any) -> dict[str, Any]:
-    """A config.json of a few hundred thousand parameters, for any of the four families.
+    """Returns the contents of a config.json for a model with a few hundred thousand parameters.
 
-    `overrides` replace keys of the outermost object; `text_config` and `vision_config` are merged into the tiny ones.
-    For the text families the keys of `text_config` are the outermost ones.
+    `model_type` is qwen3_vl_moe, qwen3_moe, qwen3_vl or qwen3. `overrides` replace keys of the outermost object;
+    `text_config` and `vision_config` are merged into the tiny ones. In the text families, the keys of `text_config` are
+    in the outermost object.
     """
     text = {
         "vocab_size": 300,
@@ -106,10 +107,11 @@ def write_random_checkpoint(
 ) -> None:
     """Writes a checkpoint of `config` (the contents of a config.json) with random weights into `directory`.
 
-    One parameter is in memory at a time. `dtype` is float32, bfloat16 or float16. `tokenizer` adds a byte-level
-    tokenizer whose special tokens have the config's ids, and the image processor's settings. `repeat_values` cuts
-    all weights out of one random block: about ten times as fast, for benchmarks that only move bytes.
-    Raises `ConfigError` for a config of none of the four families, `FileExistsError` if there is a checkpoint.
+    Only one parameter is in memory at a time. `dtype` is float32, bfloat16 or float16. `tokenizer` adds a byte-level
+    tokenizer whose special tokens have the config's ids and, with vision, the settings of the processors.
+    `repeat_values` takes all weights from one random block, which is about ten times as fast, for benchmarks that only
+    move bytes.
+    Raises `ConfigError` if `parse_config` refuses the config, and `FileExistsError` if there are safetensors files.
     """
     directory = Path(directory)
     parsed = parse_config(config)
@@ -152,7 +154,7 @@ def _write_weights(
 
 
 def _random_values(parameter: Parameter, seed: int, dtype: np.dtype, block: np.ndarray | None) -> np.ndarray:
-    """Values of one parameter, made in float32 a piece at a time."""
+    """Returns the values of one parameter, generated in float32 one block at a time."""
     mean, deviation = (np.float32(value) for value in _distribution(parameter))
     key = zlib.crc32(parameter.path.encode())
     random = np.random.default_rng([seed, key])
@@ -169,7 +171,7 @@ def _random_values(parameter: Parameter, seed: int, dtype: np.dtype, block: np.n
 
 
 def _distribution(parameter: Parameter) -> tuple[float, float]:
-    """Mean and standard deviation of a parameter's values."""
+    """Returns the mean and standard deviation of a parameter's values."""
     path, shape = parameter.path, parameter.shape
     if path.endswith(".bias"):
         return 0.0, 0.02
@@ -180,10 +182,10 @@ def _distribution(parameter: Parameter) -> tuple[float, float]:
     if ".experts." in path:
         fan_in = shape[1]  # [E, in, out]
     elif path.endswith(("o_proj.weight", "attn.proj.weight")):
-        fan_in = prod(shape[1:])  # [out, H, h]
+        fan_in = prod(shape[1:])  # [out, H * h]
     else:
         fan_in = shape[-1]
-    # visual rows become about as large as token embeddings
+    # visual rows then are about as large as token embeddings
     return 0.0, (1.0 if "merger" in path else 0.5) / fan_in**0.5
 
 
@@ -191,7 +193,7 @@ def _write_tokenizer(directory: Path, config: ModelConfig) -> None:
     ids = _special_ids(config)
     taken = set(ids.values())
     free = (i for i in range(config.text.vocab_size) if i not in taken)
-    # a prefix of the merges stays consistent: each needs only pieces made before it
+    # a prefix of the merges is consistent, because each merge needs only pieces of earlier ones
     vocabulary = dict(zip([*_byte_characters(), *(merge.replace(" ", "") for merge in _MERGES)], free, strict=False))
     merges = [merge for merge in _MERGES if merge.replace(" ", "") in vocabulary]
     added = [
@@ -235,7 +237,7 @@ def _write_tokenizer(directory: Path, config: ModelConfig) -> None:
 
 
 def _special_ids(config: ModelConfig) -> dict[str, int]:
-    """Ids of the special tokens: the config's if it names them, otherwise the first free ones after the bytes."""
+    """Returns the ids of the special tokens: the config's, otherwise the first free ones after the bytes."""
     ids: dict[str, int] = {}
     if config.vision:
         ids |= {
@@ -253,7 +255,7 @@ def _special_ids(config: ModelConfig) -> dict[str, int]:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE (GPT-2's table)."""
+    """Returns the printable character that stands for each byte in byte-level BPE (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
