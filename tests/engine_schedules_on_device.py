@@ -1,7 +1,8 @@
 """Random schedules of a whole engine: whatever else it does, each request gets the bits that it has alone.
 
 `simulate` asks some of a bench's questions in a random order, at random turns, in engines whose paces, pools and prefix
-caches differ, and cancels some, delays the rows of some and breaks some. Nothing that it draws may show in an answer.
+caches differ. It cancels some, breaks some, delays the rows of some, and has the rows of others sent by encode nodes of
+which one may be gone in the middle. Nothing that it draws may show in an answer.
 """
 
 import random
@@ -17,6 +18,7 @@ from deepstack_jax.engine.prefix_cache import ImageSpan
 from deepstack_jax.engine.request import Image, Request
 from deepstack_jax.models.vision import separate_deepstack_embeds
 from tests.engine_questions import Bench, Question, read_kv_bits, scramble
+from tests.split_requests import SplitRequest, can_be_split
 
 MOST_TURNS = 400  # a request that needs more is not going to end
 SALTS = (b"", b"", b"", b"another tenant")
@@ -37,6 +39,7 @@ class Asked:
     cancelled_at: int | None = None
     broken: bool = False  # its rows can't be used
     late: list[tuple[int, Image, int]] = field(default_factory=list)  # turn, image, its number in the question
+    split: SplitRequest | None = None
     pages: tuple[int, ...] = ()
     matched_again: bool = False
     tokens: tuple[int, ...] = ()
@@ -116,18 +119,24 @@ def _schedule(bench: Bench, rng: random.Random) -> list[Asked]:
         long = [question for question in questions if question.batch.lengths[0] > bench.shape.chunk]
         questions = rng.sample(long, 2)
     arrivals = [rng.choice((0, 1, rng.randint(0, 20 if repeats else 10))) for _ in range(rng.randint(2, 6))]
-    return [_ask(rng.choice(questions), rng, arrives) for arrives in arrivals]
+    return [_ask(bench, rng.choice(questions), rng, arrives) for arrives in arrivals]
 
 
-def _ask(question: Question, rng: random.Random, arrives: int) -> Asked:
+def _ask(bench: Bench, question: Question, rng: random.Random, arrives: int) -> Asked:
     whole = rng.random() < 0.3
-    request = Request.of_row(question.prompt if whole else question.batch, question.plan)
-    asked = Asked(question, request, arrives, rng.choice(SALTS))
+    split = None
+    if not whole and can_be_split(question) and rng.random() < 0.5:
+        split = SplitRequest(bench.model, question, arrives, rng)
+    form = question.prompt if whole else question.batch
+    request = split.request if split else Request.of_row(form, question.plan)
+    asked = Asked(question, request, arrives, rng.choice(SALTS), split=split)
     if rng.random() < 0.15:
         asked.cancelled_at = arrives + rng.randint(0, 8)
-    if question.has_images and not whole and rng.random() < 0.5:
+    if split or not question.has_images:
+        return asked
+    if not whole and rng.random() < 0.5:
         _delay(asked, rng)
-    elif question.has_images and rng.random() < 0.05:
+    elif rng.random() < 0.05:
         asked.broken = True
         for image in request.images:
             image.pixels, image.encoded = None, jnp.zeros((16, 3), jnp.float32)
@@ -149,6 +158,8 @@ def _interfere(engine: Engine, left: list[Asked], turn: int) -> None:
     for each in left:
         if each.arrives == turn:
             engine.add(each.request, each.salt)
+        if each.split and each.arrives <= turn:
+            each.split.deliver(engine, turn)
         for at, image, number in each.late:
             if at == turn:
                 _deliver(engine, each, image, number)
@@ -216,3 +227,9 @@ def _happenings(asked: list[Asked]) -> Iterator[str]:
             yield "matched again"
         if each.late and each.end in ("length", "stop"):
             yield "late"
+        if each.split and each.end in ("length", "stop"):
+            yield "split"
+            if len(each.split.encoders) > 1:
+                yield "failed over"
+        if each.split and each.request.cached_tokens:
+            yield "cached in a split"

@@ -55,6 +55,7 @@ class TestSmallEngine:
         seen = simulate_all(bench, range(500 * part, 500 * (part + 1)))
         # they reach what they are for
         often = {"length", "stop", "cancelled", "failed", "late", "cached", "cached with images", "matched again"}
+        often |= {"split", "failed over", "cached in a split"}
         assert {what for what in often if seen[what] < 10} == set()
 
     def test_nor_with_one_request_per_program(self, model: dsj.Model):

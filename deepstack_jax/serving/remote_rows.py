@@ -61,7 +61,7 @@ class RemoteRows:
 
         async with self.encoders.fetch(secrets.token_hex(16), payload, deadline, on_rows) as fetch:
             prompt = await fetch.prompt
-            prepared = _engine_request(prompt, plan(prompt.arrays), deadline)
+            prepared = engine_request(prompt, plan(prompt.arrays), deadline)
             if self.overlap:
                 prepared.on_admitted = _in_this_loop(lambda cached: fetch.want(cached, admitted=True))
                 fetch.want(self.runner.find_cached(prepared), admitted=False)
@@ -83,7 +83,8 @@ class RemoteRows:
         self.runner.engine.warm_up_rows(self.encoders.hello.block_size)
 
 
-def _engine_request(prompt: KnownPrompt, plan: GenerationPlan, deadline: float) -> EngineRequest:
+def engine_request(prompt: KnownPrompt, plan: GenerationPlan, deadline: float) -> EngineRequest:
+    """A request whose rows come block by block, by `Runner.add_rows`."""
     request = EngineRequest.of_row(prompt.arrays, plan, deadline=deadline)
     request.spans = tuple(ImageSpan(image.first_row, image.rows, image.digest) for image in prompt.images)
     request.images = [
