@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any
 
 import numpy as np
@@ -94,17 +94,13 @@ class TextNode:
                 inputs = await admit_media(request, self._policy)
         except TimeoutError:
             raise DeadlineError(_NO_ANSWER) from None
-        try:
-            chunks = self._answer_remotely if inputs.has_media and self._remote else self._answer_here
-            async with aclosing(chunks(request, inputs, deadline)) as answer:
-                async for chunk in answer:
-                    yield chunk
-            return
-        except NoEncoderError:  # before the first chunk
-            pass
-        async with aclosing(self._answer_here(request, inputs, deadline)) as answer:
-            async for chunk in answer:
-                yield chunk
+        ways = [self._answer_remotely] if inputs.has_media and self._remote else []
+        for way in (*ways, self._answer_here):
+            with suppress(NoEncoderError):  # it comes before the first chunk
+                async with aclosing(way(request, inputs, deadline)) as answer:
+                    async for chunk in answer:
+                        yield chunk
+                return
 
     async def _answer_here(self, request: GenerateRequest, inputs: Inputs, deadline: float) -> AsyncGenerator[Chunk]:
         """The chunks of an answer for which this node encodes the pictures, if there are any."""

@@ -208,14 +208,19 @@ class Sender:
         accepted = Send(key.peer, Accepted(key.request_id, key.attempt))
         return [accepted, Prepare(key, message.payload, deadline)]
 
-    def _want(self, key: AttemptKey, message: Want) -> list[Action]:
+    def _find(self, key: AttemptKey) -> tuple[OutgoingAttempt | None, list[Action]]:
+        """The attempt that a message is about, or the answer to a message about one that is over or unknown."""
         if error := self._repeat_error(key):
-            return error
+            return None, error
         if key in self.finished:
-            return []
+            return None, []
         outgoing = self.outgoing.get(key)
+        return outgoing, [] if outgoing else [self._unknown_attempt(key)]
+
+    def _want(self, key: AttemptKey, message: Want) -> list[Action]:
+        outgoing, answer = self._find(key)
         if outgoing is None:
-            return [self._unknown_attempt(key)]
+            return answer
         if not self._is_active(key) or outgoing.prepared is None:
             return []
         if message.version < outgoing.version:
@@ -234,13 +239,9 @@ class Sender:
         return [Send(key.peer, Encoded(key.request_id, key.attempt, blocks, outgoing.encode_us))]
 
     def _grant(self, key: AttemptKey, message: Grant, now: float) -> list[Action]:
-        if error := self._repeat_error(key):
-            return error
-        if key in self.finished:
-            return []
-        outgoing = self.outgoing.get(key)
+        outgoing, answer = self._find(key)
         if outgoing is None:
-            return [self._unknown_attempt(key)]
+            return answer
         starting: list[tuple[int, int]] = []
         repeated: list[WrittenBlock] = []
         for token_block, pool_block in message.blocks if self.may_write(key, now) else ():
