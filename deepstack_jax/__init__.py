@@ -1,4 +1,4 @@
-"""Qwen3-VL-MoE in JAX: load a checkpoint, prepare prompts with pictures, and answer them.
+"""Qwen3-VL-MoE in JAX: load a checkpoint, prepare prompts with images, and answer them.
 
 import deepstack_jax as dsj
 model = dsj.load("Qwen3-VL-30B-A3B-Instruct")
@@ -35,7 +35,7 @@ _HOMES = {"Model": "checkpoint", "load": "checkpoint", "make_mesh": "sharding", 
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the models when they are first asked for: conversion and the command line's help do without."""
+    """Imports the models on first use, because conversion and the command line's help don't need them."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name == "__version__":

@@ -1,4 +1,4 @@
-"""Checkpoints that come with the package and are found by name wherever a checkpoint's path is taken."""
+"""Checkpoints that come with the package. Their names are accepted wherever a checkpoint's path is."""
 
 from pathlib import Path
 
@@ -8,16 +8,16 @@ BUNDLED = {"tiny-vl": Path(__file__).parent / "data" / "tiny-vl"}
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """`path`, or the bundled checkpoint of that name; an existing checkpoint of the same name goes first."""
+    """Returns `path` if it is a checkpoint, otherwise the bundled checkpoint of that name, if there is one."""
     given = Path(path)
     return given if (given / "config.json").exists() else BUNDLED.get(str(path), given)
 
 
 def existing_checkpoint(path: str | Path) -> Path:
-    """`checkpoint_path`, of a directory that has a readable config.json. Commands ask before they import jax.
+    """Returns `checkpoint_path` and checks that its config.json is readable. Commands call this before they import jax.
 
     Raises:
-        ConfigError: there is none; with what is there instead.
+        ConfigError: there is no readable config.json; the message says what is there instead.
     """
     found = checkpoint_path(path)
     read_config_object(found)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint, converted or as Hugging Face has it, as a `Model`."""
+"""Loads a converted or a Hugging Face checkpoint as a `Model`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -26,8 +26,8 @@ VISION, TEXT = "visual.", "language_model."
 class Model:
     """A checkpoint in memory. Its parameters are a flat dictionary by dotted path (see models/parameters.py).
 
-    `config.dtype` is that of weights, cache and visual rows: the one that the parameters have, or, if they have
-    several, the one that it names.
+    `config.dtype` is the dtype of weights, cache and visual rows. It is set to the parameters' dtype if they all have
+    the same one.
 
     Raises:
         ValueError: the parameters have several dtypes and the configuration names none.
@@ -47,18 +47,23 @@ class Model:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of weights, cache and visual rows."""
+        """The dtype of weights, cache and visual rows."""
         return model_dtype(self.config)
 
     def module(self) -> nnx.Module:
-        """The model as a Flax module over these parameters, for optax, LoRA or quantisation.
+        """Returns the model as a Flax module over these parameters, for optax, LoRA or quantisation.
 
-        Its `language_model` is a `Qwen3MoeForCausalLM`; it has a `visual` if those parameters are loaded.
+        Its `language_model` is a `Qwen3MoeForCausalLM`. If the family has vision, its `visual` is a `VisionEncoder`,
+        which runs only if its parameters are loaded.
         """
         return merge_params(self.config, self.params)
 
     def from_module(self, module: nnx.Module) -> "Model":
-        """This model with the parameters of a module that came from `module()` and was trained."""
+        """Returns this model with the parameters of `module`, which came from `module()` and was trained.
+
+        Raises:
+            ValueError: the module lacks a parameter of this model.
+        """
         params = flat_params(module)
         if missing := [path for path in self.params if path not in params]:
             raise ValueError(f"the module has no parameter {missing[0]}: it was not made by this model's module()")
@@ -66,17 +71,17 @@ class Model:
 
     @cached_property
     def vision_params(self) -> Params:
-        """What the encode program needs."""
+        """The parameters that the encode program needs."""
         return self._part(VISION)
 
     @cached_property
     def text_params(self) -> Params:
-        """What the prefill and decode programs need."""
+        """The parameters that the prefill and decode programs need."""
         return self._part(TEXT)
 
     @cached_property
     def processor(self) -> Processor:
-        """Tokenizer, chat template, image and video processing; read from the checkpoint when first asked for."""
+        """Tokenizer, chat template, and image and video processing, read from the checkpoint on first use."""
         if self.path is None:
             raise ValueError("this model was not loaded from a checkpoint: it has no tokenizer")
         return Processor.from_directory(self.path, self.config)
@@ -94,22 +99,22 @@ def load(
     parts: Iterable[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
-    """Loads a directory made by `deepstack-jax convert`, or a Hugging Face directory as it is.
+    """Loads a directory made by `deepstack-jax convert`, or an unconverted Hugging Face directory.
 
     Args:
         path: the directory, or the name of a checkpoint that comes with the package (`tiny-vl`).
-        dtype: float32 or bfloat16; None keeps the checkpoint's. If its tensors differ, that is the one dtype that
-            transformers' from_pretrained takes, and a `CheckpointWarning` says so.
-        mesh: places every parameter by its logical axes (sharding.py); None takes the default device.
-        expert_layout: hf4 or hf5, for a Hugging Face directory whose layout can't be told from its shapes.
-        parts: parameters to load, by prefix ("visual.", "language_model."); None loads all.
-        progress: called with (bytes read, bytes in all).
+        dtype: float32 or bfloat16; None keeps the checkpoint's. If its tensors differ, None takes the dtype that
+            transformers' from_pretrained chooses, and emits a `CheckpointWarning`.
+        mesh: places every parameter by its logical axes (sharding.py); None places all on the default device.
+        expert_layout: hf4 or hf5, for a Hugging Face directory whose shapes are ambiguous.
+        parts: prefixes of the parameters to load ("visual.", "language_model."); None loads all.
+        progress: called with (bytes read, total bytes).
 
     Raises:
-        ValueError: a directory that is not a checkpoint of the four families, or is damaged, quantised or an adapter;
-            one line says what is wrong, and where.
+        ValueError: the directory is not a checkpoint of a supported family, or is damaged, quantised or an adapter; the
+            message is one line that says what is wrong and where.
 
-    Warns `CheckpointWarning` of tensors that are not the model's and left out.
+    Emits a `CheckpointWarning` for tensors that are not part of the model, which are skipped.
     """
     path = checkpoint_path(path)
     if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):

@@ -1,8 +1,8 @@
-"""Model configuration, read from a Hugging Face config.json. Which families there are stands in models/registry.py.
+"""Reads the model configuration from a Hugging Face config.json. models/registry.py lists the families.
 
 Key names changed between transformers 4 and 5 (`num_experts` -> `num_local_experts`, `rope_theta` and `rope_scaling`
--> `rope_parameters`); both are read. Missing keys and nulls take the family's default, as transformers gives it. A
-value of the wrong type is refused by name, and so is a key of the rope's scaling that is not computed here.
+-> `rope_parameters`); both are read. Missing keys and nulls take the family's default, as in transformers. A value of
+the wrong type is refused by name, and so is an unsupported key of the rope's scaling.
 """
 
 import math
@@ -20,7 +20,8 @@ DTYPE_NAMES = {"float": "float32", "half": "float16"}  # PyTorch's other names
 class TextConfig:
     """The decoder. `sparse_layers[i]` says whether layer i routes to experts; `sliding_windows[i]` is its window.
 
-    `max_position_embeddings` is the context that is allowed: if the rope is scaled, factor x original positions.
+    A window counts tokens; None means no window. `max_position_embeddings` is the longest supported context in tokens:
+    factor x original positions if the rope is scaled.
     """
 
     vocab_size: int
@@ -45,7 +46,7 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision encoder. `deepstack_visual_indexes` are the blocks after which a deepstack level is tapped."""
+    """The vision encoder. A DeepStack level is taken after each block in `deepstack_visual_indexes`."""
 
     depth: int
     hidden_size: int
@@ -67,12 +68,12 @@ class VisionConfig:
 
     @property
     def merge_unit(self) -> int:
-        """Patches merged into one visual token."""
+        """The number of patches that are merged into one visual token."""
         return self.spatial_merge_size**2
 
     @property
     def patch_dim(self) -> int:
-        """Values of one row of `pixel_values`."""
+        """The number of values in one row of `pixel_values`."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
@@ -87,7 +88,7 @@ class ModelConfig:
     model_type: str
     text: TextConfig
     vision: VisionConfig | None = None
-    is_vision_language: bool = False  # whether the checkpoint has a vision encoder, be it loaded or not
+    is_vision_language: bool = False  # whether the checkpoint has a vision encoder, loaded or not
     image_token_id: int = 151655
     video_token_id: int = 151656
     vision_start_token_id: int = 151652
@@ -102,22 +103,22 @@ class ModelConfig:
         return self.vision.num_deepstack_levels if self.vision else 0
 
     def text_only(self) -> "ModelConfig":
-        """The same checkpoint without its vision encoder: what a language node loads."""
+        """Returns the configuration without the vision encoder, as a language node uses it."""
         return replace(self, vision=None)
 
 
 @dataclass(frozen=True)
 class FamilyTraits:
-    """What a family's config.json leaves unsaid. With these, `parse_model` reads it.
+    """Properties of a family that its config.json does not state and that `parse_model` needs to read it.
 
     Attributes:
-        has_vision: text_config and vision_config stand in objects of their own.
-        of_vision_language: the decoder is that of a vision-language family: its rope has that default.
+        has_vision: text_config and vision_config are objects inside config.json.
+        of_vision_language: the decoder belongs to a vision-language family and has the rope defaults of one.
         has_experts: layers route to experts.
-        head_dim: used if the file has none; None divides hidden_size among the heads.
+        head_dim: the default; None divides hidden_size by the number of heads.
         renormalises: the router's weights always add up to one, whatever norm_topk_prob says.
-        windows: which layers a sliding window holds for: "none", "all", or "some", by layer_types or max_window_layers.
-        tied: whether embeddings and head are one if the file doesn't say.
+        windows: the layers with a sliding window: "none", "all", or "some" (by layer_types or max_window_layers).
+        tied: the default of tie_word_embeddings.
     """
 
     has_vision: bool = False
@@ -130,9 +131,9 @@ class FamilyTraits:
 
 
 def read_config_object(path: str | Path) -> dict[str, Any]:
-    """The contents of `path` (a config.json or the directory that holds one).
+    """Returns the contents of `path`, a config.json or the directory that holds one.
 
-    Raises `ConfigError` for a file that is damaged, with the position, and for a directory that is not a checkpoint's.
+    Raises `ConfigError` if the file is damaged (the message gives the position) or the directory isn't a checkpoint.
     """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
@@ -149,9 +150,10 @@ def read_config_object(path: str | Path) -> dict[str, Any]:
 
 
 def read_special_tokens(directory: Path, config: ModelConfig) -> tuple[tuple[int, ...], int]:
-    """(end tokens, pad token): generation_config.json's, as transformers' generate takes them, otherwise config.json's.
+    """Returns (end tokens, pad token) from generation_config.json, otherwise from config.json, as in transformers.
 
-    Raises `ConfigError` if generation_config.json is damaged or its ids are not token ids.
+    Without a pad token, it is the first end token, or 0. Raises `ConfigError` if generation_config.json is damaged or
+    its ids are not token ids.
     """
     file = directory / "generation_config.json"
     values = Values(read_json_object(file) if file.exists() else {}, str(file))
@@ -161,7 +163,7 @@ def read_special_tokens(directory: Path, config: ModelConfig) -> tuple[tuple[int
 
 
 def parse_model(raw: dict[str, Any], traits: FamilyTraits) -> ModelConfig:
-    """Turns the contents of a config.json into a `ModelConfig`; raises `ConfigError` naming what can't be served."""
+    """Turns the contents of a config.json into a `ModelConfig`; raises `ConfigError` naming what is not supported."""
     model_type, is_vl = raw["model_type"], traits.has_vision
     text_raw = raw.get("text_config") if is_vl else raw
     if not isinstance(text_raw, dict):
@@ -173,7 +175,7 @@ def parse_model(raw: dict[str, Any], traits: FamilyTraits) -> ModelConfig:
     if is_vl:
         _refuse_misplaced_rope(raw, text_raw)
     root, inner = Values(raw, "config.json"), Values(text_raw, "text_config" if is_vl else "config.json")
-    # transformers ties by the outermost config only: a text_config that says otherwise is ignored
+    # as in transformers, only the outermost tie_word_embeddings counts: that of text_config is ignored
     text = _text_config(traits, inner, tie_word_embeddings=root.flag("tie_word_embeddings", traits.tied))
     vision = _vision_config(raw["vision_config"]) if is_vl else None
     if vision and vision.out_hidden_size != text.hidden_size:
@@ -199,7 +201,7 @@ def parse_model(raw: dict[str, Any], traits: FamilyTraits) -> ModelConfig:
 
 
 def _other_kind(directory: Path) -> str | None:
-    """Why a directory is not a checkpoint of its own, as far as the names of its files tell."""
+    """Returns why a directory is not a complete checkpoint, if the names of its files tell, otherwise None."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (directory / name).exists():
             return (
@@ -212,7 +214,7 @@ def _other_kind(directory: Path) -> str | None:
 
 
 def _refuse_quantized(raw: dict[str, Any]) -> None:
-    """Raises `ConfigError` for a config.json that says how its weights are quantised."""
+    """Raises `ConfigError` if a config.json says that its weights are quantised."""
     for key in ("quantization_config", "compression_config", "quantization"):
         found = raw.get(key)
         if found is None or found == {}:
@@ -231,7 +233,7 @@ def _refuse_quantized(raw: dict[str, Any]) -> None:
 
 
 def _dtype(root: Values) -> str | None:
-    """The outermost config's dtype, as transformers takes it."""
+    """Returns the outermost config's dtype, as transformers does, or None."""
     name = root.text("dtype", root.text("torch_dtype", None))
     if name is None:
         return None
@@ -275,7 +277,7 @@ def _text_config(traits: FamilyTraits, values: Values, tie_word_embeddings: bool
 
 
 def _experts(values: Values, layers: int) -> tuple[int, int, int, tuple[bool, ...]]:
-    """(experts, experts per token, their width, which layers have them)."""
+    """Returns (experts, experts per token, their width, which layers have them)."""
     experts = values.integer("num_local_experts", values.integer("num_experts", None, least=0), least=0)
     if experts is None:
         raise ConfigError(f"{values.where} has neither num_experts nor num_local_experts")
@@ -291,7 +293,7 @@ def _experts(values: Values, layers: int) -> tuple[int, int, int, tuple[bool, ..
 
 
 def _refuse_misplaced_rope(raw: dict[str, Any], text_raw: dict[str, Any]) -> None:
-    """A scaling in the outermost object of a vision-language config would be read by nothing."""
+    """Raises `ConfigError` if the outermost object of a vision-language config has a scaling, which nothing reads."""
     for key in ("rope_scaling", "rope_parameters"):
         if raw.get(key) and raw[key] != text_raw.get(key):
             raise ConfigError(f"config.json has {key} beside text_config, where nothing reads it: move it there")
@@ -300,7 +302,7 @@ def _refuse_misplaced_rope(raw: dict[str, Any], text_raw: dict[str, Any]) -> Non
 def _sliding_windows(traits: FamilyTraits, values: Values, layers: int) -> tuple[int | None, ...]:
     window = None
     if values.flag("use_sliding_window", False):
-        # null means no window, as in transformers, and not the default one
+        # as in transformers, null means no window and not the default window
         window = values.integer("sliding_window", None if "sliding_window" in values.raw else 4096)
     if traits.windows != "some":
         return (window if traits.windows == "all" else None,) * layers

@@ -1,10 +1,10 @@
-"""The part of a configuration that says how positions become angles, read as transformers reads it."""
+"""Reads the part of a configuration that determines how positions become angles, as transformers does."""
 
 from dataclasses import dataclass, replace
 
 from deepstack_jax.config_values import ConfigError, Values, short
 
-# What each rope type reads, beside the keys that every type takes.
+# The keys that each rope type reads, besides those that every type reads.
 ROPE_KEYS = {
     "default": (),
     "linear": ("factor", "original_max_position_embeddings"),
@@ -19,7 +19,7 @@ _COMMON_ROPE_KEYS = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. `mrope_section` counts the frequencies of (time, height, width); None is 1-D rope."""
+    """Rotary position embedding. `mrope_section` counts frequencies of (time, height, width); None means 1-D rope."""
 
     theta: float
     rope_type: str = "default"
@@ -35,10 +35,10 @@ class RopeConfig:
 
 
 def rope_config(values: Values, of_vl: bool, sections: bool) -> tuple[RopeConfig, int]:
-    """(rope, positions that it allows). What is read and what takes precedence is as in transformers.
+    """Returns (rope, number of positions that it supports). Keys and their precedence are as in transformers.
 
-    `of_vl` takes the defaults of the vision-language families; without `sections` the rope is 1-D all the same.
-    Raises `ConfigError` for a key or a value that is not computed here.
+    `of_vl` selects the defaults of the vision-language families; without `sections`, the rope is 1-D even then. Raises
+    `ConfigError` for an unsupported key or value.
     """
     rope = _rope_values(values)
     theta = rope.number("rope_theta", values.number("rope_theta", 500000.0 if of_vl else 10000.0, above=1), above=1)
@@ -52,13 +52,13 @@ def rope_config(values: Values, of_vl: bool, sections: bool) -> tuple[RopeConfig
         if (share := part.number("partial_rotary_factor", 1.0)) != 1:
             raise ConfigError(f"{part.where}.partial_rotary_factor {share} is not supported: expected 1, or remove it")
     section = rope.integers("mrope_section", (24, 20, 20))
-    # They need not add up to head_dim / 2: height and width take what they reach, time the rest, as in transformers
+    # Sections need not add up to head_dim / 2: as in transformers, height and width take theirs and time the rest.
     if len(section) != 3:
         raise ConfigError(f"{rope.where}: mrope_section {list(section)} must be three counts (time, height, width)")
     if of_vl and not rope.flag("mrope_interleaved", True):
         raise ConfigError(f"{rope.where}.mrope_interleaved false is not supported: Qwen3-VL's sections are interleaved")
     positions = values.integer("max_position_embeddings", 128000 if of_vl else 32768)
-    # a text model's positions are equal in time, height and width: 1-D rope says the same
+    # positions of text are equal in time, height and width, so 1-D rope gives the same angles
     found = RopeConfig(theta=theta, rope_type=rope_type, mrope_section=section if sections else None)
     return _scaled(found, rope, values, positions)
 
@@ -74,10 +74,10 @@ def refuse_unknown_rope_keys(rope: Values, rope_type: str) -> None:
 
 
 def _scaled(found: RopeConfig, rope: Values, values: Values, positions: int) -> tuple[RopeConfig, int]:
-    """`found` with its scaling, and the positions that it then allows: factor x original ones."""
+    """Returns `found` with its scaling, and the number of positions that it then supports: factor x original ones."""
     if found.rope_type == "default":
         return found, positions
-    # a value beside the rope's own goes first, as in transformers
+    # as in transformers, a value outside the rope's object takes precedence
     trained = values.integer("original_max_position_embeddings", rope.integer("original_max_position_embeddings", None))
     factor = rope.number("factor", None, above=0)
     if factor is None:
@@ -100,7 +100,10 @@ def _scaled(found: RopeConfig, rope: Values, values: Values, positions: int) -> 
 
 
 def _rope_values(values: Values) -> Values:
-    """The object with the rope's keys: rope_scaling, the older name, replaces rope_parameters if both are given."""
+    """Returns the object with the rope's keys. If both are given, rope_scaling, the older name, takes precedence.
+
+    Raises `ConfigError` if that would lose a key of rope_parameters.
+    """
     old, new = values.object("rope_scaling"), values.object("rope_parameters")
     if not old:
         return Values(new, f"{values.where}.rope_parameters")

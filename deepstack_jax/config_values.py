@@ -1,4 +1,4 @@
-"""Reading a checkpoint's JSON files: one object per file, and values of a known type out of it."""
+"""Reads a checkpoint's JSON files: one object per file, and typed values from it."""
 
 import json
 import math
@@ -8,13 +8,13 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A JSON file of a checkpoint that is damaged, or a config.json that is not one of the four families'."""
+    """A JSON file of a checkpoint is damaged, or its config.json is not supported."""
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The object that a JSON file of a checkpoint holds.
+    """Returns the object in a JSON file of a checkpoint.
 
-    Raises `ConfigError` if it is damaged, with line and column, and `OSError` if it can't be read.
+    Raises `ConfigError` if the file is damaged (the message gives the position), and `OSError` if it can't be read.
     """
     data = file.read_bytes()
     if data.startswith(b"version https://git-lfs"):
@@ -26,7 +26,7 @@ def read_json_object(file: Path) -> dict[str, Any]:
         reason = f"{error.reason} at line {line}, byte {error.start}"
     except RecursionError:
         reason = "nested too deeply"
-    except ValueError as error:  # also numbers of too many digits
+    except ValueError as error:  # includes numbers with too many digits
         reason = str(error) if data.strip() else "it is empty"
     else:
         if isinstance(raw, dict):
@@ -36,29 +36,29 @@ def read_json_object(file: Path) -> dict[str, Any]:
 
 
 class Values:
-    """Typed reading of one object: null is as if absent, and a value of another type is refused by its name."""
+    """Reads typed values from one object. Null counts as absent; a value of the wrong type raises `ConfigError`."""
 
     def __init__(self, raw: dict[str, Any], where: str):
         self.raw, self.where = raw, where
 
     def integer(self, key: str, default: Any = ..., least: int = 1) -> Any:
-        """An integer of at least `least`; without a `default` it is required."""
+        """Returns an integer of at least `least`; without a `default` it is required."""
         return self._read(
             key, default, "a positive integer" if least == 1 else f"an integer of at least {least}", _is_int(least)
         )
 
     def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """A list of integers of at least 0."""
+        """Returns a list of integers of at least 0, as a tuple."""
         return tuple(self._read(key, default, "a list of integers of at least 0", _is_list(_is_int(0))))
 
     def token_ids(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """A token id or a list of them."""
+        """Returns a token id or a list of them, as a tuple."""
         one, several = _is_int(0), _is_list(_is_int(0))
         found = self._read(key, default, "a token id or a list of them", lambda value: one(value) or several(value))
         return (found,) if isinstance(found, int) else tuple(found)
 
     def number(self, key: str, default: Any, least: float | None = None, above: float | None = None) -> Any:
-        """A finite number of at least `least` or above `above`, as float."""
+        """Returns a finite number of at least `least` or above `above`, as a float."""
         bound = f" of at least {least}" if least is not None else f" above {above}" if above is not None else ""
 
         def fits(value: Any) -> bool:
@@ -70,15 +70,15 @@ class Values:
         return None if found is None else float(found)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false, spelled as such."""
+        """Returns a JSON true or false."""
         return self._read(key, default, "true or false", lambda value: isinstance(value, bool))
 
     def text(self, key: str, default: Any) -> Any:
-        """A string."""
+        """Returns a string."""
         return self._read(key, default, "a string", lambda value: isinstance(value, str))
 
     def object(self, key: str) -> dict[str, Any]:
-        """An object; empty if it is absent."""
+        """Returns an object, which is empty if the key is absent."""
         return self._read(key, {}, "an object", lambda value: isinstance(value, dict))
 
     def _read(self, key: str, default: Any, expected: str, fits: Callable[[Any], bool]) -> Any:
@@ -106,6 +106,6 @@ def _is_finite(value: float) -> bool:
 
 
 def short(value: Any) -> str:
-    """`value` as an error shows it."""
+    """Returns `value` as errors show it: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,4 +1,4 @@
-"""Encodes images and videos to visual rows: several of one bucket per run, and their rows concatenated."""
+"""Encodes images and videos to visual rows, several of one bucket per run, and concatenates the rows."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,16 @@ from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, VisionInput, bucket
 from deepstack_jax.programs import empty_rows, encode_vision, write_rows
 
-ENCODE_TOGETHER = 4  # images that one run of the encoder takes at most
+ENCODE_TOGETHER = 4  # the most images per run of the encoder
 
 
 def group_size(count: int) -> int:
-    """How many of `count` images of one bucket run together: a power of two, so that programs stay few."""
+    """Returns how many of `count` images of one bucket run together: a power of two, which keeps programs few."""
     return min(ENCODE_TOGETHER, 1 << (count.bit_length() - 1))
 
 
 def encode_group(model: Model, visuals: Sequence[VisionInput]) -> jax.Array:
-    """Rows [G, bucket of m, (1+N)*D] of images of one bucket; no image's bits depend on the others."""
+    """Returns rows [G, bucket of m, (1+N)*D] of G images of one bucket; an image's bits don't depend on the others."""
     items = [(visual.pixel_values, visual.geometry) for visual in visuals]
     # one image needs no copy of its pixels
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays) if arrays[1:] else arrays[0][None], *items)
@@ -28,7 +28,7 @@ def encode_group(model: Model, visuals: Sequence[VisionInput]) -> jax.Array:
 
 
 def encode_images(model: Model, visuals: Sequence[VisionInput]) -> list[jax.Array]:
-    """Rows [bucket of m, (1+N)*D] of each image and video; those of one bucket run together, up to ENCODE_TOGETHER."""
+    """Returns rows [bucket of m, (1+N)*D] per image and video, running up to ENCODE_TOGETHER of one bucket together."""
     rows: dict[int, jax.Array] = {}
     waiting: dict[int, list[int]] = {}
     for i, visual in enumerate(visuals):
@@ -42,14 +42,14 @@ def encode_images(model: Model, visuals: Sequence[VisionInput]) -> list[jax.Arra
 
 
 def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
-    """The visual rows of a batch, padded to a bucket, or None if it has no image and no video."""
+    """Returns the visual rows of a batch, padded to a bucket, or None if it has neither images nor videos."""
     if not batch.visuals:
         return None
     return concat_rows(model.config, encode_images(model, batch.visuals), batch.visuals)
 
 
 def concat_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[VisionInput]) -> VisualRows:
-    """The rows of all images in order, padded with zeros to a bucket."""
+    """Returns the rows of all images in order, padded with zeros to a bucket."""
     rows = empty_rows(config, bucket(sum(visual.num_rows for visual in visuals)))
     first = 0
     for part, visual in zip(parts, visuals, strict=True):

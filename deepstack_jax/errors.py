@@ -1,6 +1,6 @@
-"""What errors of every part have in common."""
+"""Helpers for error messages of all parts."""
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message in one line, or the name of its type if it has no message."""
+    """Returns an exception's message on one line, or the name of its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__

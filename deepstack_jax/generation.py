@@ -1,4 +1,4 @@
-"""Answers from prompts: `forward`, `generate` and its streaming form, by an engine that lives as long as the call."""
+"""Answers prompts: `forward`, `generate` and `stream`. The last two create an engine for the duration of a call."""
 
 import reprlib
 from collections import deque
@@ -25,15 +25,15 @@ from deepstack_jax.programs import DECODE_BUFFER, PromptArrays, all_logits
 from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.sampling_options import SamplingOptions
 
-WIDTHS = (1, 2, 4, 8, 16, 32)  # rows of the decode program by default
+WIDTHS = (1, 2, 4, 8, 16, 32)  # default numbers of rows of the decode program
 
 
 @dataclass
 class GenerateOutput:
-    """Answers of B prompts."""
+    """The answers to B prompts."""
 
-    tokens: np.ndarray  # int32 [B, max_new_tokens], filled up with the pad token
-    lengths: np.ndarray  # int32 [B]: tokens of each answer, its end token included
+    tokens: np.ndarray  # int32 [B, max_new_tokens], padded with the pad token
+    lengths: np.ndarray  # int32 [B]: tokens per answer, including its end token
     timings: dict[str, float] = field(default_factory=dict)  # seconds of encode, prefill, decode
 
 
@@ -44,27 +44,30 @@ def prepare(
     videos: Sequence[VideoSource] = (),
     **options: Any,
 ) -> dict[str, Any]:
-    """Arrays for `forward` and `generate`, with the names of a Hugging Face processor's output.
+    """Returns arrays for `forward` and `generate`, with the names of a Hugging Face processor's output.
 
     Args:
         messages_or_prompt: a question; a conversation (messages with roles and content); or a list of either, which
-            makes a batch padded on the left. A text that already has chat or vision markers is taken as it is.
+            makes a batch padded on the left. A text that already has chat or vision markers is used verbatim.
         images: paths, URLs, data URIs, PIL images or arrays, in the order of the prompts' image placeholders.
-        videos: paths, or arrays and lists of frames.
+        videos: paths, URLs, data URIs, or arrays and lists of frames.
         options: `tools`, `chat_template_kwargs` and `enable_thinking` for the chat template; `min_pixels` and
-            `max_pixels` of every image, `fps`, `num_frames`, `min_frames`, `max_frames` and `do_sample_frames` of every
-            video, all with transformers' meaning, unless the part of a message says otherwise; `images_kwargs`
-            and `videos_kwargs` with the same and more (`ImageOptions`, `VideoOptions`).
+            `max_pixels` for images; `fps`, `num_frames`, `min_frames`, `max_frames` and `do_sample_frames` for videos;
+            `images_kwargs` and `videos_kwargs` with the same and more (`ImageOptions`, `VideoOptions`). The meanings
+            are those of transformers, and the part of a message overrides them.
+
+    Returns:
+        A dictionary of the arrays that `Processor.prepare` describes.
 
     Raises:
-        ValueError: what can't be read, placeholders that don't match the images and videos given, and options that
-            don't exist or are out of their range.
+        ValueError: an input can't be read, the placeholders don't match the images and videos, or an option does not
+            exist or is out of range.
     """
     return model.processor.prepare(messages_or_prompt, images=images, videos=videos, **options)
 
 
 def decode(model: Model, out: GenerateOutput) -> list[str]:
-    """The text of each answer, special tokens left out."""
+    """Returns the text of each answer, without special tokens."""
     return model.processor.decode(out.tokens, out.lengths)
 
 
@@ -78,18 +81,18 @@ def forward(
     video_grid_thw: ArrayLike | None = None,
     mm_token_type_ids: ArrayLike | None = None,
 ) -> jax.Array:
-    """float32 logits [B, T, V]; unspecified where attention_mask is 0.
+    """Returns float32 logits [B, T, V], which are unspecified where attention_mask is 0.
 
     Args:
-        model: what `load` returned.
+        model: a model from `load`.
         input_ids: int [B, T].
         attention_mask: int or bool [B, T], 0 for padding on either side; all ones by default.
-        pixel_values, pixel_values_videos: float [P, C*Tp*p*p], the patches of all images, of all videos.
+        pixel_values, pixel_values_videos: float [P, C*Tp*p*p], the patches of all images and of all videos.
         image_grid_thw, video_grid_thw: int [n, 3], the grid of each in patches (time, height, width).
-        mm_token_type_ids: taken so that a processor's whole output can be passed; input_ids say as much.
+        mm_token_type_ids: ignored; it is accepted so that the whole output of a processor can be passed.
 
     Raises:
-        ValueError: arrays that don't fit the model or each other.
+        ValueError: the arrays don't fit the model or each other.
     """
     del mm_token_type_ids
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
@@ -125,17 +128,18 @@ def generate(
     sampling: SamplingOptions | None = None,
     slots: int | None = None,
 ) -> GenerateOutput:
-    """Answers prompts; the arrays are those of `forward`. A row's answer depends on nothing else of its batch.
+    """Answers prompts; the arrays are those of `forward`. A row's answer doesn't depend on the other rows of its batch.
 
     Args:
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed,
-            eos_token_id: as `SamplingOptions` says.
-        sampling: all of them together, in place of the single ones.
-        slots: rows of the decode program, on which bits depend: a server's number gives that server's bits. None takes
-            the smallest of 1, 2, 4, 8, 16 and 32 that holds the prompts; more than 32 take turns.
+            eos_token_id: see `SamplingOptions`.
+        sampling: all of these options together, instead of single ones.
+        slots: the number of rows of the decode program. Bits depend on it: with a server's number, they equal the
+            server's. None takes the smallest of 1, 2, 4, 8, 16 and 32 that holds the prompts; more than 32 take turns.
 
     Raises:
-        ValueError: arrays that don't fit, an option out of its range, or single options beside `sampling`.
+        ValueError: the arrays don't fit, an option is out of range, or single options are given beside `sampling`.
+        TypeError: `sampling` is not a `SamplingOptions`.
     """
     del mm_token_type_ids
     options = SamplingOptions(
@@ -172,13 +176,13 @@ def stream(
     slots: int | None = None,
     **named: Any,
 ) -> Iterator[np.ndarray]:
-    """`generate` token by token: yields int32 [B], -1 for rows that have ended.
+    """Runs `generate` token by token: yields int32 [B], -1 for rows that have ended.
 
-    It takes the arrays and the options of `generate` by name, or the arrays in one mapping: `stream(model, **inputs)`
-    or `stream(model, inputs)`. It runs the programs of `generate` and yields the tokens that it returns.
+    It takes the arrays and options of `generate` by name, or the arrays in one mapping: `stream(model, **inputs)` or
+    `stream(model, inputs)`. It runs the same programs as `generate` and yields the same tokens.
 
     Raises:
-        ValueError: as `generate`, before the first token is asked for.
+        ValueError, TypeError: as in `generate`, at the call rather than at the first token.
     """
     names = [field.name for field in fields(SamplingOptions)]
     options = _one_of(sampling, SamplingOptions(**{name: named.pop(name) for name in names if name in named}))
@@ -203,7 +207,7 @@ def _requests(model: Model, batch: Batch, options: SamplingOptions) -> list[Requ
 
 
 def _run(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, NewTokens]]:
-    """The rows' new tokens until all answers are whole."""
+    """Yields (row, new tokens) until all answers are complete."""
     rows = {id(request): row for row, request in enumerate(requests)}
     for event in engine.run():
         if isinstance(event, Failed):
@@ -213,7 +217,7 @@ def _run(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, New
 
 
 def _timings(engine: Engine, requests: Sequence[Request]) -> dict[str, float]:
-    """Seconds of encoding, from the start to the last first token without them, and from then to the last token."""
+    """Returns the seconds of encoding, of prefill (until every row has its first token) and of decoding after that."""
     start = min(request.submitted for request in requests)
     first, last = (max(times) for times in zip(*((r.first_token_at, r.last_token_at) for r in requests), strict=True))
     encode = engine.encode_seconds
@@ -221,7 +225,7 @@ def _timings(engine: Engine, requests: Sequence[Request]) -> dict[str, float]:
 
 
 def _one_of(sampling: SamplingOptions | None, single: SamplingOptions) -> SamplingOptions:
-    """`sampling`, or the options that were given one by one."""
+    """Returns `sampling`, or the options that were given one by one; raises if both are given."""
     if sampling is None:
         return single
     if not isinstance(sampling, SamplingOptions):
@@ -236,7 +240,7 @@ def plan_generation(model: Model, prompt: Batch | PromptArrays, options: Samplin
     """Checks the options against the model and a prompt, before any work on the device.
 
     Raises:
-        ValueError: a number of seeds that is not the prompt's rows, or a prompt and an answer that exceed the model's
+        ValueError: the number of seeds differs from the number of rows, or prompt and answer exceed the model's
             positions.
     """
     named = options.eos_token_id
@@ -248,7 +252,7 @@ def plan_generation(model: Model, prompt: Batch | PromptArrays, options: Samplin
 
 
 def encode_prompt(model: Model, batch: Batch) -> PromptArrays:
-    """A batch with its visual rows encoded."""
+    """Returns the arrays of a batch, with its visual rows encoded."""
     rows = encode_rows(model, batch)
     return PromptArrays(batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows)
 
@@ -256,11 +260,11 @@ def encode_prompt(model: Model, batch: Batch) -> PromptArrays:
 def engine_for(
     model: Model, requests: Sequence[Request], slots: int | None = None, decode_steps: int = DECODE_BUFFER
 ) -> Engine:
-    """An engine that has room for these requests, with all of them in line.
+    """Returns an engine with room for these requests, all of which are queued.
 
     Args:
-        slots: rows of the decode program; None takes the smallest of `WIDTHS` that holds all requests.
-        decode_steps: tokens of a row between two looks at the results.
+        slots: rows of the decode program; None takes the smallest of `WIDTHS` that holds all requests, or the largest.
+        decode_steps: the most tokens per row in one call of the decode program.
     """
     slots = slots or next((width for width in WIDTHS if width >= len(requests)), WIDTHS[-1])
     shape = EngineShape(slots, default_chunk(), decode_steps=decode_steps, steps_beside_prefill=0)

@@ -1,8 +1,8 @@
 """The compiled programs: vision encoding, prefill chunks, decoding, and logits of whole prompts.
 
 Each is a pure function of `(config, params)` and arrays of fixed shapes. An engine compiles one encode program per
-bucket of patches, one prefill program per width of a prompt's pieces, and one decode program. The library, whole
-servers and split ones run the same programs.
+bucket of patches, one prefill program per width of prompt pieces, and one decode program. The library, whole servers
+and split servers run the same programs.
 """
 
 from contextlib import AbstractContextManager
@@ -22,53 +22,53 @@ from deepstack_jax.models.vision import PatchGeometry, VisualRows, separate_deep
 from deepstack_jax.rounding import cdiv
 from deepstack_jax.sampling import END_TOKENS, SamplingParams, count_tokens, sample
 
-DECODE_BUFFER = 64  # steps of one decode call at most
+DECODE_BUFFER = 64  # the most steps per decode call
 
 
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well
 @jax.tree_util.register_dataclass
 @dataclass
 class PromptArrays:
-    """Tokens of B rows, padded at the end to T, and what places the visual rows among them (None for text)."""
+    """Tokens of B rows, padded at the end to T, with the visual rows and their places (None for text)."""
 
     input_ids: Int[AnyArray, "B T"]
     position_ids: Int[AnyArray, "3 B T"]
     lengths: Int[AnyArray, " B"]
     rope_deltas: Int[AnyArray, " B"]
     visual_index: Int[AnyArray, "B T"] | None = None
-    rows: VisualRows | None = None  # of its images and videos, one after another
+    rows: VisualRows | None = None  # rows of the images and videos, one after another
 
 
 @no_type_check  # the same
 @jax.tree_util.register_dataclass
 @dataclass
 class PromptChunk:
-    """Pieces of R prompts, padded at the end to W tokens, and what becomes of the row of each that ends here."""
+    """Pieces of R prompts, padded at the end to W tokens, with the decode rows of prompts that end here."""
 
     input_ids: Int[AnyArray, "R W"]
     position_ids: Int[AnyArray, "3 R W"]
     starts: Int[AnyArray, " R"]  # slot of each piece's first token, a multiple of the page
-    counts: Int[AnyArray, " R"]  # tokens of each piece, 0 for a row that isn't used
+    counts: Int[AnyArray, " R"]  # tokens of each piece, 0 for an unused row
     page_table: Int[AnyArray, "R P"]
     rows: Int[AnyArray, " R"]  # the decode row that takes over a prompt whose last piece this is, otherwise B
     rope_deltas: Int[AnyArray, " R"]
-    limits: Int[AnyArray, " R"]  # tokens of each answer at most
-    seen: UInt8[AnyArray, "R V"]  # sampling.IN_PROMPT for each token of the whole prompt; read for last pieces only
+    limits: Int[AnyArray, " R"]  # maximum tokens of each answer
+    seen: UInt8[AnyArray, "R V"]  # sampling.IN_PROMPT for each token of the whole prompt; read only for last pieces
     sampling: SamplingParams  # of R rows
     visual_index: Int[AnyArray, "R W"] | None = None  # None for text models
-    visual_rows: VisualRows | None = None  # of the pieces' visual tokens
+    visual_rows: VisualRows | None = None  # rows of the pieces' visual tokens
 
 
 @no_type_check  # the same
 @jax.tree_util.register_dataclass
 @dataclass
 class EngineState:
-    """What an engine keeps on the device: KV pages and B decode rows. Donated to each program and returned by it."""
+    """An engine's state on the device: KV pages and B decode rows. It is donated to each program, which returns it."""
 
-    cache: PagedKVCache  # with the page table of the decode rows
+    cache: PagedKVCache  # its page table is that of the decode rows
     last: Int[Array, " B"]  # the newest token, not yet in the cache
     lengths: Int[Array, " B"]  # tokens in the cache
-    made: Int[Array, " B"]  # tokens of the answer
+    made: Int[Array, " B"]  # tokens of the answer so far
     limits: Int[Array, " B"]
     rope_deltas: Int[Array, " B"]
     done: Bool[Array, " B"]
@@ -77,7 +77,7 @@ class EngineState:
 
     @staticmethod
     def empty(config: ModelConfig, rows: int, num_pages: int, page: int, end_tokens: int = END_TOKENS) -> "EngineState":
-        """Zeros: rows that have ended, and pages that were never written."""
+        """Returns a state of zeros: all rows have ended, and no page was written."""
         last, lengths, made, limits, deltas = (jnp.zeros(rows, jnp.int32) for _ in range(5))
         table = jnp.zeros((rows, cdiv(config.text.max_position_embeddings, page)), jnp.int32)
         sampling = jax.tree.map(jnp.asarray, SamplingParams.of(rows, end_token_ids=[-1] * end_tokens))
@@ -91,10 +91,10 @@ class EngineState:
 def encode_vision(
     config: ModelConfig, params: Params, pixel_values: Float[Array, "G P C"], geometry: PatchGeometry
 ) -> Float[Array, "G M R"]:
-    """Rows [G, P / merge^2, (1+N)*D] of G images or videos of one bucket, in the model's dtype.
+    """Returns rows [G, P / merge^2, (1+N)*D] of G images or videos of one bucket, in the model's dtype.
 
-    Needs only the `visual.` parameters. Each image is computed by itself, so the bits of its rows don't depend on the
-    others; the geometry's arrays have a leading G as well.
+    It needs only the `visual.` parameters. Each image is computed separately, so the bits of its rows don't depend on
+    the others. The geometry's arrays have a leading G as well.
     """
 
     def one(item: tuple[jax.Array, PatchGeometry]) -> jax.Array:
@@ -115,7 +115,7 @@ def write_rows(
     skip: Int[Array, ""],
     count: Int[Array, ""],
 ) -> VisualRows:
-    """`rows` with rows `first` to `first + count` taken from row `skip` of `part` on."""
+    """Returns `rows` (donated) with `count` rows from `first` on replaced by those of `part` from `skip` on."""
     place = jnp.arange(len(rows.embeds)) - first
     inside = ((place >= 0) & (place < count))[:, None]
 
@@ -130,7 +130,7 @@ def write_rows(
 
 
 def empty_rows(config: ModelConfig, height: int) -> VisualRows:
-    """`height` visual rows of zeros."""
+    """Returns `height` visual rows of zeros in the model's dtype."""
     width, levels = config.text.hidden_size, config.num_deepstack_levels
     widths = (width, levels * width) if levels else (width,)
     return VisualRows(*(jnp.zeros((height, each), model_dtype(config)) for each in widths))
@@ -138,7 +138,7 @@ def empty_rows(config: ModelConfig, height: int) -> VisualRows:
 
 @partial(jax.jit, static_argnums=0)
 def all_logits(config: ModelConfig, params: Params, prompt: PromptArrays) -> Float[Array, "B T V"]:
-    """float32 logits at every token."""
+    """Returns float32 logits of every token."""
     with precision_of(config):
         return merge_params(config, params).language_model(**language_inputs(prompt))[0]
 
@@ -149,10 +149,10 @@ def prefill_chunk(
 ) -> tuple[EngineState, Int[Array, " R"]]:
     """Writes the keys and values of R pieces of prompts into their pages.
 
-    A prompt whose last piece is here draws its first token and takes over its decode row.
+    A prompt whose last piece is in the chunk samples its first token and takes over its decode row.
 
     Returns:
-        the state, and the first token of each prompt that ended (of the others, any).
+        the state, and the first token of each prompt that ends in the chunk; the other values have no meaning.
     """
     counts, rows = jnp.asarray(chunk.counts), jnp.asarray(chunk.rows)
     column = jnp.arange(chunk.input_ids.shape[1])
@@ -192,13 +192,13 @@ def decode_loop(
     leave_on_end: Bool[AnyArray, ""],
     rows: Int[AnyArray, " b"] | None = None,
 ) -> tuple[EngineState, Int[Array, "b N"]]:
-    """Makes up to `steps` tokens, at most DECODE_BUFFER, in each of the `running` rows that have not ended.
+    """Generates up to `steps` tokens, at most DECODE_BUFFER, in each of the `running` rows that have not ended.
 
-    One loop on the device, the pages updated in place. It leaves when all rows have ended, or with `leave_on_end` as
-    soon as one has. With `rows`, a program of that many rows computes only these, each named once.
+    This is one loop on the device, which updates the pages in place. It stops when all rows have ended, or with
+    `leave_on_end` as soon as one has. With `rows`, a program of that many rows computes only these, each named once.
 
     Returns:
-        the state, and the tokens of each row (of `rows`) from column 0 on, -1 if it made none.
+        the state, and the tokens of each row (of `rows`) from column 0 on, -1 where it generated none.
     """
     if rows is not None:
         taken = jnp.asarray(rows)
@@ -236,7 +236,7 @@ def decode_loop(
 
 
 def language_inputs(prompt: PromptArrays) -> dict[str, Any]:
-    """The arguments of `Qwen3MoeForCausalLM` for a prompt, its visual rows included."""
+    """Returns the arguments of `Qwen3MoeForCausalLM` for a prompt, including its visual rows."""
     embeds, deepstack = prompt.rows or (None, None)
     return {
         "input_ids": jnp.asarray(prompt.input_ids),
@@ -248,12 +248,15 @@ def language_inputs(prompt: PromptArrays) -> dict[str, Any]:
 
 
 def precision_of(config: ModelConfig) -> AbstractContextManager[object]:
-    """float32 models compute float32 products: the default of TPU and NVIDIA is bfloat16 or tf32 passes."""
+    """Returns a context in which float32 models compute full float32 products.
+
+    By default, TPUs and NVIDIA GPUs compute them with bfloat16 or tf32 passes.
+    """
     return jax.default_matmul_precision("highest" if model_dtype(config) == jnp.float32 else "default")
 
 
 def _begin_rows(state: EngineState, chunk: PromptChunk, tokens: jax.Array) -> EngineState:
-    """The state in which each prompt that ended in a chunk has its decode row, with its first token made."""
+    """Returns the state in which each prompt that ended in a chunk has its decode row and its first token."""
     new = replace(
         state,
         cache=replace(state.cache, keys=(), values=(), page_table=chunk.page_table),
@@ -272,17 +275,17 @@ def _begin_rows(state: EngineState, chunk: PromptChunk, tokens: jax.Array) -> En
 
 
 def _rows_of(state: EngineState) -> EngineState:
-    """A state's arrays that have a decode row: all but the pages."""
+    """Returns a state with only the arrays that have decode rows, that is, without the pages."""
     return replace(state, cache=replace(state.cache, keys=(), values=()))
 
 
 def _with_pages(rows: EngineState, cache: PagedKVCache) -> EngineState:
-    """`rows` with the pages of `cache`."""
+    """Returns `rows` with the pages of `cache`."""
     return replace(rows, cache=replace(cache, page_table=rows.cache.page_table))
 
 
 def _append(state: EngineState, tokens: jax.Array, live: jax.Array) -> EngineState:
-    """The state after each live row made its token."""
+    """Returns the state after each live row generated its token."""
     made = state.made + live
     return replace(
         state,

@@ -1,4 +1,4 @@
-"""How answers are drawn and where they end: the options of `generate` and `stream`, checked once, here."""
+"""The options of `generate` and `stream`: how answers are sampled and where they end. All checks are here."""
 
 import reprlib
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ from typing import Any
 _LARGEST = 3.4028234663852886e38  # of float32
 _SEEDS = "a whole number"
 
-# of each number: its range, and the range in words
+# for each number, a check of its range and the range in words
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "max_new_tokens": (lambda x: x >= 1 and _is_whole(x), "1 or more"),
     "temperature": (lambda x: 0 <= x <= _LARGEST, "0 (greedy) or more, at most 3.4e38"),
     "top_k": (lambda x: x >= -1 and _is_whole(x), "0 or -1 (all) or a positive integer"),
     "top_p": (lambda x: 0 < x <= 1, "above 0 and at most 1"),
     "min_p": (lambda x: 0 <= x <= 1, "between 0 and 1"),
-    # beyond it, products with logits would lose digits
+    # outside this range, products with logits would lose digits
     "repetition_penalty": (lambda x: 1e-12 <= x <= 1e12, "positive (1 for none), from 1e-12 to 1e12"),
     "presence_penalty": (lambda x: abs(x) <= _LARGEST, "finite (0 for none), at most 3.4e38"),
     "frequency_penalty": (lambda x: abs(x) <= 1e30, "finite (0 for none), at most 1e30"),  # times a token's count
@@ -25,7 +25,7 @@ _WHOLE = ("max_new_tokens", "top_k")
 
 
 class SamplingOptionError(ValueError):
-    """An option that is not a number or is out of its range: `name`, `value`, and what is `expected` in its place."""
+    """An option is not a number or is out of range; has the `name`, the `value` and what is `expected` instead."""
 
     def __init__(self, name: str, value: Any, problem: str, expected: str):
         super().__init__(f"{name} {reprlib.repr(value)} {problem}: {expected}")
@@ -34,20 +34,20 @@ class SamplingOptionError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """The options of `generate`. None means the default; whole numbers may be given as floats; -1 is 0 for top_k.
+    """The options of `generate`. None means the default; whole numbers may be floats; for top_k, -1 means 0.
 
     Args:
-        max_new_tokens: at least 1; prompt and answer must fit the model's positions.
-        temperature: 0 takes the likeliest token; above 0 draws, near 0 among the likeliest only.
-        top_k, top_p, min_p: what drawing leaves out; 0, 1.0 and 0.0 leave nothing out.
-        repetition_penalty: above 1 makes tokens of prompt and answer less likely (transformers' rule).
-        presence_penalty: subtracted from the logits of tokens of the answer (OpenAI's rule).
+        max_new_tokens: at least 1; prompt and answer together must fit the model's positions.
+        temperature: 0 is greedy; above 0 samples, and near 0 only among the most likely tokens.
+        top_k, top_p, min_p: limit the tokens that are sampled from; 0, 1.0 and 0.0 keep all.
+        repetition_penalty: above 1, makes tokens of the prompt and the answer less likely (transformers' rule).
+        presence_penalty: subtracted from the logits of tokens that the answer has (OpenAI's rule).
         frequency_penalty: the same, multiplied by how often the answer has the token (OpenAI's rule).
-        seed: any whole number modulo 2**32 (row r draws with seed + r), or one per row.
-        eos_token_id: end tokens; None takes the checkpoint's own, an empty list none.
+        seed: any whole number, taken modulo 2**32 (row r draws with seed + r), or one per row.
+        eos_token_id: end tokens; None takes those of the checkpoint, and an empty list means none.
 
     Raises:
-        SamplingOptionError: a ValueError that names the option, its value and what is expected.
+        SamplingOptionError: an option is not valid; this ValueError names it, its value and what is expected.
     """
 
     max_new_tokens: int = 64
@@ -76,10 +76,10 @@ class SamplingOptions:
         object.__setattr__(self, name, value)
 
     def seeds(self, batch: int) -> list[int]:
-        """The seed of each row, in [0, 2**32).
+        """Returns the seed of each row, in [0, 2**32).
 
         Raises:
-            ValueError: another number of seeds than rows.
+            ValueError: the number of seeds differs from the number of rows.
         """
         seeds = range(self.seed, self.seed + batch) if isinstance(self.seed, int) else self.seed
         if len(seeds) != batch:
@@ -90,7 +90,7 @@ class SamplingOptions:
 def _whole_numbers(
     name: str, value: Any, expected: str = _SEEDS, least: float = -float("inf"), end: float = float("inf")
 ) -> int | tuple[int, ...]:
-    """One whole number in [least, end) as an int, several (a sequence or an array of one axis) as a tuple."""
+    """Returns one whole number in [least, end) as an int, or several (a sequence or a 1-D array) as a tuple."""
 
     def is_good(x: float) -> bool:
         return _is_whole(x) and least <= x < end
@@ -101,7 +101,7 @@ def _whole_numbers(
 
 
 def _checked(name: str, value: Any, default: Any, is_good: Callable[[float], bool], expected: str) -> float:
-    """`value` as a Python number, `default` for None."""
+    """Returns `value` as a Python number, or `default` for None."""
     number = default if value is None else _number(name, value)
     if not is_good(number):
         raise SamplingOptionError(name, number, "is out of range", f"expected {expected}")

@@ -1,7 +1,7 @@
-"""Where parameters go on a mesh: one table from logical axes to mesh axes.
+"""Places parameters on a mesh, by one table from logical axes to mesh axes.
 
-The mesh has an axis "tensor". Heads, feed-forward widths and the vocabulary are split over it, everything else is
-replicated; a dimension that it doesn't divide (into whole heads) is replicated too. XLA adds the collectives.
+The mesh has an axis "tensor", over which heads, feed-forward widths and the vocabulary are split. All other dimensions
+are replicated, and so is a dimension that the axis doesn't divide (into whole heads). XLA adds the collectives.
 """
 
 import jax
@@ -26,12 +26,12 @@ RULES: dict[str, str | None] = {
 
 
 def make_mesh(num_devices: int | str | None = None) -> Mesh:
-    """A mesh over the first `num_devices` devices (all by default) with the one axis "tensor".
+    """Returns a mesh over the first `num_devices` devices (all by default) with one axis "tensor".
 
-    "tensor=8" says the same as 8.
+    "tensor=8" means the same as 8.
 
     Raises:
-        ValueError: another axis, or more devices than there are.
+        ValueError: another axis is named, or the number is not from 1 to the number of devices.
     """
     devices = jax.devices()
     count = len(devices) if num_devices is None else _count(num_devices)
@@ -54,13 +54,13 @@ def _count(num_devices: int | str) -> int:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The sharding of every parameter, by dotted path.
+    """Returns the sharding of every parameter by dotted path.
 
     Raises:
-        ValueError: a logical axis without a rule, or two dimensions of one parameter on the same mesh axis.
+        ValueError: a logical axis has no rule, or two dimensions of one parameter are on the same mesh axis.
     """
     shapes = abstract_params(config)
-    # XLA places what lies between the parameters: axes of type Auto, whatever the caller's mesh says
+    # XLA places intermediate values, so axes are of type Auto, whatever the type in the caller's mesh
     mesh = Mesh(mesh.devices, mesh.axis_names)
     return {
         path: NamedSharding(mesh, _partition(path, axes, _parts(config, path, axes, shapes[path].shape), mesh))
@@ -69,7 +69,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, NamedSharding]
 
 
 def _parts(config: ModelConfig, path: str, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """How many parts each dimension may be split into at most: a dimension of heads into whole heads."""
+    """Returns the most parts into which each dimension may be split: a dimension of heads only into whole heads."""
     heads = {"heads": config.text.num_attention_heads, "kv_heads": config.text.num_key_value_heads}
     if config.vision and path.startswith("visual."):
         heads = {"heads": config.vision.num_heads}
