@@ -227,8 +227,8 @@ def _write_params(conversion: _Conversion) -> None:
     difference = _write_pieces(conversion, pieces)
     if difference:
         message = (
-            f"{orbax_version()} lays out a tree differently than 0.12.8 ({difference}): whole arrays are written "
-            "through it, which takes more time and memory"
+            f"{orbax_version()} has another layout than 0.12.8 ({difference}): whole arrays are written through it, "
+            "which takes more time and memory"
         )
         warnings.warn(message, CheckpointWarning, stacklevel=4)
         save_groups(directory, _groups(conversion))

@@ -42,7 +42,7 @@ def rope_config(values: Values, of_vl: bool, sections: bool) -> tuple[RopeConfig
     """
     rope = _rope_values(values)
     theta = rope.number("rope_theta", values.number("rope_theta", 500000.0 if of_vl else 10000.0, above=1), above=1)
-    # "mrope" was the name of the default type beside an mrope_section
+    # with an mrope_section, the default type was once called "mrope"
     rope_type = rope.text("rope_type", rope.text("type", "default"))
     rope_type = "default" if rope_type == "mrope" else rope_type
     if rope_type not in ROPE_TYPES:

@@ -173,7 +173,7 @@ def _why_no_weights(directory: Path) -> str:
     if shard := min((file.name for file in directory.glob("*.safetensors")), default=None):
         if re.search(r"-of-\d+\.safetensors$", shard):
             return f"{directory} holds {shard} without {INDEX}, which says what its files hold: download {INDEX} too"
-        return f"{directory} holds {shard} and no {SINGLE}: rename it to {SINGLE} if it is the whole model"
+        return f"{directory} holds {shard} and no {SINGLE}: rename it to {SINGLE} where it is the whole model"
     if gguf := min(directory.glob("*.gguf"), default=None):
         return f"{gguf} is a GGUF file: give the Hugging Face checkpoint in safetensors that it was made from"
     found = sorted(file.name for pattern in _OTHER_WEIGHTS for file in directory.rglob(pattern))

@@ -59,7 +59,7 @@ class Batch:
     position_ids: np.ndarray  # int32 [3, B, T]
     lengths: np.ndarray  # int32 [B]: tokens per row
     rope_deltas: np.ndarray  # int32 [B]: M-RoPE position minus slot, of the tokens after the prompt
-    token_columns: list[np.ndarray]  # where each row's tokens stood in the caller's input_ids
+    token_columns: list[np.ndarray]  # per row, the columns of its tokens in the caller's input_ids
     visual_index: np.ndarray | None = None  # int32 [B, T]: row of each visual token, -1 for text
     visuals: tuple[VisionInput, ...] = ()  # the images, then the videos
 

@@ -319,7 +319,7 @@ class DecodeStream:
         """Takes one token and returns the text that it completes: "" while a character is incomplete."""
         self._ids.append(int(token_id))
         before, after = self._texts()
-        # an unfinished character decodes to U+FFFD until its last byte comes
+        # an incomplete character decodes to U+FFFD until its last byte arrives
         if after.endswith("\ufffd"):
             return ""
         self._start, self._shown = self._shown, len(self._ids)

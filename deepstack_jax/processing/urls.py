@@ -29,10 +29,12 @@ class Target:
 
     @property
     def url_host(self) -> str:
+        """The host as in a URL, with brackets around an IPv6 address."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     @property
     def authority(self) -> str:
+        """The value of the Host header: the host, with the port unless it is the scheme's default."""
         return self.url_host if self.port == (443 if self.secure else 80) else f"{self.url_host}:{self.port}"
 
 
@@ -51,7 +53,7 @@ def parse_url(url: str, name: str) -> Target:
     """
     # urlsplit drops line ends and tabs, and other parsers read a backslash as a slash, so they could see another host
     if any(character < " " or character in "\x7f\\" for character in url):
-        raise DownloadError(f"{name} holds characters that are not allowed in a URL: percent-encode them")
+        raise DownloadError(f"{name} holds characters that no URL has: percent-encode them")
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""
