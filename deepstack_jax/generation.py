@@ -232,7 +232,7 @@ def _one_of(sampling: SamplingOptions | None, single: SamplingOptions) -> Sampli
         raise TypeError(f"sampling {reprlib.repr(sampling)} is not supported: give SamplingOptions")
     if single != SamplingOptions():
         both = [field.name for field in fields(single) if getattr(single, field.name) != field.default]
-        raise ValueError(f"{both[0]} and sampling are both given: give only one of them")
+        raise ValueError(f"{both[0]} and sampling: both given, give one of them")
     return sampling
 
 
