@@ -282,8 +282,7 @@ def test_a_fetch_that_fails_ends_its_request_in_the_engine(model: dsj.Model, run
         async with nodes(model, runner) as (remote, [server]):
             gate = Gate(server)
             answering = asyncio.create_task(answer(remote, (1, 2)))
-            await until(lambda: prefilled(runner) >= CHUNK)
-            assert gate.num_waiting == 2
+            await until(lambda: gate.num_waiting == 2 and prefilled(runner) >= CHUNK)
             await server.close()
             with pytest.raises(TransferFailedError, match="no encoder is left"):
                 await answering
@@ -298,7 +297,7 @@ def test_a_client_that_leaves_frees_both_nodes(model: dsj.Model, runner: Runner)
         async with nodes(model, runner) as (remote, [server]):
             gate = Gate(server)
             answering = asyncio.create_task(answer(remote, (1, 2)))
-            await until(lambda: prefilled(runner) >= CHUNK)
+            await until(lambda: gate.num_waiting == 2 and prefilled(runner) >= CHUNK)
             answering.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await answering

@@ -152,7 +152,10 @@ def test_sixty_four_requests_share_a_pool_for_three(pair: tuple[dsj.Model, Encod
 def test_with_two_encoders_sixty_four_requests_end_about_in_order(
     pair: tuple[dsj.Model, EncodeProcess], checkpoint: Path
 ):
-    """At most 16 later requests end before any request: less than an encoder is ahead of the other."""
+    """Each encoder gets every second one and answers in order. How far one is ahead of the other is up to the machine.
+
+    Requests of one encoder overtake each other only while they hold the pool's 12 blocks, at most 4 each, at once.
+    """
     model, process = pair
     dtype = model.dtype.name
     payloads = [pack(f"What is number {i}?", *media("one image")) for i in range(64)]
@@ -180,8 +183,10 @@ def test_with_two_encoders_sixty_four_requests_end_about_in_order(
         assert Counter(encoder for encoder, _ in answers) == {0: 32, 1: 32}
         assert encoders.receiver.attempts == 4 + 64  # one per request
         assert other.command()["jobs"] == process.command()["jobs"] == 0
-    overtaken = [sum(later > number for later in ended[:place]) for place, number in enumerate(ended)]
-    assert max(overtaken) <= 16, overtaken
+    for encoder in (0, 1):
+        own = [number for number in ended if answers[number][0] == encoder]
+        overtaken = [sum(later > number for later in own[:place]) for place, number in enumerate(own)]
+        assert max(overtaken) <= 4, overtaken
 
 
 def test_an_invalid_request_fails_with_the_reason(pair: tuple[dsj.Model, EncodeProcess]):
