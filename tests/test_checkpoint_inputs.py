@@ -335,7 +335,7 @@ def test_yarn_as_the_model_card_writes_it_allows_factor_times_the_original_posit
             dsj.generate(model, input_ids=ids, max_new_tokens=29)
 
 
-ALONE = r"holds no lm_head\.weight: the embeddings serve as the head, which is right only where the whole model tied"
+ALONE = r"holds no lm_head\.weight: the embeddings are used as the head, which is right only where the whole model tied"
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_vl"])
@@ -454,7 +454,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an adapter beside weights": (touch("adapter_config.json"), r"holds an adapter .*, or remove the adapter's files"),
     "an adapter inside": (
         tensors(model__layers__0__self_attn__q_proj__lora_A__default__weight=ONE),
-        r"lora_A\.default\.weight is of an adapter that is not merged: merge it into its base model first",
+        r"lora_A\.default\.weight belongs to an adapter that is not merged: merge it into its base model first",
     ),
     "AWQ": (quantized(quant_method="awq", bits=4), r"quantised with awq, 4 bits, .*: give the checkpoint in bfloat16"),
     "GPTQ": (quantized(quant_method="gptq", bits=8), r"quantised with gptq, 8 bits"),

@@ -417,7 +417,9 @@ def test_the_mode_that_pillow_can_not_convert_is_refused_with_a_way_out():
     image = picture("LA").convert("La")
     with pytest.raises(ValueError, match="not supported"):
         pixels_of_transformers(image)
-    with pytest.raises(ImageError, match=re.escape('mode La, which has no way to RGB: pass image.convert("LA")')):
+    with pytest.raises(
+        ImageError, match=re.escape('mode La, which has no conversion to RGB: pass image.convert("LA")')
+    ):
         load_image(image)
     assert load_image(image.convert("LA")).mode == "RGB"
 

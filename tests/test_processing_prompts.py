@@ -354,7 +354,7 @@ def test_empty_prompts_are_refused(processor: Processor, prompt):
             [],
             r"the text holds <\|image_pad\|>, which stands for an image",
         ),
-        (["a", "b"], [CHELSEA], [], "1 images and 0 videos can't be shared out to 2 plain prompts"),
+        (["a", "b"], [CHELSEA], [], "1 images and 0 videos can't be divided among 2 plain prompts"),
     ],
 )
 def test_placeholders_that_do_not_match_what_is_given_are_refused(processor, prompt, images, videos, message):

@@ -286,7 +286,7 @@ def test_a_file_with_no_frames_is_refused(suffix: str, tmp_path: Path):
         (np.zeros((0, 8, 8, 3), np.uint8), "video with no frames"),
         (np.zeros((3, 8, 8), np.uint8), r"video array \[3, 8, 8\] of uint8: give \[F, H, W, 3\]"),
         (np.full((4, 8, 8, 3), 2, np.float32), "frame 1 of 4 of a video: .*floating"),
-        ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "unlike sizes"),
+        ([np.zeros((8, 8, 3), np.uint8), np.zeros((8, 9, 3), np.uint8)], "different sizes"),
         (np.zeros((4, 2, 402, 3), np.uint8), "402x2 have an aspect ratio above 200"),
         (7, "can't be read from int"),
         (Image.new("RGB", (64, 64)), "a PIL image is one picture: pass it as an image, a list of them"),

@@ -150,7 +150,7 @@ def test_a_resized_size_is_that_of_frames_of_this_size(height: int, width: int):
         ({"num_frames": 10**12}, "num_frames 1000000000000 of a video is above 1000000"),
         ({"min_pixels": 10**12}, "min_pixels 1000000000000 of a video is above"),
         ({"do_sample_frames": 1}, "do_sample_frames 1 of a video must be true or false"),
-        ({"fps": 2, "num_frames": 8}, "fps 2 and num_frames 8 of a video exclude one another: give one of them"),
+        ({"fps": 2, "num_frames": 8}, "fps 2 and num_frames 8 of a video can't both be given: give one of them"),
         ({"min_frames": 8, "max_frames": 4}, "min_frames 8 of a video is above its max_frames 4"),
         ({"min_pixels": 8, "max_pixels": 4}, "min_pixels 8 of a video is above its max_pixels 4"),
         ({"resized_height": 8}, "resized_height 8 of a video needs resized_width beside it"),
@@ -272,7 +272,7 @@ def test_a_bad_frame_of_a_list_is_named_by_its_number(tmp_path: Path):
         (picture("JPEG", frames[1])[:700], "damaged or truncated"),
         (tmp_path / "none.png", "no file"),
         (b"text", "not an image"),
-        (frames[1][:, :64], "unlike sizes, 96x64 of frame 1 and 64x64 of frame 2"),
+        (frames[1][:, :64], "different sizes, 96x64 of frame 1 and 64x64 of frame 2"),
     ):
         with pytest.raises(VideoError, match=message) as error:
             load_video([frames[0], bad, *frames[2:]], SETTINGS)
@@ -330,7 +330,7 @@ def test_files_make_the_arrays_that_transformers_makes_of_them(raw: dict, file: 
         ({"fps": "2"}, "fps '2' of FILE must be a number"),
         ({"fps": True}, "fps True of FILE must be a number"),
         ({"fps": -1}, "fps -1 of FILE must be a number, 0 or more"),
-        ({"fps": 2, "num_frames": 8}, "fps 2 and num_frames 8 of FILE exclude one another"),
+        ({"fps": 2, "num_frames": 8}, "fps 2 and num_frames 8 of FILE can't both be given"),
         ({"num_frames": 0}, "num_frames 0 of FILE must be a whole number"),
         ({"num_frames": 2.5}, "num_frames 2.5 of FILE"),
         ({"max_frames": 0}, "max_frames 0 of FILE"),

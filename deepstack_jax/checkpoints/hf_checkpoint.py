@@ -166,7 +166,7 @@ def open_checkpoint(
     notes = [f"{directory}: {left_out}"] if left_out else []
     if family_of(config).is_text_part and not has_head:
         notes.append(
-            f"{directory} holds no lm_head.weight: the embeddings serve as the head, which is right only where the "
+            f"{directory} holds no lm_head.weight: the embeddings are used as the head, which is right only where the "
             "whole model tied them; otherwise add its lm_head.weight and set tie_word_embeddings to false"
         )
     return HfCheckpoint(

@@ -81,7 +81,7 @@ def refuse_other_kinds(entries: Iterable[Entry]) -> None:
             )
     if name := next(filter(_ADAPTER.search, names), None):
         raise CheckpointError(
-            f"{names[name].file}: tensor {name} is of an adapter that is not merged: merge it into its base model "
+            f"{names[name].file}: tensor {name} belongs to an adapter that is not merged: merge it into its base model "
             "first (merge_and_unload of PEFT, then save_pretrained)"
         )
 

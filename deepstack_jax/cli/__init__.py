@@ -19,6 +19,9 @@ HELP = "Qwen3-VL-MoE in JAX. Every command has --help with an example; --debug s
 
 def main(args: list[str] | None = None) -> None:
     """Runs one command: exit code 0 done, 1 a failure told in one line, 2 a usage error."""
+    if args is None and "verify" not in sys.argv:
+        # a process of its own: where PyTorch is installed, transformers would import it, which takes seconds and 600 MB
+        sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     args = list(sys.argv[1:] if args is None else args)
     # transformers announces that it found no PyTorch, which it doesn't need here
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -426,7 +426,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         _check_wide(image, name)
     if image.mode == "La":
-        raise ImageError(f'{name} is of mode La, which has no way to RGB: pass image.convert("LA")')
+        raise ImageError(f'{name} is of mode La, which has no conversion to RGB: pass image.convert("LA")')
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -168,7 +168,7 @@ class Processor:
         plain = sum(isinstance(one, str) and not is_raw_prompt(one) for one in prompt)
         if plain and len(prompt) > 1 and (images or videos):
             raise PromptError(
-                f"{len(images)} images and {len(videos)} videos can't be shared out to {plain} plain prompts of "
+                f"{len(images)} images and {len(videos)} videos can't be divided among {plain} plain prompts of "
                 "a batch: give messages with image and video parts"
             )
         return list(prompt)

@@ -53,7 +53,7 @@ def parse_url(url: str, name: str) -> Target:
     """
     # urlsplit drops line ends and tabs, and other parsers read a backslash as a slash, so they could see another host
     if any(character < " " or character in "\x7f\\" for character in url):
-        raise DownloadError(f"{name} holds characters that no URL has: percent-encode them")
+        raise DownloadError(f"{name} holds characters that are not valid in a URL: percent-encode them")
     try:
         parts = urlsplit(url)
         port, host = parts.port, parts.hostname or ""

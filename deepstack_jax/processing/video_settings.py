@@ -80,7 +80,7 @@ class VideoOptions:
         option_values(asdict(self), _OPTION_KINDS, "a video", VideoError)
         if self.fps and self.num_frames:
             raise VideoError(
-                f"fps {self.fps:g} and num_frames {self.num_frames} of a video exclude one another: give one of them"
+                f"fps {self.fps:g} and num_frames {self.num_frames} of a video can't both be given: give one of them"
             )
         for name, most in _MOST.items():
             if (value := getattr(self, name) or 0) > most:
@@ -148,7 +148,7 @@ def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
         chosen["fps"] = float(raw["fps"])
         if "num_frames" in raw:
             raise VideoError(
-                f"fps {raw['fps']} and num_frames {raw['num_frames']} of {raw.file} exclude one another: drop one"
+                f"fps {raw['fps']} and num_frames {raw['num_frames']} of {raw.file} can't both be given: drop one"
             )
     # for these two, transformers distinguishes null from an absent key
     read_as = {"fps": None, "do_sample_frames": False}

@@ -271,7 +271,8 @@ def _loaded(frames: Sequence[ImageSource] | np.ndarray) -> Iterable[np.ndarray]:
         first = first or size
         if size != first:
             raise VideoError(
-                f"video frames have unlike sizes, {first} of frame 1 and {size} of frame {number}: give one size to all"
+                f"video frames have different sizes, {first} of frame 1 and {size} of frame {number}: "
+                "give all the same size"
             )
         yield np.asarray(image)
 
