@@ -127,6 +127,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     sampling: SamplingOptions | None = None,
     slots: int | None = None,
+    chunk: int | None = None,
 ) -> GenerateOutput:
     """Answers prompts; the arrays are those of `forward`. A row's answer doesn't depend on the other rows of its batch.
 
@@ -136,9 +137,12 @@ def generate(
         sampling: all of these options together, instead of single ones.
         slots: the number of rows of the decode program. Bits depend on it: with a server's number, they equal the
             server's. None takes the smallest of 1, 2, 4, 8, 16 and 32 that holds the prompts; more than 32 take turns.
+        chunk: the tokens of a prefill chunk, a multiple of 128, on which bits depend in the same way. None takes a
+            server's default.
 
     Raises:
-        ValueError: the arrays don't fit, an option is out of range, or single options are given beside `sampling`.
+        ValueError: the arrays don't fit, an option or a size is out of range, or single options are given beside
+            `sampling`.
         TypeError: `sampling` is not a `SamplingOptions`.
     """
     del mm_token_type_ids
@@ -160,7 +164,7 @@ def generate(
     requests = _requests(model, batch, options)
     tokens = np.full((len(requests), options.max_new_tokens), model.pad_token_id, np.int32)
     lengths = np.zeros(len(requests), np.int32)
-    engine = engine_for(model, requests, slots)
+    engine = engine_for(model, requests, slots, chunk)
     for row, event in _run(engine, requests):
         end = lengths[row] + len(event.tokens)
         tokens[row, lengths[row] : end] = event.tokens
@@ -174,6 +178,7 @@ def stream(
     *,
     sampling: SamplingOptions | None = None,
     slots: int | None = None,
+    chunk: int | None = None,
     **named: Any,
 ) -> Iterator[np.ndarray]:
     """Runs `generate` token by token: yields int32 [B], -1 for rows that have ended.
@@ -192,7 +197,7 @@ def stream(
     def tokens() -> Iterator[np.ndarray]:
         waiting: list[deque[int]] = [deque() for _ in requests]
         ended = [False] * len(requests)
-        for row, event in _run(engine_for(model, requests, slots, decode_steps=1), requests):
+        for row, event in _run(engine_for(model, requests, slots, chunk, decode_steps=1), requests):
             waiting[row].extend(event.tokens)
             ended[row] = event.finish_reason is not None
             while any(waiting) and all(queue or end for queue, end in zip(waiting, ended, strict=True)):
@@ -258,16 +263,24 @@ def encode_prompt(model: Model, batch: Batch) -> PromptArrays:
 
 
 def engine_for(
-    model: Model, requests: Sequence[Request], slots: int | None = None, decode_steps: int = DECODE_BUFFER
+    model: Model,
+    requests: Sequence[Request],
+    slots: int | None = None,
+    chunk: int | None = None,
+    decode_steps: int = DECODE_BUFFER,
 ) -> Engine:
     """Returns an engine with room for these requests, all of which are queued.
 
     Args:
         slots: rows of the decode program; None takes the smallest of `WIDTHS` that holds all requests, or the largest.
+        chunk: tokens of a prefill chunk; None takes a server's default.
         decode_steps: the most tokens per row in one call of the decode program.
     """
-    slots = slots or next((width for width in WIDTHS if width >= len(requests)), WIDTHS[-1])
-    shape = EngineShape(slots, default_chunk(), decode_steps=decode_steps, steps_beside_prefill=0)
+    if slots is None:
+        slots = next((width for width in WIDTHS if width >= len(requests)), WIDTHS[-1])
+    shape = EngineShape(
+        slots, default_chunk() if chunk is None else chunk, decode_steps=decode_steps, steps_beside_prefill=0
+    )
     needed = sorted(shape.pages_of(each.length + each.plan.max_new_tokens - 1) for each in requests)
     ends = max(each.plan.sampling.end_token_ids.shape[1] for each in requests)
     pages = 1 + bucket(sum(needed[-slots:]))

@@ -46,13 +46,29 @@ class TestEveryState:
         [
             pytest.param(Case((2, 2), pool=1, share=1), 300, id="one block for two requests"),
             pytest.param(Case((2, 2), pool=1, share=1, faults=2, kinds=NETWORK_FAULTS), 23_000, id="a lossy network"),
-            pytest.param(Case((2, 2), pool=1, share=1, faults=1), 59_000, id="one block, any fault"),
-            pytest.param(Case((2, 2), pool=2, share=2, faults=1), 87_000, id="two blocks, any fault"),
-            pytest.param(Case((3,), pool=2, share=2, faults=2), 63_000, id="rounds, any two faults"),
+            pytest.param(
+                Case((2, 2), pool=1, share=1, faults=1),
+                59_000,
+                id="one block, any fault",
+                marks=pytest.mark.exhaustive,
+            ),
+            pytest.param(
+                Case((2, 2), pool=2, share=2, faults=1),
+                87_000,
+                id="two blocks, any fault",
+                marks=pytest.mark.exhaustive,
+            ),
+            pytest.param(
+                Case((3,), pool=2, share=2, faults=2),
+                63_000,
+                id="rounds, any two faults",
+                marks=pytest.mark.exhaustive,
+            ),
             pytest.param(
                 Case((2,), pool=1, share=1, faults=2, encoders=2, own_prompts=True),
                 50_000,
                 id="another encoder, another prompt",
+                marks=pytest.mark.exhaustive,
             ),
             pytest.param(
                 Case((2, 1), pool=1, share=1, faults=1, kinds=NETWORK_FAULTS, slow_encoding=True, slow_admission=True),
@@ -80,7 +96,10 @@ class TestEveryState:
                 id="everything found in the prefix cache",
             ),
             pytest.param(
-                Case((2,), pool=2, share=2, faults=2, slow_copies=True, encodes_locally=True), 61_000, id="slow copies"
+                Case((2,), pool=2, share=2, faults=2, slow_copies=True, encodes_locally=True),
+                61_000,
+                id="slow copies",
+                marks=pytest.mark.exhaustive,
             ),
             pytest.param(
                 Case((2,), 1, 1, faults=2, slow_copies=True, slow_preparation=True, slow_starts=True),

@@ -328,25 +328,40 @@ class TestPrograms:
         assert (prefill_chunk._cache_size(), decode_loop._cache_size()) == compiled
 
     @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "top_p": 0.8, "seed": 5}], ids=["greedy", "sampled"])
-    @pytest.mark.parametrize("slots", [1, 3])
-    def test_generate_gives_the_tokens_of_a_runner_with_as_many_slots(
-        self, model: dsj.Model, slots: int, options: dict[str, float]
+    @pytest.mark.parametrize(("slots", "chunk"), [(1, None), (3, None), (2, 128)])
+    def test_generate_gives_the_tokens_of_a_runner_of_the_same_shape(
+        self, model: dsj.Model, slots: int, chunk: int | None, options: dict[str, float]
     ):
         prompts = [inputs_of(20), inputs_of(3, (IMAGE, (1, 4, 8)), 9), inputs_of(40, seed=1)]
         limits = {"max_new_tokens": 6, "eos_token_id": []}
-        expected = [dsj.generate(model, **each, **limits, **options, slots=slots).tokens[0] for each in prompts]
-        assert [tokens_by_runner(model, slots, ask(model, each, **limits, **options)) for each in prompts] == [
+        expected = [
+            dsj.generate(model, **each, **limits, **options, slots=slots, chunk=chunk).tokens[0] for each in prompts
+        ]
+        shape = EngineOptions(slots=slots, chunk=chunk)
+        assert [tokens_by_runner(model, shape, ask(model, each, **limits, **options)) for each in prompts] == [
             each.tolist() for each in expected
         ]
 
+    @pytest.mark.parametrize(
+        ("size", "message"),
+        [
+            ({"slots": 0}, "slots 0 is too small"),
+            ({"chunk": 0}, "chunk 0 is too small"),
+            ({"chunk": 100}, "chunk 100 is not a multiple of page 128: pass 128"),
+        ],
+    )
+    def test_generate_refuses_sizes_that_are_not_possible(self, model: dsj.Model, size: dict[str, int], message: str):
+        with pytest.raises(ValueError, match=message):
+            dsj.generate(model, **inputs_of(5), **size)
+
     @pytest.mark.parametrize("limit", [1, 2, 3])
     def test_a_runner_lives_through_answers_that_end_in_their_first_turn(self, model: dsj.Model, limit: int):
-        found = tokens_by_runner(model, 2, ask(model, inputs_of(9), max_new_tokens=limit))
+        found = tokens_by_runner(model, EngineOptions(slots=2), ask(model, inputs_of(9), max_new_tokens=limit))
         assert found == greedy_by_forward(model, inputs_of(9), limit)
 
 
-def tokens_by_runner(model: dsj.Model, slots: int, question: Question) -> list[int]:
-    runner = Runner(model, options=EngineOptions(slots=slots))
+def tokens_by_runner(model: dsj.Model, options: EngineOptions, question: Question) -> list[int]:
+    runner = Runner(model, options=options)
 
     async def answer() -> list[int]:
         deadline = time.monotonic() + 120
