@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -515,6 +515,32 @@ def test_a_client_that_goes_away_ends_its_work(client: httpx.Client, node: Watch
     assert finish is None
     assert count < LONG
     until(lambda: node._node.runner.waiting == 0)
+
+
+class StandsStill(Watched):
+    """The process stands still for longer than a request may take, which then needs some turns of the loop to end."""
+
+    async def generate(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Chunk]:
+        try:
+            async with aclosing(super().generate(request, deadline)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+                    if (left := deadline - time.monotonic()) > 0:
+                        time.sleep(left + 1)
+        finally:
+            await asyncio.sleep(0.1)
+
+
+def test_a_process_that_stood_still_until_the_deadline_was_over_says_so(
+    client: httpx.Client, node: Watched, policy: MediaPolicy, monkeypatch: pytest.MonkeyPatch
+):
+    ask(client, text="Who is there?")  # compiles
+    monkeypatch.setattr(serving_http, "SLACK_SECONDS", 0.2)
+    body = {"text": "Who is there?", "sampling_params": {"max_new_tokens": LONG, "ignore_eos": True}}
+    with serving(StandsStill(node._node), policy, timeout=1.0) as other:
+        response = other.post("/generate", json=body)
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] == "deadline"
 
 
 def test_too_many_requests_get_503_and_slow_ones_504(node: Watched, policy: MediaPolicy):

@@ -126,6 +126,13 @@ class _Generate:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         deadline = time.monotonic() + self._timeout
+        begun = False
+
+        async def noting(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         self._in_flight += 1
         try:
             try:
@@ -136,9 +143,12 @@ class _Generate:
             except (RequestError, RequestFailed) as error:
                 await _error_response(error)(scope, receive, send)
                 return
-            await _while_connected(receive, self._respond(parsed, deadline, scope, receive, send), deadline)
+            await _while_connected(receive, self._respond(parsed, deadline, scope, receive, noting), deadline)
         except ClientDisconnect:
             return
+        except DeadlineError as error:
+            if not begun:
+                await _error_response(error)(scope, receive, send)
         finally:
             self._in_flight -= 1
 
@@ -277,17 +287,23 @@ async def _read_body(request: Request, most: int) -> bytes:
 
 
 async def _while_connected(receive: Receive, response: Any, deadline: float) -> None:
-    """Runs a response, and cancels it if the client disconnects, or reads too slowly to get it by the deadline."""
+    """Runs a response, and cancels it if the client disconnects.
+
+    Raises:
+        DeadlineError: it was cancelled after the deadline: the client reads too slowly, or the process stood still.
+    """
     task, gone = asyncio.ensure_future(response), asyncio.ensure_future(_disconnected(receive))
     try:
         left = max(deadline - time.monotonic(), 0) + SLACK_SECONDS
-        await asyncio.wait((task, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait((task, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
     finally:
         for one in (task, gone):
             one.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
     if not task.cancelled() and (error := task.exception()) is not None:
         raise error
+    if not done:
+        raise DeadlineError("no answer in time: ask for less, or try again later")
 
 
 async def _disconnected(receive: Receive) -> None:
