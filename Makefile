@@ -27,9 +27,9 @@ test: .venv/test-ready
 	$(PYTEST) --dist loadfile --no-loadscope-reorder --durations 25
 
 # The largest searches through the states of a transfer, 100,000 schedules of the scheduler and 20,000 of the engine
+SEARCHES ?= $(addprefix tests/test_,disagg_protocol.py engine_schedules.py engine_promise.py)
 test-exhaustive: .venv/test-ready
-	$(PYTEST) --dist load -m exhaustive --durations 0 tests/test_disagg_protocol.py tests/test_engine_schedules.py \
-		tests/test_engine_promise.py
+	$(PYTEST) --dist load -m exhaustive --durations 0 $(SEARCHES)
 
 # What conversion asks of Orbax, with the newest Orbax that can be installed, whatever pyproject.toml allows
 NEWEST_ORBAX = build/newest-orbax

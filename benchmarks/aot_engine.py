@@ -19,15 +19,12 @@ import jax.numpy as jnp
 from decode import CONFIG_30B
 
 from deepstack_jax.checkpoint import TEXT
-from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.models.registry import parse_config
-from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, prefill_chunk
-from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.programs import EngineState, decode_loop, prefill_chunk
+from deepstack_jax.testing.arg_specs import chunk_specs, state_specs
 
 MiB, GiB = 1 << 20, 1 << 30
-PAGE = 128
 
 
 def main() -> None:
@@ -39,7 +36,7 @@ def main() -> None:
     options = arguments.parse_args()
     config = replace(parse_config(CONFIG_30B), dtype="bfloat16")
     params = {path: leaf for path, leaf in abstract_params(config, jnp.bfloat16).items() if path.startswith(TEXT)}
-    state = jax.eval_shape(lambda: EngineState.empty(config, options.slots, options.pages, PAGE))
+    state = state_specs(config, options.slots, options.pages)
     pages = f"{options.pages} pages ({size_of(state.cache) / GiB:.1f} GiB)"
     print(
         f"30B-A3B, {config.text.num_hidden_layers} layers, bfloat16, jax {version('jax')}; {time.strftime('%Y-%m-%d')}"
@@ -69,20 +66,6 @@ def shape(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 def size_of(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def chunk_specs(config: ModelConfig, state: EngineState, width: int) -> PromptChunk:
-    """A chunk of one prompt, with as many visual rows as tokens."""
-    hidden, pages = config.text.hidden_size, state.cache.page_table.shape[1]
-    shapes = (1, width), (3, 1, width), (1,), (1,), (1, pages), (1,), (1,), (1,)
-    rows = VisualRows(*(shape((width, n * hidden), jnp.bfloat16) for n in (1, config.num_deepstack_levels)))
-    return PromptChunk(
-        *(shape(dims, jnp.int32) for dims in shapes),
-        shape((1, config.text.vocab_size), jnp.uint8),
-        jax.tree.map(lambda x: shape(x.shape, x.dtype), SamplingParams.of(1)),
-        shape((1, width), jnp.int32),
-        rows,
-    )
 
 
 def copies_of(compiled: Any, params: dict[str, jax.ShapeDtypeStruct], state: EngineState) -> list[str]:

@@ -16,7 +16,7 @@ from deepstack_jax.encoding import encode_rows
 from deepstack_jax.engine.core import Engine, Failed, NewTokens
 from deepstack_jax.engine.options import default_chunk
 from deepstack_jax.engine.request import GenerationPlan, Request
-from deepstack_jax.engine.shape import EngineShape
+from deepstack_jax.engine.shape import EngineShape, default_tail_rows
 from deepstack_jax.processing.batch import Batch, bucket, prepare_batch
 from deepstack_jax.processing.images import ImageSource
 from deepstack_jax.processing.processor import UserPrompt
@@ -26,6 +26,7 @@ from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.sampling_options import SamplingOptions
 
 WIDTHS = (1, 2, 4, 8, 16, 32)  # default numbers of rows of the decode program
+SHARED_TOKENS = 512  # of a prefill program that short prompts of a batch share, which then reads the weights once
 
 
 @dataclass
@@ -272,15 +273,17 @@ def engine_for(
     """Returns an engine with room for these requests, all of which are queued.
 
     Args:
-        slots: rows of the decode program; None takes the smallest of `WIDTHS` that holds all requests, or the largest.
+        slots: rows of the decode program; None takes the smallest of `WIDTHS` that holds all requests, or the largest,
+            and lets short prompts share prefill programs, which a server's shape does not.
         chunk: tokens of a prefill chunk; None takes a server's default.
         decode_steps: the most tokens per row in one call of the decode program.
     """
+    chunk = default_chunk() if chunk is None else chunk
+    tail_rows: tuple[tuple[int, int], ...] = ()  # a server's
     if slots is None:
         slots = next((width for width in WIDTHS if width >= len(requests)), WIDTHS[-1])
-    shape = EngineShape(
-        slots, default_chunk() if chunk is None else chunk, decode_steps=decode_steps, steps_beside_prefill=0
-    )
+        tail_rows = default_tail_rows(chunk, slots, SHARED_TOKENS)
+    shape = EngineShape(slots, chunk, tail_rows=tail_rows, decode_steps=decode_steps, steps_beside_prefill=0)
     needed = sorted(shape.pages_of(each.length + each.plan.max_new_tokens - 1) for each in requests)
     ends = max(each.plan.sampling.end_token_ids.shape[1] for each in requests)
     pages = 1 + bucket(sum(needed[-slots:]))

@@ -217,9 +217,10 @@ def test_the_demo_shows_ones_own_picture_and_a_timeline():
         assert words in done.stdout
 
 
-def test_the_demo_runs_whole_where_mooncake_is_missing():
+def test_the_demo_runs_whole_where_mooncake_and_pytorch_are_missing():
     args = ["demo", "--seed=5", "--max-new-tokens=12"]
-    code = f"import sys; sys.modules['mooncake'] = None; from deepstack_jax.cli import main; main({args})"
+    hide = "import sys; sys.modules['mooncake'] = sys.modules['torch'] = None"
+    code = f"{hide}; from deepstack_jax.cli import main; main({args})"
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr

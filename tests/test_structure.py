@@ -37,6 +37,8 @@ ALLOWED = {
         "deepstack_jax.checkpoints",
         "deepstack_jax.config",
         "deepstack_jax.models",
+        "deepstack_jax.programs",
+        "deepstack_jax.sampling",
     ),
     "converters": (
         "converters",
@@ -129,12 +131,3 @@ def test_the_server_imports_neither_fastapi_nor_pydantic():
     code = f"import sys, {', '.join(modules)}; print(sorted({unwanted} & sys.modules.keys()))"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (child.returncode, child.stdout) == (0, "[]\n"), child.stderr
-
-
-def test_the_demo_runs_where_pytorch_cannot_be_imported():
-    # the demo of tests/test_cli.py, whose compiled programs it shares
-    args = ["demo", "--json", "--seed=5", "--max-new-tokens=12"]
-    code = f"import sys; sys.modules['torch'] = None; from deepstack_jax.cli import main; main({args})"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    assert '"visual_tokens"' in child.stdout

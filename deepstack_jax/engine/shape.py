@@ -48,7 +48,7 @@ class EngineShape:
             near = cdiv(self.chunk, self.page) * self.page
             raise ValueError(f"chunk {self.chunk} is not a multiple of page {self.page}: pass {near}, for example")
         if not self.tail_rows:
-            object.__setattr__(self, "tail_rows", _default_tail_rows(self.chunk))
+            object.__setattr__(self, "tail_rows", default_tail_rows(self.chunk))
         _check_tail_rows(self.tail_rows, self.chunk)
         if not self.decode_widths:
             object.__setattr__(self, "decode_widths", (self.slots,))
@@ -93,9 +93,13 @@ class EngineShape:
         return f"{slots},chunk={self.chunk},page={self.page},tails={tails}"
 
 
-def _default_tail_rows(chunk: int) -> tuple[tuple[int, int], ...]:
+def default_tail_rows(chunk: int, slots: int = 1, shared_tokens: int = 1) -> tuple[tuple[int, int], ...]:
+    """Widths of an eighth, a quarter and a half of a chunk, and the chunk.
+
+    Up to `slots` requests share a program of one of the smaller widths, as long as it takes at most `shared_tokens`.
+    """
     widths = sorted({chunk // divisor for divisor in TAIL_DIVISORS} - {0})
-    return (*((width, 1) for width in widths if width < chunk), (chunk, 1))
+    return (*((width, min(slots, max(shared_tokens // width, 1))) for width in widths if width < chunk), (chunk, 1))
 
 
 def _check_tail_rows(tail_rows: tuple[tuple[int, int], ...], chunk: int) -> None:

@@ -14,9 +14,8 @@ import pytest
 
 from deepstack_jax.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from deepstack_jax.models.parameters import abstract_params
-from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, prefill_chunk
-from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.programs import EngineState, decode_loop, prefill_chunk
+from deepstack_jax.testing.arg_specs import chunk_specs, state_specs
 from pallas_kernels import aot
 from pallas_kernels.deepstack_add import arg_specs as add_specs
 from pallas_kernels.deepstack_add import deepstack_add
@@ -24,7 +23,6 @@ from pallas_kernels.fused_moe import arg_specs, fused_moe
 from pallas_kernels.fused_moe.arg_specs import REAL, ArgSpec
 
 MiB = 1 << 20
-PAGE = 128
 MODELS = {"30B-A3B": arg_specs.QWEN3_VL_30B_A3B, "235B-A22B": arg_specs.QWEN3_VL_235B_A22B}
 HEADS = {"30B-A3B": 32, "235B-A22B": 64}
 # libtpu serves one process at a time, so the two kinds can run side by side, each in one process
@@ -157,19 +155,3 @@ def config_and_params(model: str, layers: int) -> tuple[ModelConfig, dict[str, j
     config = ModelConfig("qwen3_vl_moe", text, vision, dtype="bfloat16")
     params = abstract_params(config, jnp.bfloat16)
     return config, {path: leaf for path, leaf in params.items() if path.startswith("language_model.")}
-
-
-def state_specs(config: ModelConfig, slots: int, num_pages: int) -> EngineState:
-    return jax.eval_shape(lambda: EngineState.empty(config, slots, num_pages, PAGE))
-
-
-def chunk_specs(config: ModelConfig, state: EngineState, width: int) -> PromptChunk:
-    """A chunk of one prompt, with as many visual rows as tokens."""
-    i32, text = jnp.int32, config.text
-    shapes = (1, width), (3, 1, width), (1,), (1,), (1, state.cache.page_table.shape[1]), (1,), (1,), (1,)
-    arrays = [jax.ShapeDtypeStruct(shape, i32) for shape in shapes]
-    seen = jax.ShapeDtypeStruct((1, text.vocab_size), jnp.uint8)
-    sampling = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), SamplingParams.of(1))
-    widths = text.hidden_size, config.num_deepstack_levels * text.hidden_size
-    rows = VisualRows(*(jax.ShapeDtypeStruct((width, each), jnp.bfloat16) for each in widths))
-    return PromptChunk(*arrays, seen, sampling, jax.ShapeDtypeStruct((1, width), i32), rows)
