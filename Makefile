@@ -15,7 +15,7 @@ LIBIBVERBS = @PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null | grep -q li
 PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
 # Processes that share the test files, in the order of tests/conftest.py. A file stays in one process, as its fixtures
 # start servers.
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST = $(PLATFORM_TESTS) $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: demo test test-exhaustive test-newest-orbax test-aot docs lint types clean

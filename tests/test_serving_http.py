@@ -598,7 +598,7 @@ def test_the_command_serves_until_it_is_told_to_end(model: dsj.Model, folder: Pa
         pages = EngineState.empty(model.config, 4, num_pages=65, page=128).cache
         mebibytes = sum(array.nbytes for array in (*pages.keys, *pages.values)) / 2**20
         size = f"64 KV pages of 128 (8,192 tokens, {mebibytes:.1f} MiB)"
-        assert before == f"engine: 4 slots, chunks of 256 tokens, {size}\n"
+        assert before == f"engine: 4 slots, chunks of 512 tokens, {size}\n"
         with httpx.Client(base_url=line.split()[-1], timeout=120) as client:
             assert client.get("/health").status_code == 200
             assert client.get("/v1/models").json()["data"][0]["id"] == "small"

@@ -86,7 +86,7 @@ def run(
         int | None, typer.Option(min=1, help="requests that run at once; 4 on CPU, 32 on a chip by default")
     ] = None,
     chunk: Annotated[
-        int | None, typer.Option(min=128, help="tokens of a prefill chunk; 256 on CPU, 1024 on a chip by default")
+        int | None, typer.Option(min=128, help="tokens of a prefill chunk; 512 on CPU, 1024 on a chip by default")
     ] = None,
     kv_bytes: Annotated[
         int | None,
