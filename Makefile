@@ -18,13 +18,19 @@ PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
 WORKERS ?= 3
 PYTEST = $(PLATFORM_TESTS) $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-exhaustive test-newest-orbax test-aot docs lint types clean
+.PHONY: demo test test-slow test-exhaustive test-newest-orbax test-aot docs lint types clean
 
 demo: .venv/demo-ready
 	@$(BIN)/deepstack-jax demo
 
+BY_FILE = $(PYTEST) --dist loadfile --no-loadscope-reorder --durations 25
+
 test: .venv/test-ready
-	$(PYTEST) --dist loadfile --no-loadscope-reorder --durations 25
+	$(BY_FILE) -m "not slow"
+
+# Real widths, the chips' kernels in interpreters, the run of random faults, the tutorial
+test-slow: .venv/test-ready
+	$(BY_FILE) -m slow
 
 # The largest searches through the states of a transfer, 100,000 schedules of the scheduler and 20,000 of the engine
 SEARCHES ?= $(addprefix tests/test_,disagg_protocol.py engine_schedules.py engine_promise.py)

@@ -111,6 +111,7 @@ class TestPlainForms:
         assert_bits_are_the_rows_own(PLAIN[form], replace(WIDE, tokens=tokens), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ON_CHIPS)
 def test_bits_are_the_rows_own_on_chips(form: str):
     spec = NARROW if "mosaic_gpu" in form else TILED

@@ -86,6 +86,11 @@ def cases_of(backend: str | None) -> list[ArgSpec]:
     return [spec for spec in SMALL if spec.tokens < 200 or spec.routing in ("random", "one expert")]
 
 
+def marks_of(backend: str | None, spec: ArgSpec) -> list[pytest.MarkDecorator]:
+    """An interpreter takes seconds per call: `make test` has only the smallest there."""
+    return [pytest.mark.slow] if backend in INTERPRETED and spec.tokens > 2 else []
+
+
 class TestFusedMoe:
     """What every backend must do, or refuse with its reason."""
 
@@ -93,7 +98,7 @@ class TestFusedMoe:
     @pytest.mark.parametrize(
         ("backend", "spec"),
         [
-            pytest.param(backend, spec, id=f"{backend}-{spec}")
+            pytest.param(backend, spec, id=f"{backend}-{spec}", marks=marks_of(backend, spec))
             for backend in (None, *moe_module.BACKENDS)
             for spec in cases_of(backend)
         ],

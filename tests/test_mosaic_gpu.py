@@ -18,6 +18,8 @@ from pallas_kernels.fused_moe import mosaic_gpu, xla
 from pallas_kernels.fused_moe.arg_specs import ODD, ROUTINGS, TILED, ArgSpec
 from tests.interpreters import on_gpu
 
+pytestmark = pytest.mark.slow  # an interpreter takes seconds per call
+
 
 @pytest.fixture(autouse=True)
 def interpreter():

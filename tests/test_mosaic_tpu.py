@@ -20,6 +20,8 @@ from pallas_kernels.fused_moe.arg_specs import ROUTINGS, TILED, ArgSpec, Routing
 from tests.interpreters import on_tpu
 from tests.test_kernels import error_of, error_of_plain_form
 
+pytestmark = pytest.mark.slow  # an interpreter takes seconds per call
+
 REGIMES = {
     "decode": partial(fused_moe._decode, cores=1, block=384),
     "decode, blocks of F": partial(fused_moe._decode, cores=1, block=128),

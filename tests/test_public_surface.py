@@ -30,7 +30,7 @@ def model() -> dsj.Model:
     return dsj.Model(config, init_params(config))
 
 
-OTHERS = ("sampling", "slots")  # not options of how tokens are drawn
+OTHERS = ("sampling", "slots", "chunk")  # not options of how tokens are drawn
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, Any]:

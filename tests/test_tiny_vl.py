@@ -85,6 +85,7 @@ def test_deepstack_is_needed(scores: Scores):
     assert right["no level 2"] < 60
 
 
+@pytest.mark.slow
 def test_every_expert_is_used(model: dsj.Model):
     load = load_of(model, FIRST_SEED, batches=1)
     assert load.max() <= 3
