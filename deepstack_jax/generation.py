@@ -133,8 +133,8 @@ def generate(
     """Answers prompts; the arrays are those of `forward`. A row's answer doesn't depend on the other rows of its batch.
 
     Args:
-        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed,
-            eos_token_id: see `SamplingOptions`.
+        max_new_tokens, temperature, top_k, top_p, min_p, seed, eos_token_id: see `SamplingOptions`.
+        repetition_penalty, presence_penalty, frequency_penalty: see `SamplingOptions`.
         sampling: all of these options together, instead of single ones.
         slots: the number of rows of the decode program. Bits depend on it: with a server's number, they equal the
             server's. None takes the smallest of 1, 2, 4, 8, 16 and 32 that holds the prompts; more than 32 take turns.
