@@ -28,7 +28,7 @@ BY_FILE = $(PYTEST) --dist loadfile --no-loadscope-reorder --durations 25
 test: .venv/test-ready
 	$(BY_FILE) -m "not slow"
 
-# Real widths, the chips' kernels in interpreters, the run of random faults, the tutorial
+# Real widths, the chips' kernels in interpreters, tiny-vl's training and answers, the run of random faults, the tutorial
 test-slow: .venv/test-ready
 	$(BY_FILE) -m slow
 

@@ -102,6 +102,7 @@ def test_inspect_tells_what_the_pages_of_an_engine_take(folder: Path, capfd: pyt
     assert (tokens + 128) * per_token <= 2**30 < (tokens + 2 * 128) * per_token
 
 
+@pytest.mark.slow
 def test_verify_passes_a_sound_checkpoint_and_fails_one_that_is_read_differently(
     folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):

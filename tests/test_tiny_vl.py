@@ -12,6 +12,8 @@ from tiny_vl import evaluate as evaluation
 from tiny_vl.evaluate import Case, Scores, answers, batches_of, cases_of, load_of, wanted
 from tiny_vl.parity import cases_of_kinds, differing, load_torch
 
+pytestmark = pytest.mark.slow
+
 SLACK = 5.0  # percentage points: few questions are asked here, 2000 samples by evaluate.py
 FIRST_SEED = 500_000  # not trained on
 
@@ -85,14 +87,12 @@ def test_deepstack_is_needed(scores: Scores):
     assert right["no level 2"] < 60
 
 
-@pytest.mark.slow
 def test_every_expert_is_used(model: dsj.Model):
     load = load_of(model, FIRST_SEED, batches=1)
     assert load.max() <= 3
     assert load.min() >= 0.25
 
 
-@pytest.mark.slow
 def test_pytorch_gives_the_same_tokens_for_200_prompts(model: dsj.Model):
     cases = cases_of_kinds(200, FIRST_SEED)
     found, asked = differing(model, load_torch(checkpoint_path("tiny-vl")), cases)

@@ -42,6 +42,8 @@ from tiny_vl.loss import balance_of, load_of, loss_of, tiled_moe  # noqa: E402
 from tiny_vl.sight import CLASSES, seen_in, sight_loss  # noqa: E402
 from tiny_vl.sight import KINDS as SEEN_KINDS  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SEED = 123_456
 compiled_loss = jax.jit(loss_of, static_argnums=(0, 3))
 
