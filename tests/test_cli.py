@@ -242,7 +242,7 @@ def test_nothing_of_the_demo_outlives_it(tmp_path: Path):
     while len(nodes := watched.children()) < 2:
         assert demo.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.002)  # the second node has hardly started
     demo.kill()
     demo.wait()
     _, alive = psutil.wait_procs(nodes, timeout=30)

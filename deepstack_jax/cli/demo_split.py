@@ -23,8 +23,17 @@ BLOCK_SIZE = 8  # tokens; a real cluster takes 128
 POOL_BLOCKS = 8  # a request gets a quarter of them at once, so that a small picture takes several rounds
 START_SECONDS = 300.0
 
-# The kernel ends the node when the demo is killed: 1 is PR_SET_PDEATHSIG.
-_RUN = "import ctypes, signal; ctypes.CDLL(None).prctl(1, signal.SIGTERM); from deepstack_jax.cli import main; main()"
+# The kernel ends the node when the demo is killed: 1 is PR_SET_PDEATHSIG. A demo that was killed before that call is
+# no longer the node's parent, so the node ends by itself.
+_RUN = """
+import ctypes, os, signal, sys
+parent = int(sys.argv.pop(1))
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+if os.getppid() != parent:
+    sys.exit()
+from deepstack_jax.cli import main
+main()
+"""
 
 
 def missing() -> str | None:
@@ -171,7 +180,7 @@ class ServeProcess:
 def serve_process(checkpoint: Path, role: str, options: list[str]) -> Iterator[ServeProcess]:
     """A `deepstack-jax serve` of that role with more options, on a free port; it ends with the `with`."""
     options = ["--role", role, "--port", "0", "--grace", "0", "--no-warm-up", *options]
-    command = [sys.executable, "-P", "-c", _RUN, "serve", str(checkpoint), *options]
+    command = [sys.executable, "-P", "-c", _RUN, str(os.getpid()), "serve", str(checkpoint), *options]
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
