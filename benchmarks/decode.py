@@ -39,7 +39,7 @@ from deepstack_jax.encoding import encode_rows
 from deepstack_jax.engine.options import default_chunk
 from deepstack_jax.engine.request import GenerationPlan, Request, chunk_of
 from deepstack_jax.engine.shape import EngineShape
-from deepstack_jax.engine.turn import Part
+from deepstack_jax.engine.turn import Part, Prefill
 from deepstack_jax.generation import encode_prompt
 from deepstack_jax.models.parameters import abstract_params, merge_params
 from deepstack_jax.models.registry import parse_config
@@ -215,7 +215,8 @@ def started(model: Model, ids: np.ndarray) -> EngineState:
         for start in range(0, request.length, shape.chunk):
             count = min(shape.chunk, request.length - start)
             part = Part(row, row, start, count, start + count == request.length, pages)
-            chunk = chunk_of(model.config, shape, shape.width_of(count), [(part, request)], no_rows, table_width)
+            prefill = Prefill(shape.width_of(count), (part,), (0,))
+            chunk = chunk_of(model.config, shape, prefill, {row: request}, no_rows, table_width)
             state, _ = prefill_chunk(model.config, model.text_params, state, chunk)
     return jax.block_until_ready(state)
 

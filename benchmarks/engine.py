@@ -153,7 +153,7 @@ def measure_prefix(model: Model, rounds: int) -> None:
             finish(engine, [request])
             work.append(request.first_token_at - request.submitted)
             prompts += request.length
-        hits = engine.prefix_cache.hit_tokens
+        hits = engine.prefix_caches[0].hit_tokens
         print(
             f"{ASKED} prompts, {SHARED} tokens shared, prefix cache {'on' if cached else 'off'}: {sum(work):.2f} s to "
             f"first tokens (the first {work[0]:.2f}); {hits} of {prompts} tokens found"
@@ -188,7 +188,7 @@ def warm(model: Model, **options: object) -> Engine:
 
 def together(engine: Engine, ids: np.ndarray) -> tuple[float, float]:
     """Seconds of all streams at once, and of them those in which decoding went on."""
-    engine.prefix_cache.clear()
+    engine.prefix_caches[0].clear()
     requests = [request_of(engine.model, row, NEW_TOKENS) for row in ids]
     began = time.perf_counter()
     finish(engine, requests)
@@ -232,7 +232,7 @@ def made_by(event: object, request: Request) -> bool:
 def chunk_seconds(engine: Engine) -> float:
     """Seconds of the last whole chunk of a long prompt."""
     request = request_of(engine.model, prompt_ids(2, LONG_PROMPT)[0], 1)
-    engine.prefix_cache.clear()
+    engine.prefix_caches[0].clear()
     engine.add(request)
     times = [time.perf_counter()]
     while not request.made:

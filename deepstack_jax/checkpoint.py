@@ -1,23 +1,32 @@
 """Loads a converted or a Hugging Face checkpoint as a `Model`."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from deepstack_jax import sharding
 from deepstack_jax.bundled import checkpoint_path
-from deepstack_jax.checkpoints.hf_checkpoint import read_params
+from deepstack_jax.checkpoints.hf_checkpoint import Rows, read_rows
 from deepstack_jax.config import ModelConfig, read_special_tokens
-from deepstack_jax.models.parameters import Params, abstract_params, flat_params, merge_params, model_dtype
+from deepstack_jax.models.parameters import (
+    Params,
+    abstract_params,
+    flat_params,
+    merge_params,
+    model_dtype,
+    param_shardings,
+)
 from deepstack_jax.models.registry import read_config
 from deepstack_jax.processing.processor import Processor
-from deepstack_jax.sharding import param_shardings
 
 VISION, TEXT = "visual.", "language_model."
 
@@ -70,6 +79,11 @@ class Model:
         return replace(self, params={path: params[path] for path in self.params})
 
     @cached_property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """The mesh on which the parameters are; None on a single device."""
+        return sharding.mesh_of(self.params)
+
+    @cached_property
     def vision_params(self) -> Params:
         """The parameters that the encode program needs."""
         return self._part(VISION)
@@ -105,16 +119,18 @@ def load(
         path: the directory, or the name of a checkpoint that comes with the package (`tiny-vl`).
         dtype: float32 or bfloat16; None keeps the checkpoint's. If its tensors differ, None takes the dtype that
             transformers' from_pretrained chooses, and emits a `CheckpointWarning`.
-        mesh: places every parameter by its logical axes (sharding.py); None places all on the default device.
+        mesh: places every parameter by its logical axes (sharding.py), and all programs run on it; None places all on
+            the default device. It has the axes `data` and `tensor`, or one of them: see `make_mesh`.
         expert_layout: hf4 or hf5, for a Hugging Face directory whose shapes are ambiguous.
         parts: prefixes of the parameters to load ("visual.", "language_model."); None loads all.
         progress: called with (bytes read, total bytes).
 
     Raises:
         ValueError: the directory is not a checkpoint of a supported family, or is damaged, quantised or an adapter; the
-            message is one line that says what is wrong and where.
+            message is one line that says what is wrong and where. Or the mesh has another axis.
 
-    Emits a `CheckpointWarning` for tensors that are not part of the model, which are skipped.
+    Emits a `CheckpointWarning` for tensors that are not part of the model, which are skipped. Logs a warning for
+    parameters that the mesh doesn't divide.
     """
     path = checkpoint_path(path)
     if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
@@ -122,18 +138,58 @@ def load(
     config = read_config(path)
     ends, pad = read_special_tokens(path, config)
     prefixes = None if parts is None else tuple(parts)
-    shardings = param_shardings(config, mesh) if mesh else None
+    shardings = param_shardings(config, mesh, dtype or config.dtype or jnp.bfloat16) if mesh else None
     if (path / "deepstack_jax.json").exists():
         from deepstack_jax.checkpoints.orbax_checkpoint import restore_params  # Orbax takes a second to import
 
         params = restore_params(path, config, dtype=dtype, prefixes=prefixes, shardings=shardings, progress=progress)
     else:
-        arrays = read_params(path, config, dtype=dtype, expert_layout=expert_layout, prefixes=prefixes)
-        sizes = {name: int(np.prod(leaf.shape)) for name, leaf in abstract_params(config).items()}
-        total, done, params = sum(sizes.values()), 0, {}
-        for name, array in arrays:
-            params[name] = jax.device_put(array, shardings[name] if shardings else None, may_alias=False)
-            done += sizes[name]
-            if progress:
-                progress(done * array.itemsize, total * array.itemsize)
+        params = _read_hugging_face(path, config, dtype, expert_layout, prefixes, shardings, progress)
     return Model(config, params, path, ends, pad)
+
+
+def _read_hugging_face(
+    path: Path,
+    config: ModelConfig,
+    dtype: DTypeLike | None,
+    expert_layout: str | None,
+    prefixes: tuple[str, ...] | None,
+    shardings: Mapping[str, NamedSharding] | None,
+    progress: Callable[[int, int], None] | None,
+) -> Params:
+    """Reads the rows of parameters that devices of this process hold, and no others."""
+    shapes = {name: leaf.shape for name, leaf in abstract_params(config).items()}
+    if shardings is None:
+        rows: dict[str, list[Rows]] = {name: [(0, shape[0])] for name, shape in shapes.items()}
+    else:
+        rows = {name: _rows_held(shape, shardings[name]) for name, shape in shapes.items()}
+    sizes = {
+        name: sum(end - first for first, end in rows[name]) * prod(shape[1:])
+        for name, shape in shapes.items()
+        if prefixes is None or name.startswith(prefixes)
+    }
+    total, done, params = sum(sizes.values()), 0, {}
+    for name, arrays in read_rows(path, config, dtype, expert_layout, prefixes, rows):
+        if shardings is None:
+            params[name] = jax.device_put(arrays[rows[name][0]], may_alias=False)
+        else:
+            params[name] = _from_rows(shapes[name], shardings[name], arrays)
+        done += sizes[name]
+        if progress:
+            progress(done * params[name].dtype.itemsize, total * params[name].dtype.itemsize)
+    return params
+
+
+def _rows_held(shape: tuple[int, ...], placed: NamedSharding) -> list[Rows]:
+    """Returns the rows of a parameter's first axis that this process's devices hold."""
+    indices = placed.addressable_devices_indices_map(shape).values()
+    return sorted({index[0].indices(shape[0])[:2] for index in indices if index})
+
+
+def _from_rows(shape: tuple[int, ...], placed: NamedSharding, arrays: Mapping[Rows, np.ndarray]) -> jax.Array:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        # a copy: on a CPU, jax would keep the array itself, and with it the rows of other devices
+        return arrays[index[0].indices(shape[0])[:2]][(slice(None), *index[1:])].copy()
+
+    return jax.make_array_from_callback(shape, placed, part)

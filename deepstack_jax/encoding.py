@@ -6,7 +6,6 @@ import jax
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, VisionInput, bucket
 from deepstack_jax.programs import empty_rows, encode_vision, write_rows
@@ -14,13 +13,23 @@ from deepstack_jax.programs import empty_rows, encode_vision, write_rows
 ENCODE_TOGETHER = 4  # the most images per run of the encoder
 
 
-def group_size(count: int) -> int:
-    """Returns how many of `count` images of one bucket run together: a power of two, which keeps programs few."""
+def group_size(model: Model, count: int) -> int:
+    """Returns how many of `count` images of one bucket run together.
+
+    That is a power of two, which keeps programs few, and at most ENCODE_TOGETHER. On a mesh it is one per device.
+    """
+    if model.mesh is not None:
+        return min(model.mesh.size, count)
     return min(ENCODE_TOGETHER, 1 << (count.bit_length() - 1))
 
 
 def encode_group(model: Model, visuals: Sequence[VisionInput]) -> jax.Array:
-    """Returns rows [G, bucket of m, (1+N)*D] of G images of one bucket; an image's bits don't depend on the others."""
+    """Returns rows [G, bucket of m, (1+N)*D] of G images of one bucket; an image's bits don't depend on the others.
+
+    On a mesh, G is the number of devices, and rows after those of the images are of no use.
+    """
+    if model.mesh is not None:
+        visuals = [*visuals, *[visuals[-1]] * (model.mesh.size - len(visuals))]
     items = [(visual.pixel_values, visual.geometry) for visual in visuals]
     # one image needs no copy of its pixels
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays) if arrays[1:] else arrays[0][None], *items)
@@ -35,9 +44,9 @@ def encode_images(model: Model, visuals: Sequence[VisionInput]) -> list[jax.Arra
         waiting.setdefault(len(visual.pixel_values), []).append(i)
     for numbers in waiting.values():
         while numbers:
-            size = group_size(len(numbers))
+            size = group_size(model, len(numbers))
             group, numbers[:] = numbers[:size], numbers[size:]
-            rows |= zip(group, encode_group(model, [visuals[i] for i in group]), strict=True)
+            rows |= zip(group, encode_group(model, [visuals[i] for i in group]), strict=False)
     return [rows[i] for i in range(len(visuals))]
 
 
@@ -45,14 +54,14 @@ def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
     """Returns the visual rows of a batch, padded to a bucket, or None if it has neither images nor videos."""
     if not batch.visuals:
         return None
-    return concat_rows(model.config, encode_images(model, batch.visuals), batch.visuals)
+    return concat_rows(model, encode_images(model, batch.visuals), batch.visuals)
 
 
-def concat_rows(config: ModelConfig, parts: Sequence[jax.Array], visuals: Sequence[VisionInput]) -> VisualRows:
+def concat_rows(model: Model, parts: Sequence[jax.Array], visuals: Sequence[VisionInput]) -> VisualRows:
     """Returns the rows of all images in order, padded with zeros to a bucket."""
-    rows = empty_rows(config, bucket(sum(visual.num_rows for visual in visuals)))
+    rows = empty_rows(model.config, bucket(sum(visual.num_rows for visual in visuals)), model.mesh)
     first = 0
     for part, visual in zip(parts, visuals, strict=True):
-        rows = write_rows(config, rows, part, np.int32(first), np.int32(0), np.int32(visual.num_rows))
+        rows = write_rows(model.config, rows, part, np.int32(first), np.int32(0), np.int32(visual.num_rows))
         first += visual.num_rows
     return rows

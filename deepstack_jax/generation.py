@@ -1,6 +1,7 @@
 """Answers prompts: `forward`, `generate` and `stream`. The last two create an engine for the duration of a call."""
 
 import reprlib
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from deepstack_jax import sharding
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.encoding import encode_rows
+from deepstack_jax.encoding import encode_images, encode_rows
 from deepstack_jax.engine.core import Engine, Failed, NewTokens
 from deepstack_jax.engine.options import default_chunk
 from deepstack_jax.engine.request import GenerationPlan, Request
@@ -22,11 +24,12 @@ from deepstack_jax.processing.images import ImageSource
 from deepstack_jax.processing.processor import UserPrompt
 from deepstack_jax.processing.videos import VideoSource
 from deepstack_jax.programs import DECODE_BUFFER, PromptArrays, all_logits
+from deepstack_jax.rounding import cdiv
 from deepstack_jax.sampling import SamplingParams
 from deepstack_jax.sampling_options import SamplingOptions
 
-WIDTHS = (1, 2, 4, 8, 16, 32)  # default numbers of rows of the decode program
-SHARED_TOKENS = 512  # of a prefill program that short prompts of a batch share, which then reads the weights once
+WIDTHS = (1, 2, 4, 8, 16, 32, 64)  # default numbers of rows of the decode program
+SHARED_TOKENS = 1024  # of a prefill program that short prompts of a batch share, which then reads the weights once
 
 
 @dataclass
@@ -137,7 +140,7 @@ def generate(
         repetition_penalty, presence_penalty, frequency_penalty: see `SamplingOptions`.
         sampling: all of these options together, instead of single ones.
         slots: the number of rows of the decode program. Bits depend on it: with a server's number, they equal the
-            server's. None takes the smallest of 1, 2, 4, 8, 16 and 32 that holds the prompts; more than 32 take turns.
+            server's. None takes the smallest of 1, 2, 4, ... 64 that holds the prompts; more than 64 take turns.
         chunk: the tokens of a prefill chunk, a multiple of 128, on which bits depend in the same way. None takes a
             server's default.
 
@@ -270,24 +273,36 @@ def engine_for(
     chunk: int | None = None,
     decode_steps: int = DECODE_BUFFER,
 ) -> Engine:
-    """Returns an engine with room for these requests, all of which are queued.
+    """Returns an engine with room for these requests, all of which are queued, their images encoded.
+
+    Encoding comes first, so that prompts that share a prefill program are ready at the same time.
 
     Args:
         slots: rows of the decode program; None takes the smallest of `WIDTHS` that holds all requests, or the largest,
-            and lets short prompts share prefill programs, which a server's shape does not.
+            and lets short prompts share prefill programs, which a server's shape does not. On a mesh it is a multiple
+            of the size of `data`.
         chunk: tokens of a prefill chunk; None takes a server's default.
         decode_steps: the most tokens per row in one call of the decode program.
     """
-    chunk = default_chunk() if chunk is None else chunk
+    chunk, sizes = default_chunk() if chunk is None else chunk, sharding.sizes(model.mesh)
     tail_rows: tuple[tuple[int, int], ...] = ()  # a server's
     if slots is None:
         slots = next((width for width in WIDTHS if width >= len(requests)), WIDTHS[-1])
-        tail_rows = default_tail_rows(chunk, slots, SHARED_TOKENS)
-    shape = EngineShape(slots, chunk, tail_rows=tail_rows, decode_steps=decode_steps, steps_beside_prefill=0)
+        slots = cdiv(slots, sizes[0]) * sizes[0]
+        tail_rows = default_tail_rows(chunk, slots // sizes[0], SHARED_TOKENS)
+    shape = EngineShape(
+        slots, chunk, tail_rows=tail_rows, decode_steps=decode_steps, steps_beside_prefill=0, mesh=sizes
+    )
     needed = sorted(shape.pages_of(each.length + each.plan.max_new_tokens - 1) for each in requests)
     ends = max(each.plan.sampling.end_token_ids.shape[1] for each in requests)
-    pages = 1 + bucket(sum(needed[-slots:]))
+    pages = 1 + bucket(sum(needed[-slots // shape.pools :]))  # enough for any share of the requests
     engine = Engine(model, shape, pages, max_waiting=len(requests), prefix_cache=False, end_tokens=ends)
+    started = time.monotonic()
+    images = [image for request in requests for image in request.images if image.pixels]
+    for image, rows in zip(images, encode_images(model, [im.pixels for im in images if im.pixels]), strict=True):
+        image.encoded, image.pixels = rows, None
+    jax.block_until_ready([image.encoded for image in images])
+    engine.encode_seconds = time.monotonic() - started
     for request in requests:
         engine.add(request)
     return engine

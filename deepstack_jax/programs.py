@@ -2,7 +2,8 @@
 
 Each is a pure function of `(config, params)` and arrays of fixed shapes. An engine compiles one encode program per
 bucket of patches, one prefill program per width of prompt pieces, and one decode program. The library, whole servers
-and split servers run the same programs.
+and split servers run the same programs. They run on the mesh of their parameters (sharding.py), with every state and
+result placed explicitly: rows over `data`, what the host reads on every device.
 """
 
 from contextlib import AbstractContextManager
@@ -12,8 +13,10 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
+from deepstack_jax import sharding
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.param import AnyArray
 from deepstack_jax.models.parameters import Params, merge_params, model_dtype
@@ -63,7 +66,10 @@ class PromptChunk:
 @jax.tree_util.register_dataclass
 @dataclass
 class EngineState:
-    """An engine's state on the device: KV pages and B decode rows. It is donated to each program, which returns it."""
+    """An engine's state on the device: KV pages and B decode rows. It is donated to each program, which returns it.
+
+    On a mesh, rows and pages are split over `data`, and page numbers count within a row's part of the pages.
+    """
 
     cache: PagedKVCache  # its page table is that of the decode rows
     last: Int[Array, " B"]  # the newest token, not yet in the cache
@@ -77,16 +83,17 @@ class EngineState:
 
     @staticmethod
     def empty(config: ModelConfig, rows: int, num_pages: int, page: int, end_tokens: int = END_TOKENS) -> "EngineState":
-        """Returns a state of zeros: all rows have ended, and no page was written."""
+        """Returns a state of zeros with `num_pages` pages in all: all rows have ended, and no page was written."""
         last, lengths, made, limits, deltas = (jnp.zeros(rows, jnp.int32) for _ in range(5))
         table = jnp.zeros((rows, cdiv(config.text.max_position_embeddings, page)), jnp.int32)
         sampling = jax.tree.map(jnp.asarray, SamplingParams.of(rows, end_token_ids=[-1] * end_tokens))
         cache = PagedKVCache.empty(config.text, num_pages, page, table, model_dtype(config))
         seen = jnp.zeros((rows, config.text.vocab_size), jnp.int32)
         done = jnp.ones(rows, bool)
-        return EngineState(cache, last, lengths, made, limits, deltas, done, seen, sampling)
+        return _placed(EngineState(cache, last, lengths, made, limits, deltas, done, seen, sampling))
 
 
+@sharding.on_mesh_of(argument=1)
 @partial(jax.jit, static_argnums=0)
 def encode_vision(
     config: ModelConfig, params: Params, pixel_values: Float[Array, "G P C"], geometry: PatchGeometry
@@ -94,18 +101,25 @@ def encode_vision(
     """Returns rows [G, P / merge^2, (1+N)*D] of G images or videos of one bucket, in the model's dtype.
 
     It needs only the `visual.` parameters. Each image is computed separately, so the bits of its rows don't depend on
-    the others. The geometry's arrays have a leading G as well.
+    the others. The geometry's arrays have a leading G as well. On a mesh that divides G, each device encodes its part
+    of the images.
     """
 
-    def one(item: tuple[jax.Array, PatchGeometry]) -> jax.Array:
-        return merge_params(config, params).visual(*item)
+    def each(params: Params, pixel_values: jax.Array, geometry: PatchGeometry) -> jax.Array:
+        def one(item: tuple[jax.Array, PatchGeometry]) -> jax.Array:
+            return merge_params(config, params).visual(*item)
 
-    with precision_of(config):
         if len(pixel_values) == 1:
             return one(jax.tree.map(lambda x: x[0], (pixel_values, geometry)))[None]
         return jax.lax.map(one, (pixel_values, geometry))
 
+    with precision_of(config):
+        of_images = PartitionSpec(sharding.split(len(pixel_values), "image") or None)
+        run = sharding.each_device(each, (PartitionSpec(), of_images, of_images), of_images)
+        return sharding.constrain(run(params, jnp.asarray(pixel_values), jax.tree.map(jnp.asarray, geometry)))
 
+
+@sharding.on_mesh_of(argument=1)
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def write_rows(
     config: ModelConfig,
@@ -126,23 +140,26 @@ def write_rows(
         new = jax.tree.map(taken, part)
     else:
         new = separate_deepstack_embeds(taken(part), config.num_deepstack_levels)
-    return jax.tree.map(partial(jnp.where, inside), new, rows)
+    return jax.tree.map(lambda new, old: sharding.constrain(jnp.where(inside, new, old)), new, rows)
 
 
-def empty_rows(config: ModelConfig, height: int) -> VisualRows:
-    """Returns `height` visual rows of zeros in the model's dtype."""
+def empty_rows(config: ModelConfig, height: int, mesh: Mesh | None = None) -> VisualRows:
+    """Returns `height` visual rows of zeros in the model's dtype, on every device of a mesh."""
     width, levels = config.text.hidden_size, config.num_deepstack_levels
     widths = (width, levels * width) if levels else (width,)
-    return VisualRows(*(jnp.zeros((height, each), model_dtype(config)) for each in widths))
+    where = sharding.replicated(mesh)
+    return VisualRows(*(jnp.zeros((height, each), model_dtype(config), device=where) for each in widths))
 
 
+@sharding.on_mesh_of(argument=1)
 @partial(jax.jit, static_argnums=0)
 def all_logits(config: ModelConfig, params: Params, prompt: PromptArrays) -> Float[Array, "B T V"]:
     """Returns float32 logits of every token."""
     with precision_of(config):
-        return merge_params(config, params).language_model(**language_inputs(prompt))[0]
+        return sharding.constrain(merge_params(config, params).language_model(**language_inputs(prompt))[0])
 
 
+@sharding.on_mesh_of(argument=1)
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill_chunk(
     config: ModelConfig, params: Params, state: EngineState, chunk: PromptChunk
@@ -179,9 +196,10 @@ def prefill_chunk(
         seen = jnp.asarray(chunk.seen).astype(state.seen.dtype)
         ending = jnp.any(rows < len(state.last))
         tokens = jax.lax.cond(ending, first_tokens, lambda: jnp.zeros(len(rows), jnp.int32))
-    return _begin_rows(state, chunk, tokens), tokens
+    return _placed(_begin_rows(state, chunk, tokens)), sharding.constrain(tokens)
 
 
+@sharding.on_mesh_of(argument=1)
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode_loop(
     config: ModelConfig,
@@ -224,15 +242,15 @@ def decode_loop(
         hidden, cache = model.model(state.last[:, None], positions, slots=slots, cache=state.cache)
         assert isinstance(cache, PagedKVCache)
         token = sample(model.logits(hidden[:, 0]), state.seen, state.sampling, state.made)
-        state = _append(replace(state, cache=cache), token, live)
+        state = _placed(_append(replace(state, cache=cache), token, live))
         column = jnp.where(live, token, -1)[:, None]
         return step + 1, jax.lax.dynamic_update_slice_in_dim(tokens, column, step, axis=1), state
 
     began = jnp.asarray(running) & ~state.done
     tokens = jnp.full((len(state.last), DECODE_BUFFER), -1, jnp.int32)
     with precision_of(config):
-        _, tokens, state = jax.lax.while_loop(unfinished, next_token, (jnp.int32(0), tokens, state))
-    return state, tokens
+        _, tokens, state = jax.lax.while_loop(unfinished, next_token, (jnp.int32(0), tokens, _placed(state)))
+    return state, sharding.constrain(tokens)
 
 
 def language_inputs(prompt: PromptArrays) -> dict[str, Any]:
@@ -272,6 +290,16 @@ def _begin_rows(state: EngineState, chunk: PromptChunk, tokens: jax.Array) -> En
     rows = jnp.asarray(chunk.rows)
     begun = jax.tree.map(lambda old, new: old.at[rows].set(jnp.asarray(new), mode="drop"), _rows_of(state), new)
     return _with_pages(begun, state.cache)
+
+
+def _placed(state: EngineState) -> EngineState:
+    """Returns the state with its rows and pages where the mesh's rules have them."""
+    rows = jax.tree.map(lambda x: sharding.constrain(x, "slots"), _rows_of(state))
+    keys, values = (
+        tuple(sharding.constrain(x, "slots", "kv_heads") for x in pages)
+        for pages in (state.cache.keys, state.cache.values)
+    )
+    return _with_pages(rows, replace(state.cache, keys=keys, values=values))
 
 
 def _rows_of(state: EngineState) -> EngineState:

@@ -64,7 +64,7 @@ def simulate_all(bench: Bench, seeds: Iterable[int]) -> Counter[str]:
 def simulate(bench: Bench, seed: int, seen: Counter[str]) -> None:
     rng = random.Random(seed)
     engine = _engine(bench, rng)
-    held = engine.scheduler.ledger.in_use
+    held = engine.prefix_caches[0].ledger.in_use
     waiting = _schedule(bench, rng)
     asked = {each.request: each for each in waiting}
     for turn in range(MOST_TURNS):
@@ -101,7 +101,7 @@ def _engine(bench: Bench, rng: random.Random) -> Engine:
 
 def _shuffle_pages(engine: Engine, rng: random.Random, count: int) -> None:
     """Leaves `count` pages, which are given out in a random order: another pool would be another program."""
-    ledger = engine.scheduler.ledger
+    ledger = engine.prefix_caches[0].ledger
     pages = list(ledger.take(ledger.free))
     rng.shuffle(pages)
     for page in pages[:count]:
@@ -201,7 +201,7 @@ def _compare_kv(engine: Engine, asked: Asked, expected: np.ndarray) -> None:
 def _check_whole(engine: Engine, asked: list[Asked], held: int) -> None:
     if left := [each for each in asked if not each.end]:
         raise Violation(f"{len(left)} requests have not ended after {MOST_TURNS} turns")
-    ledger, cache = engine.scheduler.ledger, engine.prefix_cache
+    ledger, cache = engine.prefix_caches[0].ledger, engine.prefix_caches[0]
     ledger.assert_consistent()
     if ledger.in_use - held != len(cache) or engine.free_slots != engine.shape.slots:
         raise Violation(

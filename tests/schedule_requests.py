@@ -50,13 +50,15 @@ def draw_shape(rng: random.Random) -> EngineShape:
     page = rng.choice((1, 2))
     chunk = page * rng.choice((2, 4))
     tails = tuple((width, rng.randint(1, 3)) for width in (1, chunk // 2) if width < chunk)
+    pools = rng.choice((1, 1, 2))
     return EngineShape(
-        slots=rng.randint(1, 4),
+        slots=pools * rng.randint(1, 4 // pools),
         chunk=chunk,
         page=page,
         decode_steps=rng.randint(1, 5),
         tail_rows=(*sorted(dict(tails).items()), (chunk, 1)),
         steps_beside_prefill=rng.randint(0, 3),
+        mesh=(pools, 1),
     )
 
 

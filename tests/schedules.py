@@ -76,17 +76,21 @@ class Simulation:
         self.shape = shape = draw_shape(rng)
         tenants = rng.randint(1, 4)
         self.requests = {i: draw_request(rng, i, shape, tenants) for i in range(rng.randint(2, 12))}
-        self.ledger = parts.ledger(1 + rng.randint(6, 40 // shape.page))
+        self.num_pages = 1 + rng.randint(6, 40 // shape.page)
         max_pages = rng.choice((None, 4 * shape.pages_per_chunk))
-        self.cache = parts.cache(self.ledger, shape.chunk, shape.page, max_pages, enabled=rng.random() < 0.8)
+        enabled = rng.random() < 0.8
+        self.caches = tuple(
+            parts.cache(parts.ledger(self.num_pages), shape.chunk, shape.page, max_pages, enabled=enabled)
+            for _ in range(shape.pools)
+        )
         self.max_waiting, self.max_overtakes = rng.randint(3, 12), rng.randint(0, 3)
-        self.scheduler = parts.scheduler(shape, self.ledger, self.cache, self.max_waiting, self.max_overtakes)
+        self.scheduler = parts.scheduler(shape, self.caches, self.max_waiting, self.max_overtakes)
         self.lateness = rng.choice((0.0, 0.5, 1.0))
         self.failures = rng.choice((0.0, 0.0, 0.02))
         self.line: dict[str, list[Request]] = {}
         self.heads: dict[str, Head] = {}
         self.running: list[Request] = []  # in order of admission
-        self.content: dict[int, tuple[object, int]] = {}
+        self.content: dict[tuple[int, int], tuple[object, int]] = {}  # by pool and page
         self.backlog: list[list[Report]] = []
         self.outcome = Outcome()
 
@@ -112,11 +116,11 @@ class Simulation:
         try:
             self.scheduler.submit(job)
         except NeverFits:
-            require(needed > self.ledger.num_pages - 1, "refused though it fits:", job)
+            require(needed > self.num_pages - 1, "refused though it fits:", job)
         except QueueFull:
             require(waiting == self.max_waiting, "the queue is not full:", waiting)
         else:
-            require(needed < self.ledger.num_pages and waiting < self.max_waiting, "was not refused:", job)
+            require(needed < self.num_pages and waiting < self.max_waiting, "was not refused:", job)
             self.line.setdefault(job.tenant, []).append(request)
             self.note_heads()
 
@@ -145,7 +149,8 @@ class Simulation:
         reports += self.decode(turn)
         self.check_progress(turn)
         self.check_pages()
-        require(self.cache.hit_tokens == self.outcome.cached_tokens, "hits are miscounted:", self.cache.hit_tokens)
+        hits = sum(cache.hit_tokens for cache in self.caches)
+        require(hits == self.outcome.cached_tokens, "hits are miscounted:", hits)
         reports = self.fail(turn, reports)
         self.backlog.append(reports)
         self.deliver(1 if self.rng.random() < self.lateness else 0)
@@ -209,7 +214,8 @@ class Simulation:
         found = []
         for request in self.running:
             keys = request.job.keys[: (request.job.prompt_tokens - 1) // self.shape.chunk]
-            tokens = self.shape.chunk * sum(1 for _ in itertools.takewhile(self.cache.__contains__, keys))
+            cache = self.caches[self.shape.pool_of(request.slot)]
+            tokens = self.shape.chunk * sum(1 for _ in itertools.takewhile(cache.__contains__, keys))
             untouched = not request.over and request.launched == request.cached
             if untouched and tokens > request.cached and request.job.id not in due:
                 found.append(request.job.id)
@@ -219,7 +225,7 @@ class Simulation:
         require(admitted.slot == request.slot, "another slot:", admitted)
         own = admitted.cached_tokens // self.shape.page
         require(admitted.pages[own:] == request.pages[own:], "other pages after the cached ones:", admitted)
-        self.check_content(request, admitted.pages, admitted.cached_tokens)
+        self.check_content(request, admitted.pages, admitted.cached_tokens, admitted.slot)
         self.outcome.matched_again += 1
         self.outcome.cached_tokens += admitted.cached_tokens - request.cached
         request.pages = admitted.pages
@@ -234,16 +240,21 @@ class Simulation:
         require(admitted.cached_tokens % shape.chunk == 0, "a part of a chunk is cached:", admitted)
         require(admitted.cached_tokens < job.prompt_tokens, "no token is left to compute:", admitted)
         fresh = admitted.pages[admitted.cached_tokens // shape.page :]
-        used = {page for other in self.running for page in other.pages} | set(self.cache.pages)
+        pool = shape.pool_of(admitted.slot)
+        beside = [other for other in self.running if shape.pool_of(other.slot) == pool]
+        used = {page for other in beside for page in other.pages} | set(self.caches[pool].pages)
         require(used.isdisjoint(fresh), "pages in use were given:", sorted(used & set(fresh)))
         require(0 not in admitted.pages, "page 0 was given")
         for page in fresh:
-            self.content.pop(page, None)
-        self.check_content(request, admitted.pages, admitted.cached_tokens)
+            self.content.pop((pool, page), None)
+        self.check_content(request, admitted.pages, admitted.cached_tokens, admitted.slot)
 
-    def check_content(self, request: Request, pages: Sequence[int], tokens: int) -> None:
+    def check_content(self, request: Request, pages: Sequence[int], tokens: int, slot: int) -> None:
         for place in range(math.ceil(tokens / self.shape.page)):
-            found, wanted = self.content.get(pages[place]), request.page_content(place, self.shape)
+            found, wanted = (
+                self.content.get((self.shape.pool_of(slot), pages[place])),
+                request.page_content(place, self.shape),
+            )
             require(found == wanted, "page", pages[place], "holds", found, "instead of", wanted)
 
     def runnable(self) -> list[Request]:
@@ -256,31 +267,35 @@ class Simulation:
         if prefill is None:
             require(not self.runnable(), "nothing prefills though", self.runnable(), "could")
             return []
-        expected, width = self.expected_prefill()
+        expected, rows, width = self.expected_prefill()
         require(prefill.width == width, "width", prefill.width, "instead of", width)
         parts = [(part.id, part.slot, part.start, part.count, part.last, part.pages) for part in prefill.parts]
         require(parts == expected, "prefill of", parts, "instead of", expected)
+        require(list(prefill.rows) == rows, "rows", prefill.rows, "instead of", rows)
         self.outcome.shared_programs += len(parts) > 1
         return [self.run_part(self.requests[part.id], part.start, part.count) for part in prefill.parts]
 
-    def expected_prefill(self) -> tuple[list[tuple[int, int, int, int, bool, tuple[int, ...]]], int]:
-        chosen, room, width = [], 1, 0
+    def expected_prefill(self) -> tuple[list[tuple[int, int, int, int, bool, tuple[int, ...]]], list[int], int]:
+        chosen, places, room, width = [], [], 1, 0
         for request in self.runnable():
             count = min(request.next_count, self.shape.chunk)
             fit, rows = next(tail for tail in self.shape.tail_rows if tail[0] >= count)
             if not chosen:
                 width, room = fit, rows
-            if fit == width and len(chosen) < room:
+            pool = self.shape.pool_of(request.slot)
+            place = next((row for row in range(pool * room, (pool + 1) * room) if row not in places), None)
+            if fit == width and place is not None:
+                places.append(place)
                 last = request.launched + count == request.job.prompt_tokens
                 chosen.append((request.job.id, request.slot, request.launched, count, last, request.pages))
-        return chosen, width
+        return chosen, places, width
 
     def run_part(self, request: Request, start: int, count: int) -> Report:
         shape = self.shape
         require(start % shape.chunk == 0, "a chunk starts at", start)
-        self.check_content(request, request.pages, start)
+        self.check_content(request, request.pages, start, request.slot)
         for place in range(start // shape.page, math.ceil((start + count) / shape.page)):
-            self.content[request.pages[place]] = request.page_content(place, shape)
+            self.content[shape.pool_of(request.slot), request.pages[place]] = request.page_content(place, shape)
         request.launched += count
         request.unreported += 1
         request.on_device = int(not request.next_count)
@@ -301,7 +316,8 @@ class Simulation:
         require(decode.steps == limit, "steps", decode.steps, "instead of", limit)
         require(decode.leave_on_end == bool(self.line), "leaves when a row ends:", decode.leave_on_end)
         for request in ready:
-            self.check_content(request, request.pages, request.job.prompt_tokens + request.on_device - 1)
+            written = request.job.prompt_tokens + request.on_device - 1
+            self.check_content(request, request.pages, written, request.slot)
         return self.run_rows(ready, decode)
 
     def run_rows(self, rows: list[Request], decode: Decode) -> list[Report]:
@@ -310,7 +326,9 @@ class Simulation:
             live = [request for request in rows if request.on_device < request.length]
             for request in live:
                 place = (request.job.prompt_tokens + request.on_device - 1) // self.shape.page
-                self.content[request.pages[place]] = request.page_content(place, self.shape)
+                self.content[self.shape.pool_of(request.slot), request.pages[place]] = request.page_content(
+                    place, self.shape
+                )
                 request.on_device += 1
                 made[request.job.id] += 1
             if decode.leave_on_end and any(request.on_device == request.length for request in live):
@@ -328,7 +346,7 @@ class Simulation:
         for part in turn.prefill.parts:
             first, end = part.start // self.shape.page, math.ceil((part.start + part.count) / self.shape.page)
             for page in part.pages[first:end]:
-                self.content.pop(page, None)
+                self.content.pop((self.shape.pool_of(part.slot), page), None)
             self.requests[part.id].unreported = 0
             self.end(self.requests[part.id], "dropped")
             self.scheduler.drop(part.id)
@@ -363,22 +381,24 @@ class Simulation:
 
     def check_pages(self) -> None:
         """Every page has exactly the references of those who use it, and each kept chunk has its parent."""
-        users = [0] * self.ledger.num_pages
-        for request in self.running:
-            for page in request.pages:
+        for pool, cache in enumerate(self.caches):
+            users = [0] * self.num_pages
+            for request in self.running:
+                for page in request.pages if self.shape.pool_of(request.slot) == pool else ():
+                    users[page] += 1
+            for page in cache.pages:
                 users[page] += 1
-        for page in self.cache.pages:
-            users[page] += 1
-        counts = [self.ledger.count(page) for page in range(self.ledger.num_pages)]
-        require(counts == users, "references", counts, "instead of", users)
-        self.ledger.assert_consistent()
+            counts = [cache.ledger.count(page) for page in range(self.num_pages)]
+            require(counts == users, "references", counts, "instead of", users)
+            cache.ledger.assert_consistent()
 
     def check_the_end(self) -> None:
         self.deliver(0)
         require(self.scheduler.idle, "the scheduler is not idle")
-        require(self.ledger.in_use == len(self.cache), "pages are lost:", self.ledger.in_use, len(self.cache))
-        self.cache.clear()
-        require(self.ledger.free == self.ledger.num_pages - 1, "pages are lost in the cache")
+        for cache in self.caches:
+            require(cache.ledger.in_use == len(cache), "pages are lost:", cache.ledger.in_use, len(cache))
+            cache.clear()
+            require(cache.ledger.free == self.num_pages - 1, "pages are lost in the cache")
 
 
 def simulate(seed: int, parts: Parts = Parts()) -> Outcome:

@@ -246,7 +246,7 @@ class TestFailures:
         (failed,) = events[requests[1]]
         assert isinstance(failed, Failed)
         assert [tokens_of(events[each]) for each in (requests[0], requests[2])] == [alone, alone]
-        assert engine.scheduler.ledger.in_use == 0
+        assert engine.prefix_caches[0].ledger.in_use == 0
 
     def test_images_that_cannot_be_encoded_fail_their_request_only(self, model: dsj.Model):
         """Another request's image would run with them."""
@@ -261,7 +261,7 @@ class TestFailures:
         events = run(engine)
         assert [type(event) for event in events[requests[0]]] == [Failed]
         assert tokens_of(events[requests[1]]) == alone
-        assert engine.scheduler.ledger.in_use == 0
+        assert engine.prefix_caches[0].ledger.in_use == 0
 
     def test_a_failure_of_the_device_fails_all_and_the_next_request_works(self, model: dsj.Model):
         question = ask(model, inputs_of(40))

@@ -19,7 +19,7 @@ FOREVER = 1e9
 
 def scheduler(shape: EngineShape = SHAPE, num_pages: int = 101, **options: int) -> Scheduler:
     ledger = PageLedger(num_pages)
-    return Scheduler(shape, ledger, PrefixCache(ledger, shape.chunk, shape.page), **options)
+    return Scheduler(shape, (PrefixCache(ledger, shape.chunk, shape.page),), **options)
 
 
 def job(
@@ -217,11 +217,11 @@ class TestDecode:
         it.prefilled(0)
         it.decoded(0, 1, True)
         assert it.next_turn(0).decode is None
-        assert it.ledger.in_use
+        assert it.caches[0].ledger.in_use
         assert 0 not in it.free_slots
         it.decoded(0, 0, True)  # launched ahead
         assert it.idle
-        assert not it.ledger.in_use
+        assert not it.caches[0].ledger.in_use
 
     @pytest.mark.parametrize(("new", "ended"), [(1, False), (9, True)], ids=["at its limit", "by an end token"])
     def test_the_first_token_can_be_the_last(self, new, ended):
@@ -318,7 +318,7 @@ class TestPrefixes:
             report(it, turn)
         assert computed == [(0, 0), (0, 8), (0, 16), (1, 16), (2, 16)]
         assert matched == [(0, 0), (1, 0), (2, 0), (1, 8), (2, 8), (1, 16), (2, 16)]
-        assert (it.cache.query_tokens, it.cache.hit_tokens) == (3 * 19, 2 * 16)
+        assert (it.caches[0].query_tokens, it.caches[0].hit_tokens) == (3 * 19, 2 * 16)
 
     def test_one_that_has_begun_computes_the_rest_itself(self):
         jobs = [job(0, prompt=19, new=1, keys=self.KEYS, ready=8), job(1, prompt=19, new=1, keys=(b"x", b"y"), ready=8)]
@@ -327,7 +327,7 @@ class TestPrefixes:
             report(it, it.next_turn(0))
         it.submit(job(2, prompt=19, new=1, keys=self.KEYS))
         report(it, it.next_turn(0))  # computes b, after a from the cache
-        assert b"b" in it.cache
+        assert b"b" in it.caches[0]
         pages = it.running[0].pages
         it.arrived(0, 19)
         turn = it.next_turn(0)
@@ -336,17 +336,17 @@ class TestPrefixes:
 
     def test_kept_pages_make_room_for_those_who_need_them(self):
         it = self.prefilled_once(num_pages=11)
-        assert (it.ledger.in_use, len(it.cache)) == (8, 8)
+        assert (it.caches[0].ledger.in_use, len(it.caches[0])) == (8, 8)
         it.submit(job(1, prompt=13, new=8))
         assert len(it.next_turn(0).admitted) == 1
-        assert len(it.cache) == 0
+        assert len(it.caches[0]) == 0
 
     def test_they_stay_if_that_would_not_make_room_enough(self):
         it = submitted([job(1, prompt=1, new=4)], self.prefilled_once(num_pages=13))
         it.next_turn(0)
         it.submit(job(2, prompt=20, new=5))
         assert it.next_turn(0).admitted == ()
-        assert len(it.cache) == 8
+        assert len(it.caches[0]) == 8
 
     def test_a_chunk_is_kept_if_it_was_launched_before_the_cancellation_and_not_otherwise(self):
         it = submitted([job(0, prompt=19, new=1, keys=self.KEYS)], scheduler())
@@ -355,14 +355,14 @@ class TestPrefixes:
         it.next_turn(0)
         it.prefilled(0)
         assert it.idle
-        assert it.cache.find(self.KEYS, 19) == (b"a",)
+        assert it.caches[0].find(self.KEYS, 19) == (b"a",)
 
     def test_a_chunk_whose_launch_failed_is_not_kept(self):
         it = submitted([job(0, prompt=19, new=1, keys=self.KEYS)], scheduler())
         it.next_turn(0)
         it.drop(0)
         assert it.idle
-        assert not it.ledger.in_use
+        assert not it.caches[0].ledger.in_use
 
 
 def test_the_engine_s_bookkeeping_knows_no_device_no_thread_and_no_clock():

@@ -72,7 +72,7 @@ class ServesTheNewestFirst(Scheduler):
 class FreesInFlight(Scheduler):
     def _settle(self, entry):
         if entry.over and entry.in_flight and entry.pages:
-            self.ledger.release(entry.pages)
+            entry.cache.ledger.release(entry.pages)
             self.free_slots.add(entry.slot)
             entry.pages = ()
         super()._settle(entry)
@@ -90,7 +90,7 @@ class KeepsWhatWasNotLaunched(Scheduler):
         size = self.shape.pages_per_chunk
         for entry in self.running.values():
             for place, (parent, key) in enumerate(itertools.pairwise((None, *entry.job.keys))):
-                self.cache.insert(key, entry.pages[place * size : (place + 1) * size], parent)
+                entry.cache.insert(key, entry.pages[place * size : (place + 1) * size], parent)
         super().prefilled(id, ended)
 
 
@@ -139,4 +139,4 @@ class TestPlantedFaults:
     )
     def test_the_simulation_finds_it(self, parts, what):
         with pytest.raises(Violation, match=what):
-            simulate_all(range(500), parts)
+            simulate_all(range(1500), parts)

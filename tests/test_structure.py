@@ -58,7 +58,7 @@ ALLOWED = {
         *MODEL,
     ),
 }
-EVERYWHERE = ("deepstack_jax.errors", "deepstack_jax.rounding")  # they import nothing
+EVERYWHERE = ("deepstack_jax.errors", "deepstack_jax.rounding", "deepstack_jax.sharding")  # they import nothing
 PROJECT = ("deepstack_jax", "pallas_kernels", "converters")
 
 
@@ -69,7 +69,10 @@ def imports_of(file: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: imports are absolute"
-            found.add(node.module or "")
+            if node.module in PROJECT:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            else:
+                found.add(node.module or "")
     return found
 
 

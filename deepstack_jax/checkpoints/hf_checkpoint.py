@@ -47,6 +47,7 @@ from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.registry import family_of, read_config
 
 Inspect = Callable[[np.ndarray], None]
+Rows = tuple[int, int]  # from and to, of a parameter's first axis
 _NAMED = 8  # the most skipped tensors that a note names
 _AT_ONCE = 1 << 18  # values per read: few enough to stay in the processor's cache for the next step
 _MAPPED = 1 << 24  # values read through one memory map, because its pages count as memory of this process
@@ -79,14 +80,22 @@ class HfCheckpoint:
         """The dtype of the parameter's first tensor on disk."""
         return self.entries[parameter.tensors[0].name].dtype
 
-    def read(self, parameter: Parameter, dtype: DTypeLike | None = None, inspect: Inspect | None = None) -> np.ndarray:
+    def read(
+        self,
+        parameter: Parameter,
+        dtype: DTypeLike | None = None,
+        inspect: Inspect | None = None,
+        rows: Rows | None = None,
+    ) -> np.ndarray:
         """Reads one parameter into a new array of its canonical shape, in `dtype` (by default the checkpoint's).
 
-        `inspect` is as in `stream`. Raises `CheckpointError` if a file has changed since it was checked.
+        `rows` (from, to) selects rows of its first axis, and nothing else is read. `inspect` is as in `stream`. Raises
+        `CheckpointError` if a file has changed since it was checked.
         """
-        out = np.empty(parameter.shape, self.dtype if dtype is None else np.dtype(dtype))
+        first, end = rows or (0, parameter.shape[0])
+        out = np.empty((end - first, *parameter.shape[1:]), self.dtype if dtype is None else np.dtype(dtype))
         flat, done = out.reshape(-1), 0
-        for values in self.stream(parameter, dtype=dtype, inspect=inspect):
+        for values in self.stream(parameter, first, end - first, dtype=dtype, inspect=inspect):
             flat[done : done + values.size] = values.reshape(-1)
             done += values.size
         return out
@@ -183,19 +192,38 @@ def read_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Reads a Hugging Face directory as (dotted path, array of the canonical shape), one parameter at a time.
 
+    The arguments are those of `read_rows`.
+    """
+    for path, rows in read_rows(hf_dir, config, dtype, expert_layout, prefixes):
+        (values,) = rows.values()
+        yield path, values
+
+
+def read_rows(
+    hf_dir: str | Path,
+    config: ModelConfig | None = None,
+    dtype: DTypeLike | None = None,
+    expert_layout: str | None = None,
+    prefixes: Sequence[str] | None = None,
+    wanted: Mapping[str, Sequence[Rows]] | None = None,
+) -> Iterator[tuple[str, dict[Rows, np.ndarray]]]:
+    """Reads rows of the first axis of every parameter: yields (dotted path, array by (from, to)).
+
     `dtype` converts each array; by default the checkpoint's dtype is kept. `prefixes` selects the paths that start with
-    one of them, such as `("visual.",)`. The directory is checked when the first item is requested, and the errors are
-    those of `open_checkpoint`. A `CheckpointWarning` names each thing that is read differently from how it is stored.
+    one of them, such as `("visual.",)`. `wanted` names the rows by dotted path, and nothing else is read; None reads
+    all rows. The directory is checked when the first item is requested, and the errors are those of `open_checkpoint`.
+    A `CheckpointWarning` names each thing that is read differently from how it is stored.
     """
     checkpoint = open_checkpoint(hf_dir, config, expert_layout)
     warn_of_notes(checkpoint, dtype)
     for parameter in checkpoint.parameters:
         if prefixes is None or parameter.path.startswith(tuple(prefixes)):
             check = FiniteCheck()
-            values = checkpoint.read(parameter, dtype, inspect=check)
+            rows = ((0, parameter.shape[0]),) if wanted is None else wanted[parameter.path]
+            arrays = {each: checkpoint.read(parameter, dtype, check, each) for each in rows}
             if check.failed:
                 warn_non_finite(checkpoint, parameter)
-            yield parameter.path, values
+            yield parameter.path, arrays
 
 
 def warn_of_notes(checkpoint: HfCheckpoint, dtype: DTypeLike | None) -> None:

@@ -10,6 +10,7 @@ import typer
 
 import deepstack_jax as dsj
 from deepstack_jax.bundled import existing_checkpoint
+from deepstack_jax.cli.mesh import MeshShape
 
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model
@@ -55,6 +56,7 @@ def run(
     expert_layout: Annotated[
         Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
     ] = None,
+    mesh: MeshShape = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming")] = False,
 ) -> None:
     """Answers a prompt and streams the text as it comes.
@@ -96,8 +98,9 @@ def run(
     PromptOptions.of(prompt_options)  # before the weights are read
     stops = StopStrings.of(stop)
     started = time.perf_counter()
+    placed = dsj.make_mesh(mesh) if mesh else None
     with loading(f"loading {checkpoint}") as progress:
-        model = dsj.load(checkpoint, dtype, expert_layout=expert_layout, progress=progress)
+        model = dsj.load(checkpoint, dtype, placed, expert_layout=expert_layout, progress=progress)
     loaded = time.perf_counter()
     inputs = dsj.prepare(model, question, images=image or (), videos=video or (), **prompt_options)
     prepared = time.perf_counter()

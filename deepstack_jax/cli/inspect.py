@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import typer
 
 from deepstack_jax.bundled import existing_checkpoint
+from deepstack_jax.cli.mesh import MeshShape
 from deepstack_jax.config import ModelConfig, TextConfig
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import AbstractMesh
 
 
 class _Leaf(NamedTuple):
@@ -27,10 +29,13 @@ def run(
         Literal["hf4", "hf5"] | None,
         typer.Option(help="order of a Hugging Face checkpoint's expert weights; only needed if shapes are ambiguous"),
     ] = None,
+    mesh: MeshShape = None,
 ) -> None:
     """Prints a checkpoint's configuration, the memory that its KV cache takes, and its parameters. Reads no weights.
 
-    Example: deepstack-jax inspect ckpt
+    With --mesh, which needs no devices, also what each device would hold.
+
+    Example: deepstack-jax inspect ckpt --mesh data=2,tensor=4
     """
     checkpoint = existing_checkpoint(checkpoint)
     import jax
@@ -40,8 +45,10 @@ def run(
 
     from deepstack_jax.checkpoints.mapping import group_of
     from deepstack_jax.models.registry import read_config
+    from deepstack_jax.sharding import abstract_mesh
 
     jax.config.update("jax_platforms", "cpu")  # looking needs no accelerator
+    placed = abstract_mesh(mesh) if mesh else None
     config = read_config(checkpoint)
     kind, dtype, leaves = _leaves(checkpoint, config, expert_layout)
     table = Table("group", "tensors", "parameters", "dtype", "bytes", box=None)
@@ -59,6 +66,8 @@ def run(
     for line in _summary(config):
         console.print(line)
     console.print(_cache_line(config.text, np.dtype(dtype)))
+    if placed:
+        console.print(_mesh_line(config, leaves, np.dtype(dtype), placed))
     console.print(table)
 
 
@@ -96,6 +105,25 @@ def _cache_line(text: TextConfig, dtype: "np.dtype") -> str:
     each, page = token_bytes(text, dtype), EngineShape.page
     pages = max(CPU_KV_BYTES // (each * page) - 1, 0)  # no request gets page 0
     return f"KV cache: {each:,} bytes per token in {dtype}; 1 GiB holds {pages * page:,} tokens in pages of {page}"
+
+
+def _mesh_line(config: ModelConfig, leaves: list[_Leaf], dtype: "np.dtype", mesh: "AbstractMesh") -> str:
+    """What each device of a mesh holds of the parameters, and of each token in its part of the KV cache."""
+    from math import prod
+
+    from deepstack_jax.engine.options import token_bytes
+    from deepstack_jax.models.parameters import abstract_params, param_shardings
+    from deepstack_jax.sharding import describe
+
+    shapes, shardings = abstract_params(config), param_shardings(config, mesh, dtype)
+    parts = {
+        path: prod(shape.shape) // prod(shardings[path].shard_shape(shape.shape)) for path, shape in shapes.items()
+    }
+    held = sum(leaf.nbytes // parts[leaf.path] for leaf in leaves)
+    return (
+        f"mesh {describe(mesh)}: each of {mesh.size} devices holds {held:,} bytes of parameters, and "
+        f"{token_bytes(config.text, dtype, mesh):,} bytes per token in its part of the KV cache"
+    )
 
 
 def _summary(config: ModelConfig) -> Iterator[str]:

@@ -13,8 +13,11 @@ from urllib.parse import quote
 import typer
 
 from deepstack_jax.bundled import existing_checkpoint
+from deepstack_jax.cli.mesh import MeshShape
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from deepstack_jax.checkpoint import Model
     from deepstack_jax.engine.core import Engine
     from deepstack_jax.engine.options import EngineOptions
@@ -111,6 +114,7 @@ def run(
     expert_layout: Annotated[
         Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
     ] = None,
+    mesh: MeshShape = None,
 ) -> None:
     """Answers over HTTP: POST /generate, GET /health, GET /v1/models.
 
@@ -146,6 +150,7 @@ def run(
             print(f"warning: {host} is open to others, and this server has no authentication", file=sys.stderr)
         from deepstack_jax.engine.options import EngineOptions
         from deepstack_jax.serving.http import create_app
+        from deepstack_jax.sharding import make_mesh
 
         split = SplitOptions(
             tuple(encoder or ()),
@@ -163,8 +168,9 @@ def run(
         _check_split(role, split)
         widths = _widths(decode_widths)
         engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache, widths)
-        engine.shape()  # refuses impossible sizes before the weights are read
-        model = _load(role, checkpoint, dtype, expert_layout, encode_here)
+        placed = make_mesh(mesh) if mesh else None
+        engine.shape(placed)  # refuses impossible sizes before the weights are read
+        model = _load(role, checkpoint, dtype, expert_layout, encode_here, placed)
         name = name or checkpoint.resolve().name
 
         async def serve() -> None:
@@ -266,19 +272,21 @@ def _engine_line(engine: "Engine") -> str:
 
     shape = engine.shape
     mebibytes = engine.num_pages * page_bytes(engine.model, shape.page) / (1 << 20)
-    pages = f"{engine.num_pages - 1:,} KV pages of {shape.page}"
-    held = f"{engine.token_capacity:,} tokens, {mebibytes:,.1f} MiB"
+    pages = f"{shape.pools * (engine.num_pages - 1):,} KV pages of {shape.page}"
+    held = f"{engine.token_capacity:,} tokens, {mebibytes:,.1f} MiB{' per device' if engine.model.mesh else ''}"
     return f"engine: {shape.slots} slots, chunks of {shape.chunk} tokens, {pages} ({held})"
 
 
-def _load(role: Role, checkpoint: Path, dtype: str | None, expert_layout: str | None, encode_here: bool) -> "Model":
+def _load(
+    role: Role, checkpoint: Path, dtype: str | None, expert_layout: str | None, encode_here: bool, mesh: "Mesh | None"
+) -> "Model":
     """The weights that a role needs."""
     import deepstack_jax as dsj
     from deepstack_jax.cli.progress import loading
 
     parts = {"encode": ("visual.",), "language": None if encode_here else ("language_model.",), "unified": None}
     with loading(f"loading {checkpoint}") as progress:
-        return dsj.load(checkpoint, dtype, expert_layout=expert_layout, parts=parts[role], progress=progress)
+        return dsj.load(checkpoint, dtype, mesh, expert_layout=expert_layout, parts=parts[role], progress=progress)
 
 
 def _check_split(role: Role, split: SplitOptions) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import typer
 
 from deepstack_jax.cli.demo import DEFAULT_IMAGE
+from deepstack_jax.cli.mesh import MeshShape
 
 TOLERANCE = 2e-5  # of the largest value of a stage, in float32
 
@@ -31,6 +32,7 @@ def run(
     expert_layout: Annotated[
         Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
     ] = None,
+    mesh: MeshShape = None,
 ) -> None:
     """Compares every stage with transformers in float32: exit code 1 if one differs by more than 2e-5.
 
@@ -46,8 +48,9 @@ def run(
     from deepstack_jax.cli.progress import loading
 
     checkpoint = checkpoint_path(checkpoint)
+    placed = dsj.make_mesh(mesh) if mesh else None
     with loading(f"loading {checkpoint}") as progress:
-        model = dsj.load(checkpoint, jnp.float32, expert_layout=expert_layout, progress=progress)
+        model = dsj.load(checkpoint, jnp.float32, placed, expert_layout=expert_layout, progress=progress)
     if image is None:
         image = [str(DEFAULT_IMAGE)] if model.config.vision else []
     inputs = dsj.prepare(model, prompt, images=image)

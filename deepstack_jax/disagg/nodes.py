@@ -16,6 +16,7 @@ from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
 from deepstack_jax.disagg.wire.control import ClusterKey, Listener
 from deepstack_jax.disagg.wire.identity import identity_of
 from deepstack_jax.disagg.wire.messages import MAX_LIST, Hello
+from deepstack_jax.sharding import replicated
 
 BLOCK_SIZE = 128  # tokens per block; all nodes of a cluster must agree
 POOL_BYTES = 256 << 20  # size of a language node's receive pool, unless `num_blocks` is given
@@ -105,7 +106,9 @@ def open_encoder_pool(
         http_url=http_url,
         **model_fields,
     )
-    return EncoderPool(config, hello, ReceiveBridge(opened, pool), opened, settings, encoders, key)
+    return EncoderPool(
+        config, hello, ReceiveBridge(opened, pool, replicated(model.mesh)), opened, settings, encoders, key
+    )
 
 
 def _model_fields(model: Model, block_size: int) -> dict[str, Any]:

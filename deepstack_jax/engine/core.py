@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepstack_jax import sharding
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.encoding import encode_group, group_size
 from deepstack_jax.engine.pages import PageLedger
@@ -30,7 +31,10 @@ from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, empty_rows, prefill_chunk, write_rows
 from deepstack_jax.sampling import SamplingParams
 
-_empty_state = jax.jit(EngineState.empty, static_argnums=range(5))  # one program, not one per array
+# one program, not one per array
+_empty_state = sharding.on_mesh_of(argument=0)(
+    jax.jit(lambda _, *sizes: EngineState.empty(*sizes), static_argnums=range(1, 6))
+)
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class Engine:
 
     Attributes:
         shape: sizes of the programs, on which bits depend.
-        num_pages: KV pages, page 0 included.
-        prefix_cache: what is kept of prompts that ended.
+        num_pages: KV pages of each pool (`EngineShape.pools`), page 0 included.
+        prefix_caches: what each pool keeps of prompts that ended.
         encode_seconds: spent in the vision encoder, waiting for it included where nothing else ran.
     """
 
@@ -101,7 +105,7 @@ class Engine:
         Args:
             model: what `load` returned; its vision parameters are needed for requests with pixels only.
             shape: sizes of the programs.
-            num_pages: KV pages of the pool, page 0 (which nothing reads) included.
+            num_pages: KV pages of each pool, page 0 (which nothing reads) included.
             max_waiting: requests in line at most, those in slots not counted.
             prefix_cache: whether whole chunks of prompts are kept for those that begin alike.
             end_tokens: end tokens of a request at most, a multiple of 16.
@@ -112,19 +116,29 @@ class Engine:
         self.encode_seconds = 0.0
         self._stalled = True
         vision = model.config.vision is not None
-        most_rows = max(width * requests for width, requests in shape.tail_rows)
-        self._no_rows = empty_rows(model.config, most_rows) if vision else None
+        most_rows = shape.pools * max(width * requests for width, requests in shape.tail_rows)
+        self._no_rows = empty_rows(model.config, most_rows, model.mesh) if vision else None
         self._reset()
 
     def _reset(self) -> None:
         """Empty pages and rows: at the start, and after a program failed with the state in it."""
-        ledger = PageLedger(self.num_pages)
-        self.prefix_cache = PrefixCache(ledger, self.shape.chunk, self.shape.page, enabled=self._cache_prefixes)
-        self.scheduler = Scheduler(self.shape, ledger, self.prefix_cache, self._max_waiting)
+        sizes = self.shape.chunk, self.shape.page
+        self.prefix_caches = tuple(
+            PrefixCache(PageLedger(self.num_pages), *sizes, enabled=self._cache_prefixes)
+            for _ in range(self.shape.pools)
+        )
+        self.scheduler = Scheduler(self.shape, self.prefix_caches, self._max_waiting)
         self._requests: dict[int, Request] = {}
         self._flights: deque[_Flight] = deque()
-        sizes = self.shape.slots, self.num_pages, self.shape.page, self._end_tokens
-        self._state = _empty_state(self.model.config, *sizes)
+        pages = self.shape.pools * self.num_pages
+        self._state = _empty_state(
+            next(iter(self.model.params.values()), None),
+            self.model.config,
+            self.shape.slots,
+            pages,
+            self.shape.page,
+            self._end_tokens,
+        )
 
     def warm_up(self) -> None:
         """Compiles every language program: decodes nothing at each width, then prefills a prompt of each width."""
@@ -133,7 +147,7 @@ class Engine:
         options = SamplingParams.of(1, end_token_ids=[-1] * self._end_tokens)
         limit = self.model.config.text.max_position_embeddings
         for width, _ in self.shape.tail_rows:
-            length = min(width, limit - 2, self.token_capacity - 1)
+            length = min(width, limit - 2, (self.num_pages - 1) * self.shape.page - 1)
             ids = np.zeros(length, np.int32)
             positions = np.tile(np.arange(length, dtype=np.int32), (3, 1))
             text = np.full(length, -1, np.int32)
@@ -141,18 +155,19 @@ class Engine:
             for event in self.run():
                 if isinstance(event, Failed):
                     raise event.error
-        self.prefix_cache.clear()
+        for cache in self.prefix_caches:
+            cache.clear()
 
     def warm_up_rows(self, count: int) -> None:
         """Compiles what puts `count` visual rows that come from elsewhere into a chunk."""
         zero = np.int32(0)
-        rows = empty_rows(self.model.config, count)
+        rows = empty_rows(self.model.config, count, self.model.mesh)
         write_rows(self.model.config, jax.tree.map(jnp.zeros_like, self._no_rows), rows, zero, zero, zero)
 
     @property
     def token_capacity(self) -> int:
-        """Tokens that the KV pages hold."""
-        return (self.num_pages - 1) * self.shape.page
+        """Tokens that the KV pages of all pools hold."""
+        return self.shape.pools * (self.num_pages - 1) * self.shape.page
 
     @property
     def waiting(self) -> int:
@@ -215,7 +230,7 @@ class Engine:
     def find_cached(self, request: Request, salt: bytes = b"") -> int:
         """Prompt tokens that the prefix cache has now; more or fewer when it is admitted. Any thread may call it."""
         keys = request.keys(self.shape, salt) if self._cache_prefixes else ()
-        return len(self.prefix_cache.find(keys, request.length)) * self.shape.chunk
+        return max(len(cache.find(keys, request.length)) for cache in self.prefix_caches) * self.shape.chunk
 
     @property
     def stalled(self) -> bool:
@@ -269,9 +284,9 @@ class Engine:
         return turn.prefill is not None or turn.decode is not None
 
     def _prefill(self, prefill: Prefill, events: list[Event]) -> tuple[Prefill, jax.Array | None]:
-        """Launches a prefill; returns its parts without those of requests that failed, and the first tokens."""
+        """Launches a prefill; returns it without the parts of requests that failed, and the first tokens."""
+        chunk, prefill = self._chunk_of(prefill, events)
         parts = [(part, self._requests[part.id]) for part in prefill.parts]
-        chunk, parts = self._chunk_of(prefill.width, parts, events)
         first_tokens = None
         with self._failing([request for _, request in parts], events):
             if chunk is not None:
@@ -281,24 +296,29 @@ class Engine:
                 request.release_rows(part.start + part.count)
                 if not part.last:  # later launches come after it on the device: others may share its pages
                     self.scheduler.prefilled(part.id)
-        return replace(prefill, parts=tuple(part for part, _ in parts)), first_tokens
+        return self._sound(prefill), first_tokens
 
-    def _chunk_of(self, width: int, parts: _Parts, events: list[Event]) -> tuple[PromptChunk | None, _Parts]:
-        """The arrays of a prefill program with the parts in it: requests whose own arrays can't be made fail alone."""
+    def _chunk_of(self, prefill: Prefill, events: list[Event]) -> tuple[PromptChunk | None, Prefill]:
+        """The arrays of a prefill program with its parts: requests whose own arrays can't be made fail alone."""
         table_width = self._state.cache.page_table.shape[1]
 
-        def arrays(parts: _Parts) -> PromptChunk:
-            return chunk_of(self.model.config, self.shape, width, parts, self._no_rows, table_width)
+        def arrays(prefill: Prefill) -> PromptChunk:
+            return chunk_of(self.model.config, self.shape, prefill, self._requests, self._no_rows, table_width)
 
         try:
-            return arrays(parts), parts
+            return arrays(prefill), prefill
         except Exception:
-            sound = []
-            for each in parts:
-                with self._failing([each[1]], events):
-                    arrays([each])
-                    sound.append(each)
-            return arrays(sound) if sound else None, sound
+            for part, row in zip(prefill.parts, prefill.rows, strict=True):
+                with self._failing([self._requests[part.id]], events):
+                    arrays(replace(prefill, parts=(part,), rows=(row,)))
+            prefill = self._sound(prefill)
+            return arrays(prefill) if prefill.parts else None, prefill
+
+    def _sound(self, prefill: Prefill) -> Prefill:
+        """The prefill without the parts of requests that failed."""
+        kept = [each for each in zip(prefill.parts, prefill.rows, strict=True) if each[0].id in self._requests]
+        parts, rows = zip(*kept, strict=True) if kept else ((), ())
+        return replace(prefill, parts=parts, rows=rows)
 
     def _decode(
         self, running: np.ndarray, steps: int, leave_on_end: bool, width: int
@@ -327,7 +347,7 @@ class Engine:
         alike = [
             each for each in waiting if each[1].pixels and len(each[1].pixels.pixel_values) == len(pixels.pixel_values)
         ]
-        group = alike[: group_size(len(alike))]
+        group = alike[: group_size(self.model, len(alike))]
         try:
             self._encode_images([image for _, image in group])
         except Exception:
@@ -346,13 +366,14 @@ class Engine:
         encoded = encode_group(self.model, [image.pixels for image in images if image.pixels])
         if not self._flights:
             jax.block_until_ready(encoded)
-        for image, rows in zip(images, encoded, strict=True):
+        for image, rows in zip(images, encoded, strict=False):
             image.encoded, image.pixels = rows, None
 
     def _read(self, flight: _Flight) -> Iterator[Event]:
         """Waits for what a turn launched, reports it to the scheduler and gives out the tokens."""
         if flight.prefill and flight.first_tokens is not None:
-            last = [(row, part.id) for row, part in enumerate(flight.prefill.parts) if part.last]
+            rows = zip(flight.prefill.rows, flight.prefill.parts, strict=True)
+            last = [(row, part.id) for row, part in rows if part.last]
             first = np.asarray(flight.first_tokens).tolist() if last else []
             for row, id in last:
                 if id not in self.scheduler.running:

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 
+from deepstack_jax import sharding
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.config import TextConfig
 from deepstack_jax.engine.core import Engine
@@ -22,9 +24,10 @@ class EngineOptions:
     """The options of a server's engine; None takes the default for the machine.
 
     Attributes:
-        slots: requests that run at once: rows of the decode program.
+        slots: requests that run at once: rows of the decode program. On a mesh, a multiple of the size of `data`.
         chunk: tokens of a prefill chunk, a multiple of 128.
-        kv_bytes: memory for keys and values; by default 1 GiB on CPU, and on a chip most of what the weights leave.
+        kv_bytes: memory of each device for keys and values; by default 1 GiB on CPU, and on a chip most of what the
+            weights leave.
         decode_steps: tokens of a row between two looks at the results.
         decode_widths: widths of more decode programs, below `slots`. Few rows then run faster on a CPU, but the bits
             of an answer depend on how many requests run.
@@ -38,15 +41,18 @@ class EngineOptions:
     prefix_cache: bool = True
     decode_widths: tuple[int, ...] = ()
 
-    def shape(self) -> EngineShape:
-        """The sizes of the programs.
+    def shape(self, mesh: Mesh | None = None) -> EngineShape:
+        """The sizes of the programs on a mesh, or on one device.
 
         Raises:
             ValueError: a size that is not possible.
         """
-        slots = self.slots or max(self.decode_widths, default=CPU_SLOTS if _on_cpu() else CHIP_SLOTS)
+        sizes = sharding.sizes(mesh)
+        default = cdiv(CPU_SLOTS if _on_cpu() else CHIP_SLOTS, sizes[0]) * sizes[0]
+        slots = self.slots or max(self.decode_widths, default=default)
         widths = tuple(sorted({*self.decode_widths, slots})) if self.decode_widths else ()
-        return EngineShape(slots, self.chunk or default_chunk(), decode_steps=self.decode_steps, decode_widths=widths)
+        chunk = self.chunk or default_chunk()
+        return EngineShape(slots, chunk, decode_steps=self.decode_steps, decode_widths=widths, mesh=sizes)
 
     def build(self, model: Model, max_context: int | None = None, max_waiting: int = 64) -> Engine:
         """The engine, its KV pages allocated.
@@ -57,17 +63,17 @@ class EngineOptions:
         Raises:
             ValueError: a size that is not possible, or memory for less than one page.
         """
-        shape = self.shape()
+        shape = self.shape(model.mesh)
         limit = model.config.text.max_position_embeddings
         longest = limit if max_context is None else min(max_context, limit)
-        kv_bytes = _default_kv_bytes() if self.kv_bytes is None else self.kv_bytes
+        kv_bytes = _default_kv_bytes(model.mesh) if self.kv_bytes is None else self.kv_bytes
         fitting = kv_bytes // page_bytes(model, shape.page)
         if fitting < 2:
             raise ValueError(
                 f"kv_bytes {kv_bytes} hold {fitting} KV pages of {page_bytes(model, shape.page)} bytes: "
                 f"pass {2 * page_bytes(model, shape.page)} or more"
             )
-        most = 1 + shape.slots * cdiv(longest, shape.page)  # more can't be in use
+        most = 1 + shape.slots // shape.pools * cdiv(longest, shape.page)  # more can't be in use
         in_line = max_waiting + shape.slots  # a slot is free only from the next turn on
         return Engine(model, shape, min(fitting, most), max_waiting=in_line, prefix_cache=self.prefix_cache)
 
@@ -77,25 +83,29 @@ def default_chunk() -> int:
     return CPU_CHUNK if _on_cpu() else CHIP_CHUNK
 
 
-def token_bytes(text: TextConfig, dtype: np.dtype) -> int:
-    """Bytes that one token takes in the KV cache: its keys and values in all layers."""
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * dtype.itemsize
+def token_bytes(text: TextConfig, dtype: np.dtype, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Bytes that one token takes in the KV cache of each device that holds it: its keys and values in all layers."""
+    heads = text.num_key_value_heads * sharding.kv_repeats(text.num_attention_heads, text.num_key_value_heads, mesh)
+    if mesh is not None:
+        heads //= sharding.ways(sharding.split(heads, "kv_heads", mesh), mesh)
+    return 2 * text.num_hidden_layers * heads * text.head_dim * dtype.itemsize
 
 
 def page_bytes(model: Model, page: int) -> int:
-    """Bytes of one KV page: keys and values of `page` tokens in all layers."""
-    return page * token_bytes(model.config.text, model.dtype)
+    """Bytes of one KV page on each device that holds it: keys and values of `page` tokens in all layers."""
+    return page * token_bytes(model.config.text, model.dtype, model.mesh)
 
 
 def _on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-def _default_kv_bytes() -> int:
+def _default_kv_bytes(mesh: Mesh | None) -> int:
     if _on_cpu():
         return CPU_KV_BYTES
-    stats = jax.local_devices()[0].memory_stats() or {}
-    free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+    devices = jax.local_devices()[:1] if mesh is None else mesh.local_devices
+    stats = [device.memory_stats() or {} for device in devices]
+    free = min(each.get("bytes_limit", 0) - each.get("bytes_in_use", 0) for each in stats)
     if free <= 0:
         raise ValueError("the device doesn't say how much memory is free: pass kv_bytes")
     return int(FREE_SHARE * free)

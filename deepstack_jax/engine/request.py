@@ -1,7 +1,7 @@
 """A request in an engine: its prompt, from which chunks are cut, its images, and the state of its answer."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -13,7 +13,7 @@ import numpy as np
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.engine.prefix_cache import ImageSpan, chunk_keys
 from deepstack_jax.engine.shape import EngineShape
-from deepstack_jax.engine.turn import Part
+from deepstack_jax.engine.turn import Prefill
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, VisionInput
 from deepstack_jax.programs import PromptArrays, PromptChunk, write_rows
@@ -179,20 +179,19 @@ class Request:
 def chunk_of(
     config: ModelConfig,
     shape: EngineShape,
-    width: int,
-    parts: Sequence[tuple[Part, Request]],
+    prefill: Prefill,
+    requests: Mapping[int, Request],
     no_rows: VisualRows | None,
     table_width: int,
 ) -> PromptChunk:
-    """The arrays of one prefill program: each part in a row of its own, the other rows unused.
+    """The arrays of one prefill program: each part in its row, the other rows unused.
 
     Args:
-        width: the program's tokens per row.
-        parts: at most `shape.rows_of(width)`, each with its request.
+        requests: those of the parts, by id.
         no_rows: visual rows of a chunk that has none, None for a text model.
         table_width: P, pages of the longest context.
     """
-    count = shape.rows_of(width)
+    width, count = prefill.width, shape.pools * shape.rows_of(prefill.width)
     ids, positions = np.zeros((count, width), np.int32), np.zeros((3, count, width), np.int32)
     index = np.full((count, width), -1, np.int32)
     table = np.zeros((count, table_width), np.int32)
@@ -200,7 +199,10 @@ def chunk_of(
     starts, counts, deltas, limits = (np.zeros(count, np.int32) for _ in range(4))
     rows = np.full(count, shape.slots, np.int32)
     visual_rows, taken = no_rows, 0
-    for row, (part, request) in enumerate(parts):
+    options = [requests[prefill.parts[0].id].plan.sampling] * count
+    for row, part in zip(prefill.rows, prefill.parts, strict=True):
+        request = requests[part.id]
+        options[row] = request.plan.sampling
         piece = slice(part.start, part.start + part.count)
         ids[row, : part.count] = request.input_ids[piece]
         positions[:, row, : part.count] = request.position_ids[:, piece]
@@ -219,8 +221,6 @@ def chunk_of(
             place = (np.int32(x) for x in (taken, skip, len(tokens)))
             visual_rows = write_rows(config, visual_rows, image.encoded, *place)
             taken += len(tokens)
-    options = [request.plan.sampling for _, request in parts]
-    options += [options[0]] * (count - len(parts))
     return PromptChunk(
         ids,
         positions,

@@ -20,7 +20,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from deepstack_jax.engine.pages import PageLedger
 from deepstack_jax.engine.prefix_cache import PrefixCache
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Part, Prefill, Turn
@@ -39,6 +38,7 @@ class Running:
     """An admitted request.
 
     Attributes:
+        cache: that of its pool, whose ledger counts its pages.
         cached: prompt tokens that the prefix cache gave.
         prefilled: prompt tokens that are cached or in launched parts.
         parts: launched parts that were not reported yet.
@@ -49,6 +49,7 @@ class Running:
 
     job: Job
     slot: int
+    cache: PrefixCache
     pages: tuple[int, ...]
     cached: int
     prefilled: int
@@ -86,8 +87,8 @@ class Scheduler:
 
     Attributes:
         shape: sizes of the programs.
-        ledger: the pool's pages.
-        cache: where pages of whole chunks are kept; made for the same ledger, chunk and page.
+        caches: one for each pool of `shape`, made for its chunk and page: it keeps pages of whole chunks, and its
+            ledger counts the pool's pages. Pools are of one size.
         max_waiting: requests in line at most.
         max_overtakes: how often later tenants overtake a request that waits for pages.
         waiting: the ring of tenants, each with its requests in order of submission.
@@ -98,8 +99,7 @@ class Scheduler:
     """
 
     shape: EngineShape
-    ledger: PageLedger
-    cache: PrefixCache
+    caches: tuple[PrefixCache, ...]
     max_waiting: int = 64
     max_overtakes: int = 8
     waiting: dict[str, deque[Job]] = field(default_factory=dict)
@@ -138,8 +138,8 @@ class Scheduler:
             NeverFits: the whole pool is too small for such a request.
         """
         needed = self.shape.pages_of(prompt_tokens + max_new_tokens - 1)
-        if needed > self.ledger.capacity:
-            held = self.ledger.capacity
+        held = self.caches[0].ledger.capacity
+        if needed > held:
             raise NeverFits(
                 f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones need {needed} KV pages of "
                 f"{self.shape.page} tokens, and the pool holds {held} ({held * self.shape.page} tokens): "
@@ -280,10 +280,10 @@ class Scheduler:
         """
         for entry in self.running.values():
             job = entry.job
-            untouched = not entry.over and entry.prefilled == entry.cached
-            if untouched and len(self.cache.find(job.keys, job.prompt_tokens)) * self.shape.chunk > entry.cached:
-                shared = self.cache.match(job.keys, job.prompt_tokens, entry.cached)
-                self.ledger.release(entry.pages[: len(shared)])
+            untouched, cache = not entry.over and entry.prefilled == entry.cached, entry.cache
+            if untouched and len(cache.find(job.keys, job.prompt_tokens)) * self.shape.chunk > entry.cached:
+                shared = cache.match(job.keys, job.prompt_tokens, entry.cached)
+                cache.ledger.release(entry.pages[: len(shared)])
                 entry.pages = shared + entry.pages[len(shared) :]
                 entry.cached = entry.prefilled = len(shared) * self.shape.page
                 yield Admitted(job.id, entry.slot, entry.pages, entry.cached)
@@ -313,37 +313,58 @@ class Scheduler:
         for id in passed:
             self.overtaken[id] += 1
 
-    def _reserve(self, job: Job) -> tuple[tuple[int, ...], int] | None:
-        """All pages of a request and how many of them the cache gave, or None as long as they aren't free."""
-        kept = self.cache.find(job.keys, job.prompt_tokens)
-        needed = self.shape.pages_of(job.tokens) - len(kept) * self.shape.pages_per_chunk
-        missing = needed - self.ledger.free
-        if missing > 0 and not self.cache.evict(missing, kept):
-            return None
-        shared = self.cache.match(job.keys, job.prompt_tokens)
-        return shared + self.ledger.take(needed), len(shared)
+    def _reserve(self, job: Job) -> tuple[int, tuple[int, ...], int] | None:
+        """A slot and all pages of a request, and how many of them the cache gave; None as long as they aren't free.
 
-    def _admit(self, tenant: str, pages: tuple[int, ...], cached_pages: int) -> Admitted:
+        Of the pools with a free slot and enough pages, it takes the one that has computed most of the prompt, or else
+        the one with the most free pages.
+        """
+        found = []
+        for pool, cache in enumerate(self.caches):
+            slot = min((slot for slot in self.free_slots if self.shape.pool_of(slot) == pool), default=None)
+            if slot is not None:
+                found.append((len(cache.find(job.keys, job.prompt_tokens)), cache.ledger.free, -slot, cache))
+        for *_, negative, cache in sorted(found, key=lambda each: each[:3], reverse=True):
+            if (pages := self._reserve_pages(job, cache)) is not None:
+                return -negative, *pages
+        return None
+
+    def _reserve_pages(self, job: Job, cache: PrefixCache) -> tuple[tuple[int, ...], int] | None:
+        kept = cache.find(job.keys, job.prompt_tokens)
+        needed = self.shape.pages_of(job.tokens) - len(kept) * self.shape.pages_per_chunk
+        missing = needed - cache.ledger.free
+        if missing > 0 and not cache.evict(missing, kept):
+            return None
+        shared = cache.match(job.keys, job.prompt_tokens)
+        return shared + cache.ledger.take(needed), len(shared)
+
+    def _admit(self, tenant: str, slot: int, pages: tuple[int, ...], cached_pages: int) -> Admitted:
         job = self.waiting[tenant][0]
         self._leave_line(tenant, job)
         if tenant in self.waiting:  # to the ring's end
             self.waiting[tenant] = self.waiting.pop(tenant)
-        slot, cached = min(self.free_slots), cached_pages * self.shape.page
         self.free_slots.remove(slot)
-        self.running[job.id] = Running(job, slot, pages, cached, prefilled=cached)
+        cached = cached_pages * self.shape.page
+        cache = self.caches[self.shape.pool_of(slot)]
+        self.running[job.id] = Running(job, slot, cache, pages, cached, prefilled=cached)
         return Admitted(job.id, slot, pages, cached)
 
     def _next_prefill(self) -> Prefill | None:
-        """The oldest runnable request's next part, with last parts of others if the width's program takes them."""
+        """The oldest runnable request's next part, with parts of others as far as the width's program takes them."""
         runnable = self._runnable()
         first = next(runnable, None)
         if first is None:
             return None
-        width = self._width(first)
-        alike = [first]
-        if self.shape.rows_of(width) > 1:
-            alike += [entry for entry in runnable if self._width(entry) == width]
-        return Prefill(width, tuple(self._launch_part(entry) for entry in alike[: self.shape.rows_of(width)]))
+        width, each = self._width(first), self.shape.rows_of(self._width(first))
+        taken = [0] * self.shape.pools
+        parts, rows = [], []
+        for entry in (first, *runnable):
+            pool = self.shape.pool_of(entry.slot)
+            if taken[pool] < each and self._width(entry) == width:
+                parts.append(self._launch_part(entry))
+                rows.append(pool * each + taken[pool])
+                taken[pool] += 1
+        return Prefill(width, tuple(parts), tuple(rows))
 
     def _runnable(self) -> Iterator[Running]:
         for entry in self.running.values():
@@ -379,12 +400,12 @@ class Scheduler:
             return
         place, size = part.start // self.shape.chunk, self.shape.pages_per_chunk
         parent = entry.job.keys[place - 1] if place else None
-        self.cache.insert(entry.job.keys[place], part.pages[place * size : (place + 1) * size], parent)
+        entry.cache.insert(entry.job.keys[place], part.pages[place * size : (place + 1) * size], parent)
 
     def _settle(self, entry: Running) -> None:
         """Takes back the slot and pages of a request that is over, unless something in flight uses them."""
         if entry.over and not entry.in_flight:
-            self.ledger.release(entry.pages)
+            entry.cache.ledger.release(entry.pages)
             self.free_slots.add(entry.slot)
             del self.running[entry.job.id]
             self.cancelled.pop(entry.job.id, None)

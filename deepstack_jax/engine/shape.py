@@ -24,6 +24,8 @@ class EngineShape:
             (chunk, 1). By default an eighth, a quarter and a half of a chunk, of one request each, and the chunk.
         decode_widths: widths of decode programs, ascending; the last is `slots`, which is the only one by default. With
             several, the smallest that holds the running rows is taken, so bits depend on how many run.
+        mesh: sizes of the mesh's axes `data` and `tensor`. Slots and pages are in `data` pools, and a prefill program
+            has `tail_rows` requests of each pool.
         steps_beside_prefill: steps of a decode call in a turn that prefills too: bounds the gap between two tokens of
             a running stream while others prefill. 0 prefills first, for batches whose tokens are read only at the end.
     """
@@ -35,6 +37,7 @@ class EngineShape:
     tail_rows: tuple[tuple[int, int], ...] = ()
     decode_widths: tuple[int, ...] = ()
     steps_beside_prefill: int = 2
+    mesh: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         """
@@ -54,6 +57,20 @@ class EngineShape:
             object.__setattr__(self, "decode_widths", (self.slots,))
         if list(self.decode_widths) != sorted({*self.decode_widths, self.slots}) or self.decode_widths[0] < 1:
             raise ValueError(f"decode_widths {self.decode_widths} must ascend from 1 or more to slots {self.slots}")
+        if self.slots % self.pools:
+            near = cdiv(self.slots, self.pools) * self.pools
+            raise ValueError(f"slots {self.slots} don't divide over data={self.pools}: pass {near}, for example")
+        if self.pools > 1 and len(self.decode_widths) > 1:
+            raise ValueError(f"decode_widths {self.decode_widths} need a mesh with data=1: leave them out")
+
+    @property
+    def pools(self) -> int:
+        """Parts of the slots and of the KV pages; a request's pages are in its slot's part."""
+        return self.mesh[0]
+
+    def pool_of(self, slot: int) -> int:
+        """The pool of a slot."""
+        return slot * self.pools // self.slots
 
     @property
     def pages_per_chunk(self) -> int:
@@ -75,7 +92,7 @@ class EngineShape:
         return next(width for width, _ in self.tail_rows if width >= count)
 
     def rows_of(self, width: int) -> int:
-        """How many requests share one program of a width out of `tail_rows`."""
+        """How many requests of each pool share one program of a width out of `tail_rows`."""
         return dict(self.tail_rows)[width]
 
     def decode_width(self, rows: int) -> int:
@@ -90,7 +107,8 @@ class EngineShape:
         tails = "/".join(f"{width}x{rows}" for width, rows in self.tail_rows[:-1]) or "none"
         widths = "/".join(map(str, self.decode_widths))
         slots = f"slots={self.slots}" + (f",decode={widths}" if self.decode_widths[1:] else "")
-        return f"{slots},chunk={self.chunk},page={self.page},tails={tails}"
+        mesh = "" if self.mesh == (1, 1) else f",data={self.mesh[0]},tensor={self.mesh[1]}"
+        return f"{slots},chunk={self.chunk},page={self.page},tails={tails}{mesh}"
 
 
 def default_tail_rows(chunk: int, slots: int = 1, shared_tokens: int = 1) -> tuple[tuple[int, int], ...]:

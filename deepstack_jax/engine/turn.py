@@ -49,10 +49,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Prefill:
-    """One program of `width` tokens per part. Only last pieces of different requests share one."""
+    """One program of `width` tokens per row, and the row of each part.
+
+    Only last pieces share a program, or pieces of requests in different pools.
+    """
 
     width: int
     parts: tuple[Part, ...]
+    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from deepstack_jax import sharding
 from deepstack_jax.config import TextConfig
 from deepstack_jax.models.param import Linear, param, scaled_normal
 from pallas_kernels.fused_moe import fused_moe
@@ -40,9 +42,10 @@ class Experts(nnx.Module):
 
     def __init__(self, config: TextConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         experts, hidden, inner = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        axes = ("expert", "embed", "mlp")
+        axes = ("expert", "embed", "expert_mlp")
         self.gate_up_proj = param(rngs, (experts, hidden, 2 * inner), axes, dtype, scaled_normal(hidden))
-        self.down_proj = param(rngs, (experts, inner, hidden), ("expert", "mlp", "embed"), dtype, scaled_normal(inner))
+        axes = ("expert", "expert_mlp", "embed")
+        self.down_proj = param(rngs, (experts, inner, hidden), axes, dtype, scaled_normal(inner))
         self.compute: Callable[..., jax.Array] = fused_moe
 
     def __call__(
@@ -51,8 +54,23 @@ class Experts(nnx.Module):
         top_k_index: Int[Array, "T k"],
         top_k_weights: Float[Array, "T k"],
     ) -> Float[Array, "T D"]:
-        """Returns the weighted sum of each token's k experts in hidden's dtype; a choice of -1 adds nothing."""
-        return self.compute(hidden, self.gate_up_proj[...], self.down_proj[...], top_k_index, top_k_weights)
+        """Returns the weighted sum of each token's k experts in hidden's dtype; a choice of -1 adds nothing.
+
+        On a mesh, every device takes all tokens and runs its own experts, and one all-reduce adds the results.
+        """
+        weights = self.gate_up_proj[...], self.down_proj[...]
+        axes = sharding.split(len(weights[0]), "expert")
+        if not axes:
+            return self.compute(hidden, *weights, top_k_index, top_k_weights)
+
+        def own_experts(hidden: jax.Array, gate_up: jax.Array, down: jax.Array, *routing: jax.Array) -> jax.Array:
+            top_k_index, top_k_weights = routing
+            own = top_k_index - jax.lax.axis_index(axes) * len(gate_up)  # other devices' are out of range: nowhere
+            return jax.lax.psum(self.compute(hidden, gate_up, down, own, top_k_weights), axes)
+
+        whole, of_expert = PartitionSpec(), PartitionSpec(axes)
+        run = sharding.each_device(own_experts, (whole, of_expert, of_expert, whole, whole), whole)
+        return run(hidden, *weights, top_k_index, top_k_weights)
 
 
 class SparseMoE(nnx.Module):
@@ -65,7 +83,7 @@ class SparseMoE(nnx.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         shape = config.num_experts, config.hidden_size
-        self.gate = Linear(*shape, ("expert", "embed"), bias=False, dtype=dtype, rngs=rngs)
+        self.gate = Linear(*shape, ("router", "embed"), bias=False, dtype=dtype, rngs=rngs)
         self.experts = Experts(config, dtype=dtype, rngs=rngs)
 
     def route(self, hidden: Float[Array, "T D"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"], Float[Array, "T E"]]:
@@ -84,10 +102,10 @@ class SparseMoE(nnx.Module):
         self, hidden: Float[Array, "B T D"], active: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Returns [B, T, D] in hidden's dtype; tokens that are not `active` go to no expert and get 0."""
-        tokens = hidden.reshape(-1, hidden.shape[-1])
+        tokens = sharding.constrain(hidden).reshape(-1, hidden.shape[-1])  # on a mesh, all tokens on every device
         weights, chosen, logits = self.route(tokens)
         self.sow(nnx.Intermediate, "router_logits", logits, capture_noop=True)
         self.sow(nnx.Intermediate, "top_k_index", chosen, capture_noop=True)
         if active is not None:
             chosen = jnp.where(active.reshape(-1, 1), chosen, -1)
-        return self.experts(tokens, chosen, weights).reshape(hidden.shape)
+        return sharding.constrain(self.experts(tokens, chosen, weights).reshape(hidden.shape), "slots")

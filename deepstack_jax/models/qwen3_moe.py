@@ -11,9 +11,11 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deepstack_jax import sharding
 from deepstack_jax.config import TextConfig
 from deepstack_jax.models.moe import DenseMLP, SparseMoE
 from deepstack_jax.models.norm import RMSNorm
@@ -42,7 +44,7 @@ class KVCache:
     @staticmethod
     def empty(config: TextConfig, batch: int, capacity: int, dtype: DTypeLike) -> "KVCache":
         """Returns zeros for `batch` rows of `capacity` slots."""
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        shape = (batch, _cached_heads(config), capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
         return KVCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers))
 
@@ -53,7 +55,8 @@ class KVCache:
 class PagedKVCache:
     """Keys and values of every layer in pages that rows of any length share.
 
-    Slot s of row b is in page `page_table[b, s // page]`. Inactive tokens write to page 0, which is never read.
+    Slot s of row b is in page `page_table[b, s // page]`. Inactive tokens write to page 0, which is never read. On a
+    mesh, each part of the rows has its own part of the pages, and a page table counts within that part.
     """
 
     keys: tuple[Float[Array, "N K page h"], ...]
@@ -63,7 +66,7 @@ class PagedKVCache:
     @staticmethod
     def empty(config: TextConfig, num_pages: int, page: int, page_table: Array, dtype: DTypeLike) -> "PagedKVCache":
         """Returns zeros: `num_pages` pages of `page` slots per layer."""
-        shape = (num_pages, config.num_key_value_heads, page, config.head_dim)
+        shape = (num_pages, _cached_heads(config), page, config.head_dim)
         layers = range(config.num_hidden_layers)
         keys, values = (tuple(jnp.zeros(shape, dtype) for _ in layers) for _ in range(2))
         return PagedKVCache(keys, values, page_table)
@@ -82,6 +85,7 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype, rngs=rngs)
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, axis="head_dim", dtype=dtype, rngs=rngs)
         self.head_dim, self.dtype = head_dim, jnp.dtype(dtype)
+        self.heads = config.num_attention_heads, config.num_key_value_heads
         self.window = config.sliding_windows[layer]
 
     def __call__(
@@ -105,15 +109,11 @@ class Attention(nnx.Module):
         key = rotate(self.k_norm(key), rotation).astype(self.dtype)
         value = value.astype(self.dtype)
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+        if (repeats := sharding.kv_repeats(*self.heads)) > 1:
+            key, value = (jnp.repeat(x, repeats, axis=1) for x in (key, value))
         start = jnp.maximum(slots - self.window + 1, 0) if self.window else jnp.zeros_like(slots)
-        if page_table is not None and cached is not None:
-            key, value = (_write_pages(*pair, page_table, slots) for pair in zip(cached, (key, value), strict=True))
-            attended = paged_attention(query, key, value, page_table, start, slots + 1)
-        else:
-            if cached is not None:
-                key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, (key, value), strict=True))
-            attended = ranged_attention(query, key, value, start, slots + 1)
-        return self.o_proj(attended.reshape(*hidden.shape[:-1], -1)), (key, value)
+        attended, cached = _attend(query, key, value, start, slots, cached, page_table)
+        return self.o_proj(attended.reshape(*hidden.shape[:-1], -1)), cached
 
 
 class DecoderLayer(nnx.Module):
@@ -139,7 +139,7 @@ class DecoderLayer(nnx.Module):
         With a page table, tokens at slot -1 are inactive: they attend to nothing and go to no expert.
         """
         attended, cached = self.self_attn(self.input_layernorm(hidden), rotation, slots, cached, page_table)
-        hidden = hidden + attended
+        hidden = hidden + sharding.constrain(attended, "slots")
         active = None if page_table is None else slots >= 0
         return hidden + self.mlp(self.post_attention_layernorm(hidden), active), cached
 
@@ -153,7 +153,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, input_ids: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Returns float32 embeddings of token ids."""
-        return self.weight[...][input_ids].astype(jnp.float32)
+        return sharding.constrain(self.weight[...][input_ids].astype(jnp.float32), "slots")
 
     def attend(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Returns float32 logits, the products of `hidden` with every token's embedding."""
@@ -197,7 +197,7 @@ class Qwen3MoeModel(nnx.Module):
             if visual_index is None:
                 raise ValueError("input_embeds needs visual_index: the row of each visual token, -1 for text")
             rows = input_embeds[jnp.maximum(visual_index, 0)].astype(jnp.float32)
-            hidden = jnp.where((visual_index >= 0)[..., None], rows, hidden)
+            hidden = sharding.constrain(jnp.where((visual_index >= 0)[..., None], rows, hidden), "slots")
         self.sow(nnx.Intermediate, "hidden_states", hidden, capture_noop=True)
 
         batch, length, width = hidden.shape
@@ -278,7 +278,51 @@ class Qwen3MoeForCausalLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Returns float32 logits of normalised hidden states; pass only those of the tokens that need logits."""
-        return self.model.embed_tokens.attend(hidden) if self.tied else self.lm_head(hidden)
+        logits = self.model.embed_tokens.attend(hidden) if self.tied else self.lm_head(hidden)
+        return sharding.constrain(logits, "slots")  # the whole vocabulary, from which tokens are drawn
+
+
+def _cached_heads(config: TextConfig) -> int:
+    """Returns the KV heads in a cache, with the copies that the current mesh needs."""
+    heads = config.num_attention_heads, config.num_key_value_heads
+    return config.num_key_value_heads * sharding.kv_repeats(*heads)
+
+
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    start: jax.Array,
+    slots: jax.Array,
+    cached: LayerCache | None,
+    page_table: jax.Array | None,
+) -> tuple[jax.Array, LayerCache]:
+    """Returns the attention [B, T, H, h] of tokens at `slots`, and keys and values with those of the tokens in them.
+
+    On a mesh, each device computes its own rows and heads.
+    """
+
+    def own(
+        query: jax.Array,
+        new: LayerCache,
+        start: jax.Array,
+        slots: jax.Array,
+        cached: LayerCache | None,
+        page_table: jax.Array | None,
+    ) -> tuple[jax.Array, LayerCache]:
+        if cached is None:
+            return ranged_attention(query, *new, start, slots + 1), new
+        if page_table is None:
+            key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, new, strict=True))
+            return ranged_attention(query, key, value, start, slots + 1), (key, value)
+        key, value = (_write_pages(*pair, page_table, slots) for pair in zip(cached, new, strict=True))
+        return paged_attention(query, key, value, page_table, start, slots + 1), (key, value)
+
+    rows, heads = sharding.split(len(query), "slots") or None, sharding.split(key.shape[1], "kv_heads") or None
+    of_rows, of_heads = PartitionSpec(rows), PartitionSpec(rows, heads)
+    specs = of_heads, of_heads, of_rows, of_rows, of_heads, of_rows
+    run = sharding.each_device(own, specs, (PartitionSpec(rows, None, heads), of_heads))
+    return run(query, (key, value), start, slots, cached, page_table)
 
 
 def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:

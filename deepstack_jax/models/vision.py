@@ -127,8 +127,8 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         width = config.hidden_size  # also the width of all heads together
         self.head_dim, self.dtype = config.head_dim, jnp.dtype(dtype)
-        self.qkv = Linear((3, width), width, (None, "heads", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
-        self.proj = Linear(width, width, ("vision_embed", "heads"), bias=True, dtype=dtype, rngs=rngs)
+        self.qkv = Linear((3, width), width, (None, "vision_heads", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, ("vision_embed", "vision_heads"), bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, hidden: Float[Array, "P D"], rotation: Rotation, start: jax.Array, stop: jax.Array
@@ -144,8 +144,8 @@ class VisionMLP(nnx.Module):
 
     def __init__(self, config: VisionConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         embed, inner = config.hidden_size, config.intermediate_size
-        self.linear_fc1 = Linear(inner, embed, ("mlp", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
-        self.linear_fc2 = Linear(embed, inner, ("vision_embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc1 = Linear(inner, embed, ("vision_mlp", "vision_embed"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc2 = Linear(embed, inner, ("vision_embed", "vision_mlp"), bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, hidden: Float[Array, "P D"]) -> Float[Array, "P D"]:
         return self.linear_fc2(jax.nn.gelu(self.linear_fc1(hidden), approximate=True))
@@ -175,8 +175,10 @@ class PatchMerger(nnx.Module):
         self.merge_unit = config.merge_unit
         self.norm_after_merge = norm_after_merge
         self.norm = LayerNorm(merged if norm_after_merge else config.hidden_size, dtype=dtype, rngs=rngs)
-        self.linear_fc1 = Linear(merged, merged, ("mlp", None), bias=True, dtype=dtype, rngs=rngs)
-        self.linear_fc2 = Linear(config.out_hidden_size, merged, ("embed", "mlp"), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc1 = Linear(merged, merged, ("vision_mlp", None), bias=True, dtype=dtype, rngs=rngs)
+        self.linear_fc2 = Linear(
+            config.out_hidden_size, merged, ("embed", "vision_mlp"), bias=True, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, hidden: Float[Array, "P D"]) -> Float[Array, "M O"]:
         merged_shape = len(hidden) // self.merge_unit, -1

@@ -17,23 +17,18 @@ from deepstack_jax.disagg.wire.rows import StageTimes
 class ReceiveBridge:
     """Registers a receive pool and copies blocks out of it, in one thread and in the requested order."""
 
-    def __init__(self, transport: Transport, pool: MultimodalDataBuffers):
+    def __init__(self, transport: Transport, pool: MultimodalDataBuffers, sharding: Sharding | None = None):
+        """`sharding` is where arrived rows are put: what the language programs take. None is the first device."""
         self.times = StageTimes()
-        self._transport, self._pool = transport, pool
+        self._transport, self._pool, self._sharding = transport, pool, sharding
         for buffer in pool.arrays:
             transport.register(buffer)
         self._memory = HostMemory()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="receive")
 
-    def expect(
-        self,
-        input_ids: np.ndarray,
-        mrope_positions: np.ndarray,
-        visual_ids: Sequence[int],
-        sharding: Sharding | None = None,
-    ) -> IncomingRequest:
+    def expect(self, input_ids: np.ndarray, mrope_positions: np.ndarray, visual_ids: Sequence[int]) -> IncomingRequest:
         """A request whose rows are copied to memory of finished ones; for the arguments see `IncomingRequest`."""
-        return IncomingRequest(self._pool, input_ids, mrope_positions, visual_ids, sharding, self._memory)
+        return IncomingRequest(self._pool, input_ids, mrope_positions, visual_ids, self._sharding, self._memory)
 
     def copy_out(
         self, request: IncomingRequest, token_block: int, pool_block: int, expected: BlockCopy

@@ -81,8 +81,8 @@ class HostRows:
     """Reads rows [M, W] on a device as bytes."""
 
     def __init__(self, rows: jax.Array, in_place: bool | None = None):
-        """`in_place` reads the device's memory directly; None does so on a CPU."""
-        self._rows = rows
+        """`in_place` reads the device's memory directly; None does so on a CPU. Of a mesh, one device is read."""
+        self._rows = rows = rows.addressable_data(0) if rows.is_fully_replicated else rows
         self._reads_in_place = is_on_cpu(rows.sharding) if in_place is None else in_place
         self._step = rows_per_step(rows.shape, rows.dtype)
         self._parts: dict[int, jax.Array] = {}  # in pinned memory, or being copied there
