@@ -12,6 +12,7 @@ import deepstack_jax as dsj
 from deepstack_jax.encoding import encode_images
 from deepstack_jax.engine.core import Engine, Failed, Stopped
 from deepstack_jax.engine.request import GenerationPlan, Request
+from deepstack_jax.engine.scheduler import Running
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.generation import encode_prompt, plan_generation
 from deepstack_jax.processing.batch import Batch, prepare_batch
@@ -94,8 +95,13 @@ def alone(model: dsj.Model, shape: EngineShape, num_pages: int, question: Questi
                 raise event.error
             assert not isinstance(event, Stopped)
             tokens += event.tokens
-        held = next((entry.pages for entry in engine.scheduler.running.values()), held)
+        held = next((pages_of(engine, entry) for entry in engine.scheduler.running.values()), held)
     return Answer(tuple(tokens), read_kv_bits(engine, held, request.length + len(tokens) - 1))
+
+
+def pages_of(engine: Engine, entry: Running) -> tuple[int, ...]:
+    """A request's pages, counted over all pools."""
+    return tuple(engine.shape.pool_of(entry.slot) * engine.num_pages + page for page in entry.pages)
 
 
 def read_kv_bits(engine: Engine, pages: Sequence[int], length: int) -> np.ndarray:
@@ -112,17 +118,18 @@ def scramble(engine: Engine, rng: np.random.Generator) -> None:
     """Fills an empty engine with what nothing may read: NaN in all pages, and rows that look alive."""
     state = engine._state
     cache = state.cache
-    keys, values = (tuple(jnp.full_like(array, np.nan) for array in arrays) for arrays in (cache.keys, cache.values))
+    keys, values = (tuple(np.full_like(array, np.nan) for array in arrays) for arrays in (cache.keys, cache.values))
     table = rng.integers(0, engine.num_pages, cache.page_table.shape, np.int32)
     slots = engine.shape.slots
-    engine._state = replace(
+    scrambled = replace(
         state,
-        cache=replace(cache, keys=keys, values=values, page_table=jnp.asarray(table)),
-        lengths=jnp.asarray(rng.integers(0, 64, slots, np.int32)),
-        made=jnp.asarray(rng.integers(0, 9, slots, np.int32)),
-        limits=jnp.full(slots, 1000, jnp.int32),
-        done=jnp.zeros(slots, bool),
+        cache=replace(cache, keys=keys, values=values, page_table=table),
+        lengths=rng.integers(0, 64, slots, np.int32),
+        made=rng.integers(0, 9, slots, np.int32),
+        limits=np.full(slots, 1000, np.int32),
+        done=np.zeros(slots, bool),
     )
+    engine._state = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), scrambled, state)
 
 
 def small_bench(model: dsj.Model, shape: EngineShape = SHAPE) -> Bench:

@@ -17,7 +17,7 @@ from deepstack_jax.engine.core import Engine, Event, Failed, NewTokens
 from deepstack_jax.engine.prefix_cache import ImageSpan
 from deepstack_jax.engine.request import Image, Request
 from deepstack_jax.models.vision import separate_deepstack_embeds
-from tests.engine_questions import Bench, Question, read_kv_bits, scramble
+from tests.engine_questions import Bench, Question, pages_of, read_kv_bits, scramble
 from tests.split_requests import SplitRequest, can_be_split
 
 MOST_TURNS = 400  # a request that needs more is not going to end
@@ -64,7 +64,7 @@ def simulate_all(bench: Bench, seeds: Iterable[int]) -> Counter[str]:
 def simulate(bench: Bench, seed: int, seen: Counter[str]) -> None:
     rng = random.Random(seed)
     engine = _engine(bench, rng)
-    held = engine.prefix_caches[0].ledger.in_use
+    held = _pages_in_use(engine)
     waiting = _schedule(bench, rng)
     asked = {each.request: each for each in waiting}
     for turn in range(MOST_TURNS):
@@ -83,8 +83,9 @@ def _note_pages(engine: Engine, asked: list[Asked]) -> None:
     by_id = {each.request.id: each for each in asked}
     for id, entry in engine.scheduler.running.items():
         each = by_id[id]
-        each.matched_again |= each.pages not in ((), entry.pages)
-        each.pages = entry.pages
+        pages = pages_of(engine, entry)
+        each.matched_again |= each.pages not in ((), pages)
+        each.pages = pages
 
 
 def _engine(bench: Bench, rng: random.Random) -> Engine:
@@ -101,11 +102,15 @@ def _engine(bench: Bench, rng: random.Random) -> Engine:
 
 def _shuffle_pages(engine: Engine, rng: random.Random, count: int) -> None:
     """Leaves `count` pages, which are given out in a random order: another pool would be another program."""
-    ledger = engine.prefix_caches[0].ledger
-    pages = list(ledger.take(ledger.free))
-    rng.shuffle(pages)
-    for page in pages[:count]:
-        ledger.release([page])
+    for ledger in (cache.ledger for cache in engine.prefix_caches):
+        pages = list(ledger.take(ledger.free))
+        rng.shuffle(pages)
+        for page in pages[:count]:
+            ledger.release([page])
+
+
+def _pages_in_use(engine: Engine) -> int:
+    return sum(cache.ledger.in_use for cache in engine.prefix_caches)
 
 
 def _tokens_of(question: Question) -> int:
@@ -201,12 +206,11 @@ def _compare_kv(engine: Engine, asked: Asked, expected: np.ndarray) -> None:
 def _check_whole(engine: Engine, asked: list[Asked], held: int) -> None:
     if left := [each for each in asked if not each.end]:
         raise Violation(f"{len(left)} requests have not ended after {MOST_TURNS} turns")
-    ledger, cache = engine.prefix_caches[0].ledger, engine.prefix_caches[0]
-    ledger.assert_consistent()
-    if ledger.in_use - held != len(cache) or engine.free_slots != engine.shape.slots:
-        raise Violation(
-            f"{ledger.in_use - held} pages are in use and {len(cache)} in the cache, {engine.free_slots} free slots"
-        )
+    for cache in engine.prefix_caches:
+        cache.ledger.assert_consistent()
+    used, kept = _pages_in_use(engine) - held, sum(map(len, engine.prefix_caches))
+    if used != kept or engine.free_slots != engine.shape.slots:
+        raise Violation(f"{used} pages are in use and {kept} in the caches, {engine.free_slots} free slots")
 
 
 def _count(seen: Counter[str], asked: list[Asked]) -> None:
