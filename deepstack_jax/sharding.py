@@ -7,7 +7,7 @@ how a dimension is split. Without a mesh, every function here returns what it wa
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -218,10 +218,13 @@ def kv_repeats(heads: int, kv_heads: int, mesh: Mesh | AbstractMesh | None = Non
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Returns `x` with its first dimensions split by the rules, as far as they divide, and the others whole."""
     mesh = current()
-    if mesh is None:
-        return x
-    parts = (split(size, name) if name else () for size, name in zip(x.shape, logical, strict=False))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*(axes or None for axes in parts))))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, sharding_of(x.shape, logical, mesh))
+
+
+def sharding_of(shape: tuple[int, ...], logical: Sequence[str | None], mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Returns the sharding in which the first dimensions are split by the rules, as far as they divide."""
+    parts = (split(size, name, mesh) if name else () for size, name in zip(shape, logical, strict=False))
+    return NamedSharding(mesh, PartitionSpec(*(axes or None for axes in parts)))
 
 
 def each_device[F: Callable[..., Any]](function: F, in_specs: Any, out_specs: Any) -> F:
@@ -232,8 +235,3 @@ def each_device[F: Callable[..., Any]](function: F, in_specs: Any, out_specs: An
 def bytes_held(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:
     """Returns the bytes of an array on each device."""
     return math.prod(sharding.shard_shape(shape.shape)) * np.dtype(shape.dtype).itemsize
-
-
-def bytes_per_device(arrays: Iterable[jax.Array]) -> int:
-    """Returns the bytes of these arrays on each device."""
-    return sum(bytes_held(jax.ShapeDtypeStruct(x.shape, x.dtype), x.sharding) for x in arrays)

@@ -20,9 +20,10 @@ Import this module before jax compiles anything. Only one process at a time can 
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # otherwise libtpu waits for a cloud's metadata server
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -36,9 +37,13 @@ from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+# chips of a slice -> how they are arranged, for chips with a torus of two and of three dimensions
+_IN_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_IN_3D = {1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
 TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1", "tpu7x": "tpu7x:2x2x1"}
 GPUS = ("h100", "h200")
 TARGETS = (*TPUS, *GPUS)
+SLICES = (*TPUS, *GPUS, "b200")  # chips of which `slice_devices` describes several
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
@@ -50,19 +55,53 @@ def mesh_of(target: str, num_devices: int = 1) -> Mesh:
     """
     if target not in TARGETS:
         raise ValueError(f"no target {target!r}: expected one of {', '.join(TARGETS)}")
-    try:
-        if target in TPUS:
+    if target in TPUS:
+        with _compiler_needed(target, "libtpu"):
             devices = topologies.get_topology_desc(TPUS[target], platform="tpu").devices
-        else:
-            described = Path(__file__).parent / "aot_targets" / f"{target}.txtpb"  # XLA's GpuTargetConfigProto
-            topology = {"topology": f"1x1x{num_devices}", "target_config": described.read_text()}
-            devices = topologies.get_topology_desc(target, platform="cuda", **topology).devices
+    else:
+        devices = _gpus(target, num_devices)
+    return Mesh(devices[:num_devices], ("x",), axis_types=(AxisType.Auto,))
+
+
+def slice_devices(name: str) -> list[Any]:
+    """Returns the described devices of a slice, named as clouds name it: "v5e-16", "v6e-8", "h200-8".
+
+    Google counts chips of v5e and v6e, and cores of v5p and tpu7x, of which a chip has two. JAX's devices are chips,
+    but on tpu7x they are cores.
+
+    Raises:
+        ValueError: there is no such slice, or its compiler isn't installed.
+    """
+    chip, _, size = name.partition("-")
+    if chip not in SLICES or not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"no target {name!r}: give a chip and a number, as v5e-16; chips are {', '.join(SLICES)}")
+    if chip not in TPUS:
+        return _gpus(chip, int(size))
+    cores = 2 if chip in ("v5p", "tpu7x") else 1
+    shapes = _IN_3D if cores == 2 else _IN_2D
+    chips, left = divmod(int(size), cores)
+    if left or chips not in shapes:
+        sizes = ", ".join(str(cores * count) for count in shapes)
+        raise ValueError(f"there is no {name}: {chip} comes with {sizes}")
+    with _compiler_needed(name, "libtpu"):
+        return list(topologies.get_topology_desc(f"{chip}:{shapes[chips]}", platform="tpu").devices)
+
+
+def _gpus(chip: str, count: int) -> list[Any]:
+    described = Path(__file__).parent / "aot_targets" / f"{chip}.txtpb"  # XLA's GpuTargetConfigProto
+    topology = {"topology": f"1x1x{count}", "target_config": described.read_text()}
+    with _compiler_needed(chip, "jax-cuda13-plugin and jax-cuda13-pjrt (pip install --no-deps)"):
+        return list(topologies.get_topology_desc(chip, platform="cuda", **topology).devices)
+
+
+@contextmanager
+def _compiler_needed(target: str, packages: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
-        packages = "libtpu" if target in TPUS else "jax-cuda13-plugin and jax-cuda13-pjrt (pip install --no-deps)"
         raise ValueError(
             f"can't compile for {target}: {error}. It needs {packages} of a version that fits jax"
         ) from error
-    return Mesh(devices[:num_devices], ("x",), axis_types=(AxisType.Auto,))
 
 
 def compile_for(target: str | Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Any:
@@ -108,6 +147,37 @@ def copies(compiled: Any, at_least: int) -> list[str]:
         if size >= at_least:
             found.append(f"{name} = {op} {dtype}[{dims}]")
     return found
+
+
+class Collective(NamedTuple):
+    """A collective operation of a compiled program, and the bytes of its result on each device."""
+
+    kind: str
+    shape: str
+    nbytes: int
+
+
+def collectives(compiled: Any) -> list[Collective]:
+    """Lists the collective operations in a compiled program's text. One in a loop's body is listed once."""
+    kinds = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
+    found = []
+    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled.as_text()):
+        shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", result)
+        shapes = [(dtype, dims) for dtype, dims in shapes if dtype in _BYTES]
+        # the start of an asynchronous one names its argument before its result
+        sizes = [_BYTES[dtype] * math.prod(int(d) for d in dims.split(",") if d) for dtype, dims in shapes]
+        if sizes:
+            dtype, dims = shapes[sizes.index(max(sizes))]
+            found.append(Collective(kind, f"{dtype}[{dims}]", max(sizes)))
+    return found
+
+
+def kernels(compiled: Any) -> list[str]:
+    """Lists the names of the Pallas kernels in a compiled program, each once, in alphabetical order."""
+    text = compiled.as_text()
+    of_tpu = re.findall(r'%?([\w.-]+?)(?:\.\d+)? = [^\n]*custom_call_target="tpu_custom_call"', text)
+    of_gpu = re.findall(r'custom_call_target="(mosaic_gpu\w*)"', text)
+    return sorted({*of_tpu, *of_gpu})
 
 
 def _main() -> None:

@@ -203,6 +203,7 @@ class Qwen3MoeModel(nnx.Module):
         batch, length, width = hidden.shape
         if slots is None:
             slots = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        slots = sharding.constrain(slots)  # whole on every device, which routes the tokens of all
         rotation = text_rotation(self.config.rope, self.config.head_dim, position_ids)
         levels = 0 if input_deepstack_embeds is None else input_deepstack_embeds.shape[1] // width
         page_table = cache.page_table if isinstance(cache, PagedKVCache) else None
@@ -279,7 +280,9 @@ class Qwen3MoeForCausalLM(nnx.Module):
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Returns float32 logits of normalised hidden states; pass only those of the tokens that need logits."""
         logits = self.model.embed_tokens.attend(hidden) if self.tied else self.lm_head(hidden)
-        return sharding.constrain(logits, "slots")  # the whole vocabulary, from which tokens are drawn
+        # each device computes its part of the vocabulary, and tokens are drawn from the whole
+        vocabulary = [None] * (logits.ndim - 2) + ["vocab"]
+        return sharding.constrain(sharding.constrain(logits, "slots", *vocabulary), "slots")
 
 
 def _cached_heads(config: TextConfig) -> int:
