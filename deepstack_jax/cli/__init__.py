@@ -12,7 +12,7 @@ import typer
 
 from deepstack_jax.cli import compile_cache
 
-COMMANDS = ("convert", "export", "verify", "inspect", "generate", "serve", "keygen", "demo")
+COMMANDS = ("convert", "export", "verify", "inspect", "plan", "generate", "serve", "keygen", "demo")
 COMPILING = ("verify", "generate", "serve", "demo")
 HELP = "Qwen3-VL-MoE in JAX. Every command has --help with an example; --debug shows a failure's traceback."
 

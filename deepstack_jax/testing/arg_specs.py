@@ -20,9 +20,7 @@ def param_specs(config: ModelConfig, mesh: Mesh | None = None) -> dict[str, jax.
     if mesh is None:
         return shapes
     placed = param_shardings(config, mesh, model_dtype(config))
-    return {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[path]) for path, leaf in shapes.items()
-    }
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed[path]) for path, leaf in shapes.items()}
 
 
 def state_specs(
