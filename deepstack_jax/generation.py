@@ -284,7 +284,7 @@ def engine_for(
         chunk: tokens of a prefill chunk; None takes a server's default.
         decode_steps: the most tokens per row in one call of the decode program.
     """
-    chunk, sizes = default_chunk() if chunk is None else chunk, sharding.sizes(model.mesh)
+    chunk, sizes = default_chunk(model.mesh) if chunk is None else chunk, sharding.sizes(model.mesh)
     tail_rows: tuple[tuple[int, int], ...] = ()  # a server's
     if slots is None:
         slots = next((width for width in WIDTHS if width >= len(requests)), WIDTHS[-1])

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh
 
 from deepstack_jax import sharding
 from deepstack_jax.config import ModelConfig
-from deepstack_jax.engine.options import CHIP_CHUNK, CHIP_SLOTS, FREE_SHARE, token_bytes
+from deepstack_jax.engine.options import CHIP_CHUNK, CHIP_SLOTS, FREE_SHARE, chunk_on, token_bytes
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.models.parameters import model_dtype
 from deepstack_jax.programs import decode_loop, prefill_chunk
@@ -136,7 +136,7 @@ def plans(
     target: str,
     mesh: str | None = None,
     slots: int | None = None,
-    chunk: int = CHIP_CHUNK,
+    chunk: int | None = None,
     kv_bytes: int | None = None,
 ) -> Iterator[Plan]:
     """Compiles the engine's programs for one mesh after another, the most promising first.
@@ -193,10 +193,11 @@ def _plan(
     chip: Chip,
     mesh: Mesh,
     slots: int | None,
-    chunk: int,
+    chunk: int | None,
     kv_bytes: int | None,
 ) -> Plan:
     sizes = data, _ = sharding.sizes(mesh)
+    chunk = chunk_on(mesh, CHIP_CHUNK) if chunk is None else chunk
     shape = EngineShape(cdiv(CHIP_SLOTS, data) * data if slots is None else slots, chunk, mesh=sizes)
     params = param_specs(config, mesh)
     weights = sum(_held(leaf) for leaf in params.values())

@@ -17,7 +17,7 @@ def run(
     target: Annotated[str, typer.Option(help="such as v5e-16, v6e-8, v5p-8, tpu7x-8, h100-4, h200-8, b200-8")],
     mesh: Annotated[str | None, typer.Option(help="the only mesh to try, such as data=4,tensor=4")] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="requests that run at once; a server's default")] = None,
-    chunk: Annotated[int, typer.Option(min=128, help="tokens of a prefill chunk")] = 1024,
+    chunk: Annotated[int | None, typer.Option(min=128, help="tokens of a prefill chunk; a server's default")] = None,
     kv_bytes: Annotated[
         int | None, typer.Option(min=1, help="memory of each device for keys and values; most of what is left")
     ] = None,
@@ -72,7 +72,7 @@ def _show(plan: "Plan") -> None:
     )
     print(f"{plan.target}, mesh {plan.mesh}: {'fits' if plan.fits else 'does not fit: ' + plan.why}")
     print(f"  each device: {sizes}, of {plan.memory_per_device / 1e9:.2f} GB")
-    print(f"  {plan.slots} slots, {plan.kv_tokens:,} tokens in KV pages")
+    print(f"  {plan.slots} slots, chunks of {plan.chunk} tokens, {plan.kv_tokens:,} tokens in KV pages")
     for name, unit in (("decode", "step"), ("prefill", "chunk")):
         if program := plan.programs.get(name):
             print(

@@ -15,6 +15,7 @@ from deepstack_jax.rounding import cdiv
 
 CPU_SLOTS, CHIP_SLOTS = 4, 32
 CPU_CHUNK, CHIP_CHUNK = 512, 1024  # larger ones gain little, and hold up running streams for longer
+MESH_TOKENS = 4096  # of a prefill program over all pools: every device of a mesh takes part in all of them
 CPU_KV_BYTES = 1 << 30
 FREE_SHARE = 0.8  # of a chip's memory that weights leave; programs' temporaries take the rest
 
@@ -51,7 +52,7 @@ class EngineOptions:
         default = cdiv(CPU_SLOTS if _on_cpu() else CHIP_SLOTS, sizes[0]) * sizes[0]
         slots = self.slots or max(self.decode_widths, default=default)
         widths = tuple(sorted({*self.decode_widths, slots})) if self.decode_widths else ()
-        chunk = self.chunk or default_chunk()
+        chunk = self.chunk or default_chunk(mesh)
         return EngineShape(slots, chunk, decode_steps=self.decode_steps, decode_widths=widths, mesh=sizes)
 
     def build(self, model: Model, max_context: int | None = None, max_waiting: int = 64) -> Engine:
@@ -78,9 +79,15 @@ class EngineOptions:
         return Engine(model, shape, min(fitting, most), max_waiting=in_line, prefix_cache=self.prefix_cache)
 
 
-def default_chunk() -> int:
-    """Tokens of a prefill chunk by default: 512 on CPU, 1024 on a chip."""
-    return CPU_CHUNK if _on_cpu() else CHIP_CHUNK
+def default_chunk(mesh: Mesh | None = None) -> int:
+    """Tokens of a prefill chunk by default: 512 on CPU, 1024 on a chip, and less with more than 4 pools."""
+    return chunk_on(mesh, CPU_CHUNK if _on_cpu() else CHIP_CHUNK)
+
+
+def chunk_on(mesh: Mesh | None, chunk: int) -> int:
+    """The most tokens of a chunk, up to `chunk`, with which a program has at most `MESH_TOKENS` over all pools."""
+    page = EngineShape.page
+    return min(chunk, max(MESH_TOKENS // sharding.sizes(mesh)[0] // page * page, page))
 
 
 def token_bytes(text: TextConfig, dtype: np.dtype, mesh: Mesh | AbstractMesh | None = None) -> int:
