@@ -153,7 +153,7 @@ def plans(
     """
     config = config if config.dtype else replace(config, dtype="bfloat16")
     chip, devices = _devices_of(target)
-    for data, tensor in _meshes(config, len(devices), mesh):
+    for data, tensor in _meshes(config, target, len(devices), mesh):
         placed = Mesh(np.asarray(devices).reshape(data, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 2)
         yield _plan(config, target, chip, placed, slots, chunk, kv_bytes)
 
@@ -173,8 +173,12 @@ def _devices_of(target: str) -> tuple[Chip, list[Any]]:
     return Chip(memory, 10e9, 100e9, 10e9), devices[: int(count)]
 
 
-def _meshes(config: ModelConfig, devices: int, given: str | None) -> Iterator[tuple[int, int]]:
-    """Yields (data, tensor): heads are divided as far as they go, since that divides the weights of attention."""
+def _meshes(config: ModelConfig, target: str, devices: int, given: str | None) -> Iterator[tuple[int, int]]:
+    """Yields (data, tensor): heads are divided as far as they go, since that divides the weights of attention.
+
+    XLA for GPUs makes five collectives of a layer's three if both axes are more than 1, so there one axis comes first,
+    with the KV heads repeated if that takes all of them.
+    """
     if given is not None:
         sizes = sharding.abstract_mesh(given)
         if sizes.size != devices:
@@ -182,6 +186,12 @@ def _meshes(config: ModelConfig, devices: int, given: str | None) -> Iterator[tu
         yield sizes.shape["data"], sizes.shape["tensor"]
         return
     most = config.text.num_key_value_heads
+    alone = sharding.abstract_mesh(f"tensor={devices}")
+    if (
+        target.partition("-")[0] not in aot.TPUS
+        and sharding.kv_repeats(config.text.num_attention_heads, most, alone) > 1
+    ):
+        yield 1, devices
     for tensor in range(min(most, devices), 0, -1):
         if devices % tensor == 0 and most % tensor == 0:
             yield devices // tensor, tensor
