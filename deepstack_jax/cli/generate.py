@@ -10,7 +10,7 @@ import typer
 
 import deepstack_jax as dsj
 from deepstack_jax.bundled import existing_checkpoint
-from deepstack_jax.cli.mesh import MeshShape
+from deepstack_jax.cli.mesh import Coordinator, MeshShape, NumProcesses, ProcessId, open_mesh
 
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model
@@ -57,6 +57,9 @@ def run(
         Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
     ] = None,
     mesh: MeshShape = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming")] = False,
 ) -> None:
     """Answers a prompt and streams the text as it comes.
@@ -92,13 +95,15 @@ def run(
     )
     _refuse_missing([*(image or ()), *(video or ())])
     from deepstack_jax.cli.progress import loading
+    from deepstack_jax.processes import is_first
     from deepstack_jax.processing.prompt_options import PromptOptions
     from deepstack_jax.processing.stop_strings import StopStrings
 
     PromptOptions.of(prompt_options)  # before the weights are read
     stops = StopStrings.of(stop)
     started = time.perf_counter()
-    placed = dsj.make_mesh(mesh) if mesh else None
+    placed = open_mesh(mesh, coordinator, num_processes, process_id)
+    speaks = is_first()  # of several processes, one prints the answer
     with loading(f"loading {checkpoint}") as progress:
         model = dsj.load(checkpoint, dtype, placed, expert_layout=expert_layout, progress=progress)
     loaded = time.perf_counter()
@@ -110,8 +115,10 @@ def run(
         tokens, text = out.tokens[0, : out.lengths[0]].tolist(), dsj.decode(model, out)[0]
         timings = {"load": loaded - started, "prepare": prepared - loaded, **out.timings}
     else:
-        tokens, text = _stream(model, inputs, options, stops, shown=not as_json)
+        tokens, text = _stream(model, inputs, options, stops, shown=speaks and not as_json)
         timings = {"load": loaded - started, "prepare": prepared - loaded, "generate": time.perf_counter() - prepared}
+    if not speaks:
+        return
     if as_json:
         answer = {
             "text": text,

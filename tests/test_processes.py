@@ -1,0 +1,141 @@
+"""Several processes of one mesh on this machine: the same answer, each reads its part, and who is missing is said."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TWO_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+ASK = ("generate", "tiny-vl", "--prompt", "hi", "--max-new-tokens", "4", "--json")
+
+# loads, and compares what was read of the weights' file with what the devices hold, counted once
+READS = """
+import os, sys
+import jax
+import numpy as np
+from deepstack_jax.processes import join
+join(sys.argv[1], 2, int(sys.argv[2]))
+import deepstack_jax as dsj
+from deepstack_jax.checkpoints import safetensors_file
+
+read = 0
+plain = safetensors_file.TensorReader.read
+def counted(self, *args):
+    global read
+    values = plain(self, *args)
+    read += values.nbytes
+    return values
+safetensors_file.TensorReader.read = counted
+model = dsj.load(sys.argv[3], mesh=dsj.make_mesh("data=2,tensor=2"))
+held = 0
+for array in model.params.values():
+    pieces = {str(shard.index): shard.data.nbytes for shard in array.addressable_shards}
+    held += sum(pieces.values())
+print(read / held)
+inputs = {"input_ids": np.arange(1, 9)[None]}
+logits = np.asarray(dsj.forward(model, **inputs))
+tokens = dsj.generate(model, **inputs, max_new_tokens=4, eos_token_id=[]).tokens
+streamed = [int(step[0]) for step in dsj.stream(model, inputs, max_new_tokens=4, eos_token_id=[])]
+assert streamed == tokens[0].tolist()
+print(tokens[0].tolist(), float(np.abs(logits).max()))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return held.getsockname()[1]
+
+
+def start(*command: str) -> "subprocess.Popen[str]":
+    env = {**os.environ, **TWO_DEVICES}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], env=env, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload]
+
+
+def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def test_two_processes_answer_as_one_and_one_of_them_speaks():
+    where = f"127.0.0.1:{free_port()}"
+    several = ("--mesh", "data=2,tensor=2", "--coordinator", where, "--num-processes", "2", "--process-id")
+    processes = [start("-m", "deepstack_jax", *ASK, *several, str(number)) for number in (0, 1)]
+    (code, said, err), (other_code, silent, other_err) = (finish(process) for process in processes)
+    assert (code, other_code) == (0, 0), (err[-2000:], other_err[-2000:])
+    assert silent == ""
+    alone = json.loads(finish(start("-m", "deepstack_jax", *ASK))[1])
+    assert json.loads(said)["token_ids"] == alone["token_ids"]
+
+
+def test_each_process_reads_what_its_devices_hold(tmp_path: Path):
+    from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
+
+    # the experts are most of a real model
+    text = {"num_experts": 16, "moe_intermediate_size": 512, "hidden_size": 128}
+    write_random_checkpoint(tmp_path, tiny_config("qwen3_moe", text_config=text), tokenizer=False)
+    where = f"127.0.0.1:{free_port()}"
+    processes = [start("-c", READS, where, str(number), str(tmp_path)) for number in (0, 1)]
+    results = [finish(process) for process in processes]
+    assert [code for code, *_ in results] == [0, 0], [err[-2000:] for *_, err in results]
+    lines = ([line for line in out.splitlines() if not line.startswith("[Gloo]")] for _, out, _ in results)
+    shares, answers = zip(*lines, strict=True)
+    assert all(float(share) <= 1.05 for share in shares), shares
+    assert answers[0] == answers[1]
+
+
+class TestMeeting:
+    """Without a model: each process says in one line what is wrong, and JAX has not started."""
+
+    JOIN = """
+import sys
+from deepstack_jax.processes import join
+try:
+    join(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), timeout=float(sys.argv[4]))
+except ValueError as error:
+    print(error)
+"""
+
+    def meet(self, *processes: tuple[int, int], timeout: float = 20.0) -> list[str]:
+        where = f"127.0.0.1:{free_port()}"
+        started = [start("-c", self.JOIN, where, str(of), str(number), str(timeout)) for number, of in processes]
+        return [finish(process)[1] for process in started]
+
+    def test_one_that_does_not_come(self):
+        (said,) = self.meet((0, 2), timeout=1.0)
+        assert "process 1 of 2 didn't come to 127.0.0.1:" in said
+
+    def test_no_process_zero(self):
+        (said,) = self.meet((1, 2), timeout=1.0)
+        assert "process 1 can't reach process 0 at 127.0.0.1:" in said
+
+    def test_another_number_of_processes(self):
+        for said in self.meet((0, 2), (1, 3)):
+            assert "process 1 was started for 3 processes, process 0 for 2" in said
+
+    @pytest.mark.parametrize(
+        ("arguments", "what"),
+        [
+            (("--coordinator", "localhost"), "--coordinator localhost needs --mesh"),
+            (("--mesh", "tensor=2", "--coordinator", "localhost:1"), "needs --num-processes and --process-id"),
+            (("--mesh", "tensor=2", "--num-processes", "2"), "need --coordinator HOST:PORT of process 0"),
+        ],
+    )
+    def test_options_that_do_not_belong_together(
+        self, arguments: tuple[str, ...], what: str, capsys: pytest.CaptureFixture[str]
+    ):
+        from deepstack_jax.cli import main
+
+        with pytest.raises(SystemExit) as ended:
+            main([*ASK, *arguments])
+        assert ended.value.code == 1
+        assert what in capsys.readouterr().err
