@@ -1,13 +1,21 @@
 """Several processes of one mesh on this machine: the same answer, each reads its part, and who is missing is said."""
 
+import base64
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+
+import deepstack_jax as dsj
+from deepstack_jax.cli.demo import DEFAULT_IMAGE as PICTURE
 
 ROOT = Path(__file__).parent.parent
 TWO_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
@@ -91,6 +99,64 @@ def test_each_process_reads_what_its_devices_hold(tmp_path: Path):
     shares, answers = zip(*lines, strict=True)
     assert all(float(share) <= 1.05 for share in shares), shares
     assert answers[0] == answers[1]
+
+
+class TestServer:
+    """Two processes serve one model; process 0 speaks HTTP."""
+
+    @pytest.fixture
+    def server(self) -> Iterator[tuple[str, list["subprocess.Popen[str]"]]]:
+        where, port = f"127.0.0.1:{free_port()}", free_port()
+        command = ["-m", "deepstack_jax", "serve", "tiny-vl", "--dtype", "float32", "--port", str(port)]
+        command += ["--slots", "4", "--chunk", "128", "--no-warm-up", "--mesh", "data=2,tensor=2", "--coordinator", where, "--num-processes", "2"]
+        processes = [start(*command, "--process-id", str(number)) for number in (0, 1)]
+        try:
+            for line in processes[0].stdout:
+                if line.startswith("ready: "):
+                    break
+            else:
+                pytest.fail(processes[0].stderr.read()[-2000:])
+            yield f"http://127.0.0.1:{port}", processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+
+    def test_it_answers_many_at_once_as_one_device_and_ends_in_order(self, server):
+        url, processes = server
+        image = "data:image/png;base64," + base64.b64encode(PICTURE.read_bytes()).decode()
+        asked = [
+            {"text": text, "image_data": image, "sampling_params": {"max_new_tokens": 6, "ignore_eos": True}}
+            for text in ("What is this?", "Which colors?", "How many?")
+        ]
+        with ThreadPoolExecutor(len(asked)) as pool:
+            answers = list(pool.map(lambda body: httpx.post(f"{url}/generate", json=body, timeout=120).json(), asked))
+        model = dsj.load("tiny-vl", "float32")
+        for body, answer in zip(asked, answers, strict=True):
+            inputs = dsj.prepare(model, body["text"], images=[str(PICTURE)])
+            alone = dsj.generate(model, **inputs, max_new_tokens=6, eos_token_id=[], slots=4, chunk=128).tokens[0]
+            assert answer["output_ids"] == alone.tolist()
+        processes[0].terminate()
+        assert [process.wait(60) for process in processes] == [0, 0]
+
+    def test_a_process_that_dies_ends_the_other_after_health_has_said_so(self, server):
+        url, (first, second) = server
+        assert httpx.get(f"{url}/health", timeout=60).status_code == 200
+        second.kill()
+        deadline = time.monotonic() + 30
+        while (answer := httpx.get(f"{url}/health", timeout=5)).status_code == 200 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert answer.status_code == 503
+        assert "process 1 of the mesh is lost" in answer.text
+        assert first.wait(60) == 1
+        assert "error: process 1 of the mesh is lost: start all processes anew" in first.stderr.read().splitlines()
+
+    @pytest.mark.slow
+    def test_process_zero_that_dies_ends_the_other(self, server):
+        _, (first, second) = server
+        first.kill()
+        assert second.wait(60) == 1
+        assert "error: process 0 of the mesh is lost: start all processes anew" in second.stderr.read().splitlines()
 
 
 class TestMeeting:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import typer
 
 from deepstack_jax.bundled import existing_checkpoint
-from deepstack_jax.cli.mesh import MeshShape
+from deepstack_jax.cli.mesh import Coordinator, MeshShape, NumProcesses, ProcessId, open_mesh
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -115,10 +115,14 @@ def run(
         Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
     ] = None,
     mesh: MeshShape = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
 ) -> None:
     """Answers over HTTP: POST /generate, GET /health, GET /v1/models.
 
-    Prints the size of its engine, and one line when it is ready.
+    Prints the size of its engine, and one line when it is ready. With --coordinator, the same command runs in every
+    process of the mesh, and process 0 speaks HTTP.
 
     Example: deepstack-jax serve ckpt --port 8000 --allow-domain upload.wikimedia.org
     """
@@ -145,12 +149,22 @@ def run(
         allowed_networks=tuple(allow_network or ()),
         allowed_ports=tuple(allow_port or (80, 443)),
     )
+    from deepstack_jax.engine.options import EngineOptions
+    from deepstack_jax.processes import is_first
+
+    engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache, _widths(decode_widths))
+    if coordinator is not None and role != "unified":
+        raise ValueError(f"--role {role} runs in one process: leave out --coordinator")
+    placed = open_mesh(mesh, coordinator, num_processes, process_id)
+    engine.shape(placed)  # refuses impossible sizes before the weights are read
+    limits = NodeLimits(max_waiting, max_context, engine, warm_up)
+    if not is_first():  # another process of the mesh speaks HTTP
+        _follow(_load(role, checkpoint, dtype, expert_layout, encode_here, placed), limits)
+        return
     with _bind(host, port) as listener:  # before the weights are read, so that a port in use is an error at once
         if not _is_loopback(listener):
             print(f"warning: {host} is open to others, and this server has no authentication", file=sys.stderr)
-        from deepstack_jax.engine.options import EngineOptions
         from deepstack_jax.serving.http import create_app
-        from deepstack_jax.sharding import make_mesh
 
         split = SplitOptions(
             tuple(encoder or ()),
@@ -166,16 +180,11 @@ def run(
             encode_here,
         )
         _check_split(role, split)
-        widths = _widths(decode_widths)
-        engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache, widths)
-        placed = make_mesh(mesh) if mesh else None
-        engine.shape(placed)  # refuses impossible sizes before the weights are read
         model = _load(role, checkpoint, dtype, expert_layout, encode_here, placed)
         name = name or checkpoint.resolve().name
 
         async def serve() -> None:
             # in the loop that runs it: ZeroMQ's authenticator answers in the loop in which it was made
-            limits = NodeLimits(max_waiting, max_context, engine, warm_up)
             node = make_node(role, model, policy, split, limits, name=name)
             from deepstack_jax.serving.text_node import TextNode
 
@@ -185,6 +194,14 @@ def run(
             await _serve(node, app, listener, grace)
 
         asyncio.run(serve())
+
+
+def _follow(model: "Model", limits: "NodeLimits") -> None:
+    """Runs what process 0 runs, until that ends."""
+    from deepstack_jax.engine.followers import follow
+
+    assert limits.engine is not None
+    follow(limits.engine.build(model, limits.max_context, limits.max_waiting))
 
 
 def _widths(text: str | None) -> tuple[int, ...]:

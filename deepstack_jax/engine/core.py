@@ -89,6 +89,7 @@ class Engine:
         num_pages: KV pages of each pool (`EngineShape.pools`), page 0 included.
         prefix_caches: what each pool keeps of prompts that ended.
         encode_seconds: spent in the vision encoder, waiting for it included where nothing else ran.
+        lost: which process of the mesh is lost, None as long as all are there.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Engine:
         self._end_tokens, self._max_waiting, self._cache_prefixes = end_tokens, max_waiting, prefix_cache
         self._ids = itertools.count()
         self.encode_seconds = 0.0
+        self.lost: str | None = None
         self._stalled = True
         vision = model.config.vision is not None
         most_rows = shape.pools * max(width * requests for width, requests in shape.tail_rows)
@@ -237,10 +239,20 @@ class Engine:
         """Whether the last turn found nothing to launch or to read: requests wait for rows that others send."""
         return self._stalled
 
-    def step(self) -> list[Event]:
-        """Launches one turn and reads the results of the one before; of the last one if nothing was left to launch."""
+    def request(self, number: int) -> Request | None:
+        """Returns the request with this id, None if it has ended."""
+        return self._requests.get(number)
+
+    def close(self) -> None:
+        """Ends what belongs to the engine; it is not used any more."""
+
+    def step(self, now: float | None = None) -> list[Event]:
+        """Launches one turn and reads the results of the one before; of the last one if nothing was left to launch.
+
+        `now` is the time for deadlines; None takes that of time.monotonic().
+        """
         events: list[Event] = []
-        turn = self.scheduler.next_turn(time.monotonic())
+        turn = self.scheduler.next_turn(time.monotonic() if now is None else now)
         events += self._end(turn.ended)
         for admitted in turn.admitted:
             self._begin(admitted)

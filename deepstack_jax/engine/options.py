@@ -56,7 +56,7 @@ class EngineOptions:
         return EngineShape(slots, chunk, decode_steps=self.decode_steps, decode_widths=widths, mesh=sizes)
 
     def build(self, model: Model, max_context: int | None = None, max_waiting: int = 64) -> Engine:
-        """The engine, its KV pages allocated.
+        """The engine, its KV pages allocated. With several processes, the others must `follow` with the same engine.
 
         Args:
             max_context: tokens of prompt and answer of a request at most; None takes the model's positions.
@@ -76,7 +76,10 @@ class EngineOptions:
             )
         most = 1 + shape.slots // shape.pools * cdiv(longest, shape.page)  # more can't be in use
         in_line = max_waiting + shape.slots  # a slot is free only from the next turn on
-        return Engine(model, shape, min(fitting, most), max_waiting=in_line, prefix_cache=self.prefix_cache)
+        kind = Engine
+        if jax.process_count() > 1 and jax.process_index() == 0:
+            from deepstack_jax.engine.followers import LeadingEngine as kind
+        return kind(model, shape, min(fitting, most), max_waiting=in_line, prefix_cache=self.prefix_cache)
 
 
 def default_chunk(mesh: Mesh | None = None) -> int:

@@ -241,6 +241,8 @@ class Runner:
             idle_after: an idle model that has not run for so many seconds, or failed last, is tested first.
             timeout: of that test, in seconds.
         """
+        if self.engine.lost:
+            return self.engine.lost
         async with self._testing:  # callers at the same time wait for the same test
             if not self.alive:
                 return "the server is stopping" if self._stop_at is not None else "the device's thread has ended"
@@ -297,6 +299,7 @@ class Runner:
             self._busy_since = None
             for request, last in ended:  # only now: its receiver must find the place free
                 _emit(request, last)
+        self.engine.close()
 
     def _take(self) -> bool:
         """Waits for something to do and takes what came in; False once the runner is stopped and nothing is left."""

@@ -113,7 +113,9 @@ def _declared(config: ModelConfig) -> tuple[nnx.GraphDef[Any], list[tuple[Any, A
     """Returns the modules without their parameters, and each parameter's path and declaration."""
     # names and shapes don't depend on the dtype, and a model that is run has one of these
     dtype = config.dtype if config.dtype in ("float32", "bfloat16", "float16") else jnp.float32
-    model = nnx.eval_shape(lambda: build_module(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    # without the mesh of a program that is being traced: Flax would look for logical axes among its axes
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        model = nnx.eval_shape(lambda: build_module(config, dtype=dtype, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     return graphdef, list(nnx.to_flat_state(state))
 
