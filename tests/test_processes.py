@@ -108,7 +108,19 @@ class TestServer:
     def server(self) -> Iterator[tuple[str, list["subprocess.Popen[str]"]]]:
         where, port = f"127.0.0.1:{free_port()}", free_port()
         command = ["-m", "deepstack_jax", "serve", "tiny-vl", "--dtype", "float32", "--port", str(port)]
-        command += ["--slots", "4", "--chunk", "128", "--no-warm-up", "--mesh", "data=2,tensor=2", "--coordinator", where, "--num-processes", "2"]
+        command += [
+            "--slots",
+            "4",
+            "--chunk",
+            "128",
+            "--no-warm-up",
+            "--mesh",
+            "data=2,tensor=2",
+            "--coordinator",
+            where,
+            "--num-processes",
+            "2",
+        ]
         processes = [start(*command, "--process-id", str(number)) for number in (0, 1)]
         try:
             for line in processes[0].stdout:

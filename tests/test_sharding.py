@@ -1,14 +1,18 @@
 """Meshes: the answers of one device, the promise of the engine, and what doesn't divide is said."""
 
+import base64
+import contextlib
 import json
 import logging
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jax
 import numpy as np
 import pytest
@@ -16,6 +20,8 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import deepstack_jax as dsj
 from deepstack_jax import sharding
+from deepstack_jax.cli.demo import DEFAULT_IMAGE
+from deepstack_jax.cli.demo_split import serve_process
 from deepstack_jax.models.parameters import abstract_params, logical_axes, param_shardings
 from deepstack_jax.models.registry import parse_config
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
@@ -112,6 +118,36 @@ print(json.dumps([held(model.params.values()), pages, engine.token_capacity]))
         assert planned["bytes_per_device"]["pages"] == pytest.approx(pages, rel=0.05)
         assert planned["kv_tokens"] == pytest.approx(tokens, rel=0.05)
         assert planned["collectives_per_layer"] <= 3
+
+
+@pytest.mark.slow
+def test_a_split_over_meshes_answers_as_one_device(monkeypatch: pytest.MonkeyPatch):
+    """Encode node and language node are processes with four devices each; rows go through Mooncake."""
+    for name, value in EIGHT_DEVICES.items():
+        monkeypatch.setenv(name, value)
+    picture = Path(str(DEFAULT_IMAGE))
+    on_mesh = ["--mesh", "data=2,tensor=2", "--dtype", "float32"]
+    with (
+        serve_process(Path("tiny-vl"), "encode", on_mesh) as encode,
+        contextlib.ExitStack() as stack,
+    ):
+        encode.wait()
+        engine = ["--slots", "4", "--chunk", "128", "--encoder", encode.control]
+        language = stack.enter_context(serve_process(Path("tiny-vl"), "language", [*on_mesh, *engine]))
+        language.wait()
+        body = {
+            "text": "What is this?",
+            "image_data": "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode(),
+            "sampling_params": {"max_new_tokens": 6, "ignore_eos": True},
+        }
+        deadline = time.monotonic() + 120
+        while (answer := httpx.post(f"{language.url}/generate", json=body, timeout=120)).status_code == 503:
+            assert time.monotonic() < deadline, answer.text  # until the two have met
+            time.sleep(0.2)
+        model = dsj.load("tiny-vl", "float32")
+        inputs = dsj.prepare(model, body["text"], images=[str(picture)])
+        alone = dsj.generate(model, **inputs, max_new_tokens=6, eos_token_id=[], slots=4, chunk=128)
+        assert answer.json()["output_ids"] == alone.tokens[0].tolist(), answer.text
 
 
 class TestParameters:

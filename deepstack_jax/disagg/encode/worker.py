@@ -1,11 +1,12 @@
-"""The thread that owns an encode node's device: it encodes one image after another, and none that it still knows."""
+"""The thread that owns an encode node's devices: it encodes images as they come, and none that it still knows."""
 
 import queue
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from cachetools import LRUCache
@@ -24,7 +25,7 @@ class EncodedImage(NamedTuple):
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _EncodeRequest:
     visual: VisionInput
     key: bytes | None
@@ -34,8 +35,8 @@ class _EncodeRequest:
 class EncodeWorker:
     """Encodes images and videos, first come first served.
 
-    Each runs by itself, so that its rows can be sent while the next one is encoded: the encoder's program takes one
-    image after another in any case.
+    On one device, each runs by itself, so that its rows can be sent while the next one is encoded: the encoder's
+    program takes one image after another in any case. On a mesh, each device takes one of those that wait.
 
     Attributes:
         num_encoded: images and videos that went through the encoder so far.
@@ -47,7 +48,7 @@ class EncodeWorker:
     def __init__(self, model: Model, cache_bytes: int = 1 << 30):
         """`model` needs only its vision parameters."""
         # rows by digest; only the worker's thread uses it
-        self.cache: LRUCache[bytes, jax.Array] = LRUCache(cache_bytes, getsizeof=lambda rows: rows.nbytes)
+        self.cache: LRUCache[Any, jax.Array] = LRUCache(cache_bytes, getsizeof=lambda rows: rows.nbytes)
         self.num_encoded = self.num_cached = 0
         self.last_run: float | None = None
         self.error: str | None = None
@@ -83,33 +84,60 @@ class EncodeWorker:
             pass
 
     def _encode_next(self) -> bool:
-        """Encodes one image; returns False when the worker closes."""
-        if (request := self._queue.get()) is None:
+        """Encodes one image, or on a mesh as many as wait, up to one per device; False when the worker closes."""
+        if (first := self._queue.get()) is None:
             return False
-        if not request.future.set_running_or_notify_cancel():
+        taken = [each for each in (first, *self._waiting()) if each.future.set_running_or_notify_cancel()]
+        if not taken:
             return True
-        started = self._busy_since = time.monotonic()
+        self._busy_since = time.monotonic()
         try:
-            rows = jax.block_until_ready(self._rows(request))
-            self.last_run, self.error = time.monotonic(), None
+            self._answer(taken)
         except Exception as error:
-            self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
-            # asyncio does not accept StopIteration: a task that awaits the future would wait forever
-            request.future.set_exception(RuntimeError(self.error) if isinstance(error, StopIteration) else error)
-        else:
-            request.future.set_result(EncodedImage(rows, self.last_run - started))
+            for each in taken:
+                try:
+                    self._answer([each]) if taken[1:] else self._fail(each, error)
+                except Exception as own:  # one by one: only images that can't be encoded fail
+                    self._fail(each, own)
         finally:
             self._busy_since = None
         return True
 
-    def _rows(self, request: _EncodeRequest) -> VisualRows:
-        joined = None if request.key is None else self.cache.get(request.key)
-        if joined is None:
-            (joined,) = encode_images(self._model, [request.visual])
+    def _waiting(self) -> Iterator[_EncodeRequest]:
+        """Further requests of the queue, for the mesh's other devices."""
+        for _ in range(0 if self._model.mesh is None else self._model.mesh.size - 1):
+            try:
+                request = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if request is None:
+                self._queue.put(None)  # closing comes after what was taken
+                return
+            yield request
+
+    def _answer(self, requests: Sequence[_EncodeRequest]) -> None:
+        started = time.monotonic()
+        rows = jax.block_until_ready(self._rows(requests))
+        self.last_run, self.error = time.monotonic(), None
+        for request, each in zip(requests, rows, strict=True):
+            request.future.set_result(EncodedImage(each, self.last_run - started))
+
+    def _fail(self, request: _EncodeRequest, error: Exception) -> None:
+        self.error = f"{type(error).__name__}: {one_line(error)[:300]}"
+        # asyncio does not accept StopIteration: a task that awaits the future would wait forever
+        request.future.set_exception(RuntimeError(self.error) if isinstance(error, StopIteration) else error)
+
+    def _rows(self, requests: Sequence[_EncodeRequest]) -> list[VisualRows]:
+        names = [each if each.key is None else each.key for each in requests]
+        found = {name: self.cache[name] for name in names if name in self.cache}
+        new = {name: each for name, each in zip(names, requests, strict=True) if name not in found}
+        encoded = encode_images(self._model, [each.visual for each in new.values()])
+        for (name, request), joined in zip(new.items(), encoded, strict=True):
+            found[name] = joined
             if request.key is not None:
                 self.num_encoded += 1
                 if jax.block_until_ready(joined).nbytes <= self.cache.maxsize:
                     self.cache[request.key] = joined
-        else:
-            self.num_cached += 1
-        return separate_deepstack_embeds(joined, self._model.config.num_deepstack_levels)
+        self.num_cached += len(requests) - len(new)
+        levels = self._model.config.num_deepstack_levels
+        return [separate_deepstack_embeds(found[name], levels) for name in names]
