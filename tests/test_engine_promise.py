@@ -58,6 +58,7 @@ class TestSmallEngine:
         often |= {"split", "failed over", "cached in a split"}
         assert {what for what in often if seen[what] < 10} == set()
 
+    @pytest.mark.slow
     def test_nor_with_one_request_per_program(self, model: dsj.Model):
         simulate_all(small_bench(model, EngineShape(slots=4, chunk=32, page=16)), range(100))
 
@@ -112,6 +113,7 @@ sample, attention, sparse_moe = programs.sample, qwen3_moe.paged_attention, moe.
 digest, visual_fields = VisionInput.digest, prefix_cache._visual_fields
 
 
+@pytest.mark.slow
 class TestPlantedMistakes:
     @pytest.mark.parametrize(
         ("where", "name", "mistake"),
