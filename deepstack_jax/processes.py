@@ -15,6 +15,7 @@ from deepstack_jax.errors import one_line
 
 AUTO = "auto"
 _RETRY_SECONDS = 0.2
+_joined: list[str] = []  # the coordinator's host, once this process has joined
 
 
 def join(coordinator: str, num_processes: int | None, process_id: int | None, timeout: float = 60.0) -> None:
@@ -46,6 +47,12 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, ti
     meet = _wait_for_all if process_id == 0 else _report
     meet(address, num_processes, process_id, time.monotonic() + timeout)
     jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=int(timeout))
+    _joined.append(address[0])
+
+
+def coordinator_host() -> str | None:
+    """The host of the address at which the processes met; None if there is one, or with "auto"."""
+    return _joined[0] if _joined else None
 
 
 def is_first() -> bool:

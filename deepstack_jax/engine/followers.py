@@ -30,6 +30,7 @@ from deepstack_jax.engine.prefix_cache import ImageSpan
 from deepstack_jax.engine.request import GenerationPlan, Image, Request
 from deepstack_jax.errors import one_line
 from deepstack_jax.models.vision import PatchGeometry, VisualRows
+from deepstack_jax.processes import coordinator_host
 from deepstack_jax.processing.batch import VisionInput
 from deepstack_jax.sampling import SamplingParams
 
@@ -74,8 +75,8 @@ class LeadingEngine(Engine):
 
     def close(self) -> None:
         for follower in self._followers:
+            follower.closed = True  # before it hears it, as it then goes
             follower.send(("close",))
-            follower.closed = True
 
     def _with_all[R](self, message: Callable[[], tuple[Any, ...]], call: Callable[[], R]) -> R:
         """Sends a call to the others and makes it; calls within it are theirs as well."""
@@ -240,11 +241,8 @@ def _connect_leader() -> _Leader:
 
 
 def _own_address() -> str:
-    """The address under which others reach this process: that of the interface towards JAX's coordinator."""
-    from jax._src.distributed import global_state
-
-    host = (global_state.coordinator_address or "").rpartition(":")[0].strip("[]")
-    return host or socket.gethostbyname(socket.gethostname())
+    """The address under which others reach process 0: the one that they were given, or that of its host's name."""
+    return coordinator_host() or socket.gethostbyname(socket.gethostname())
 
 
 def _share(data: bytes | None) -> bytes:
