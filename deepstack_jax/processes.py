@@ -30,24 +30,34 @@ def join(coordinator: str, num_processes: int | None, process_id: int | None, ti
     Raises:
         ValueError: they don't meet within the time, or disagree; one line that says who is missing.
     """
+    check(coordinator, num_processes, process_id)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # for devices that are CPUs
     if coordinator == AUTO:
-        if num_processes is not None or process_id is not None:
-            raise ValueError("--coordinator auto takes the number of processes from the environment: leave it out")
         try:
             jax.distributed.initialize(initialization_timeout=int(timeout))
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"--coordinator auto found no cluster ({one_line(error)}): give HOST:PORT") from None
         return
-    if num_processes is None or process_id is None:
-        raise ValueError(f"--coordinator {coordinator} needs --num-processes and --process-id")
-    if not 0 <= process_id < num_processes:
-        raise ValueError(f"--process-id {process_id} is not one of 0 to {num_processes - 1}")
+    assert num_processes is not None
+    assert process_id is not None
     address = _address(coordinator)
     meet = _wait_for_all if process_id == 0 else _report
     meet(address, num_processes, process_id, time.monotonic() + timeout)
     jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=int(timeout))
     _joined.append(address[0])
+
+
+def check(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Raises a `ValueError` for arguments of `join` that don't belong together."""
+    if coordinator == AUTO:
+        if num_processes is not None or process_id is not None:
+            raise ValueError("--coordinator auto takes the number of processes from the environment: leave it out")
+        return
+    if num_processes is None or process_id is None:
+        raise ValueError(f"--coordinator {coordinator} needs --num-processes and --process-id")
+    if not 0 <= process_id < num_processes:
+        raise ValueError(f"--process-id {process_id} is not one of 0 to {num_processes - 1}")
+    _address(coordinator)
 
 
 def coordinator_host() -> str | None:

@@ -81,6 +81,7 @@ def test_no_schedule_shows_in_an_answer_on_a_mesh(tmp_path: Path, mesh: str, sch
 
 
 class TestCommands:
+    @pytest.mark.slow  # several processes do the same in test_processes.py
     def test_generate_answers_on_a_mesh_as_on_one_device(self):
         ask = ["-m", "deepstack_jax", "generate", "tiny-vl", "--prompt", "hi", "--max-new-tokens", "4", "--json"]
         on_one, on_four = (json.loads(run_process(*ask, *mesh)) for mesh in ((), ("--mesh", "data=2,tensor=2")))

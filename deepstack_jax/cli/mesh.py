@@ -27,12 +27,13 @@ def open_mesh(
     Raises:
         ValueError: no such mesh, or the processes don't meet.
     """
-    from deepstack_jax.processes import join
+    from deepstack_jax.processes import check, join
     from deepstack_jax.sharding import make_mesh
 
     if coordinator is not None:
         if shape is None:
             raise ValueError(f"--coordinator {coordinator} needs --mesh: give data=2,tensor=4, for example")
+        check(coordinator, num_processes, process_id)
         _keep_stdout()
         join(coordinator, num_processes, process_id)
     elif num_processes is not None or process_id is not None:
