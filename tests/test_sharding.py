@@ -70,8 +70,8 @@ def test_a_mesh_gives_the_answer_of_one_device(checkpoint: Path, meshes: tuple[s
     ("mesh", "schedules"),
     [
         ("data=2,tensor=2", 40),
-        pytest.param("data=2,tensor=2", 600, marks=pytest.mark.slow),
-        pytest.param("data=4,tensor=2", 200, marks=pytest.mark.slow),
+        pytest.param("data=2,tensor=2", 150, marks=pytest.mark.slow),
+        pytest.param("data=4,tensor=2", 60, marks=pytest.mark.slow),
     ],
 )
 def test_no_schedule_shows_in_an_answer_on_a_mesh(tmp_path: Path, mesh: str, schedules: int):
