@@ -9,20 +9,19 @@ and more of weights or pages, whether the pages are updated in place, and the ti
 import argparse
 import math
 import time
-from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
 from pallas_kernels import aot  # isort: skip (before jax compiles anything)
 import jax
 import jax.numpy as jnp
-from decode import CONFIG_30B
 
 from deepstack_jax.checkpoint import TEXT
+from deepstack_jax.known_models import KNOWN_MODELS
 from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.models.registry import parse_config
 from deepstack_jax.programs import EngineState, decode_loop, prefill_chunk
-from deepstack_jax.testing.arg_specs import chunk_specs, state_specs
+from deepstack_jax.testing.arg_specs import chunk_specs, decode_limits, state_specs
 
 MiB, GiB = 1 << 20, 1 << 30
 
@@ -34,7 +33,7 @@ def main() -> None:
     arguments.add_argument("--chunk", type=int, default=1024)
     arguments.add_argument("--pages", type=int, default=1024, help="KV pages of 128 tokens")
     options = arguments.parse_args()
-    config = replace(parse_config(CONFIG_30B), dtype="bfloat16")
+    config = parse_config(KNOWN_MODELS["30b-a3b"])
     params = {path: leaf for path, leaf in abstract_params(config, jnp.bfloat16).items() if path.startswith(TEXT)}
     state = state_specs(config, options.slots, options.pages)
     pages = f"{options.pages} pages ({size_of(state.cache) / GiB:.1f} GiB)"
@@ -43,9 +42,8 @@ def main() -> None:
     )
     print(f"{options.slots} slots, chunk {options.chunk}, {pages}")
     print("target   program        arguments  temporary  in place  copies  compiled")
-    limits = (shape((options.slots,), bool), shape((), jnp.int32), shape((), bool))
     programs = {
-        "decode_loop": (decode_loop, limits),
+        "decode_loop": (decode_loop, decode_limits(options.slots)),
         "prefill_chunk": (prefill_chunk, (chunk_specs(config, state, options.chunk),)),
     }
     for target in options.targets:
@@ -58,10 +56,6 @@ def main() -> None:
             sizes = f"{held:5.1f} GiB {memory.temp_size_in_bytes / MiB:6.0f} MiB"
             count = len(copies_of(compiled, params, state))
             print(f"{target:8} {name:14} {sizes} {in_place:>9} {count:7} {seconds:7.0f} s", flush=True)
-
-
-def shape(dims: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(dims, dtype)
 
 
 def size_of(tree: Any) -> int:

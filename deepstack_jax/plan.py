@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from deepstack_jax import sharding
+from deepstack_jax.checkpoint import TEXT
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.engine.options import CHIP_CHUNK, CHIP_SLOTS, FREE_SHARE, chunk_on, token_bytes
 from deepstack_jax.engine.shape import EngineShape
@@ -219,7 +220,7 @@ def _plan(
     why = "" if pages >= 2 else f"the weights take {weights / GiB:.1f} of {chip.memory / GiB:.1f} GiB of each device"
     try:
         if not why:
-            programs = dict(_compile(config, chip, mesh, shape, pages))
+            programs = dict(_compile(config, params, chip, mesh, shape, pages))
     except jax.errors.JaxRuntimeError as error:
         why = f"the compiler refuses it: {' '.join(str(error).split())[:300]}"
     temporaries = max((program.temporaries for program in programs.values()), default=0)
@@ -232,9 +233,14 @@ def _plan(
 
 
 def _compile(
-    config: ModelConfig, chip: Chip, mesh: Mesh, shape: EngineShape, pages: int
+    config: ModelConfig,
+    params: dict[str, jax.ShapeDtypeStruct],
+    chip: Chip,
+    mesh: Mesh,
+    shape: EngineShape,
+    pages: int,
 ) -> Iterator[tuple[str, Program]]:
-    params = {path: leaf for path, leaf in param_specs(config, mesh).items() if path.startswith("language_model.")}
+    params = {path: leaf for path, leaf in params.items() if path.startswith(TEXT)}
     state = state_specs(config, shape.slots, shape.pools * pages, shape.page, mesh)
     chunk = chunk_specs(config, state, shape.chunk, shape.pools)
     in_pages = sum(_held(leaf) for leaf in jax.tree.leaves((state.cache.keys, state.cache.values)))

@@ -142,6 +142,8 @@ def describe(mesh: Mesh | AbstractMesh) -> str:
 
 def mesh_of(tree: Any) -> Mesh | None:
     """Returns the mesh on which the first array of a pytree is, or None if it is on a single device."""
+    if isinstance(tree, dict):  # parameters, on every call of a program: one of the hundreds tells
+        tree = next(iter(tree.values()), None)
     first = next((leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)), None)
     placed = getattr(first, "sharding", None)
     return placed.mesh if isinstance(placed, NamedSharding) and isinstance(placed.mesh, Mesh) else None

@@ -134,7 +134,7 @@ class Engine:
         self._flights: deque[_Flight] = deque()
         pages = self.shape.pools * self.num_pages
         self._state = _empty_state(
-            next(iter(self.model.params.values()), None),
+            next(iter(self.model.params.values()), None),  # one tells the mesh
             self.model.config,
             self.shape.slots,
             pages,

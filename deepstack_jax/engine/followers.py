@@ -91,7 +91,7 @@ class LeadingEngine(Engine):
             self._depth -= 1
 
     def _lose(self, reason: str) -> None:
-        """Says what was lost, to whoever asks for /health, and ends this process: its programs would wait for ever."""
+        """Says what was lost, to whoever asks for /health, and ends this process: its programs would wait forever."""
         self.lost = reason
         _end(reason, HEALTH_SECONDS)
 
@@ -117,7 +117,7 @@ def _make_call(engine: Engine, name: str, *args: Any) -> None:
         if (request := engine.request(number)) is not None:
             engine.add_rows(request, first_row, _unpack_rows(rows))
     else:
-        getattr(engine, {"step": "step", "warm_up": "warm_up", "warm_up_rows": "warm_up_rows"}[name])(*args)
+        {"step": engine.step, "warm_up": engine.warm_up, "warm_up_rows": engine.warm_up_rows}[name](*args)
 
 
 def _end(reason: str, after: float = 0.0) -> None:

@@ -15,7 +15,7 @@ import pytest
 from deepstack_jax.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.programs import EngineState, decode_loop, prefill_chunk
-from deepstack_jax.testing.arg_specs import chunk_specs, state_specs
+from deepstack_jax.testing.arg_specs import chunk_specs, decode_limits, state_specs
 from pallas_kernels import aot
 from pallas_kernels.deepstack_add import arg_specs as add_specs
 from pallas_kernels.deepstack_add import deepstack_add
@@ -95,8 +95,7 @@ class TestWholeModel:
     def test_decode(self, model: str, target: str):
         config, params = config_and_params(model, layers_on(target, model))
         state = state_specs(config, slots=8, num_pages=256)
-        running, steps, leave = (jax.ShapeDtypeStruct(s, d) for s, d in (((8,), bool), ((), jnp.int32), ((), bool)))
-        compiled = aot.compile_for(mesh_of(target), decode_loop, config, params, state, running, steps, leave)
+        compiled = aot.compile_for(mesh_of(target), decode_loop, config, params, state, *decode_limits(8))
         # logits, one block of keys and values, the experts' activations
         bound = 64 * MiB
         if target == "tpu7x":  # there XLA lays embeddings out anew for the sparse cores, and attention's weights
