@@ -43,7 +43,7 @@ def main() -> None:
     print(f"{options.slots} slots, chunk {options.chunk}, {pages}")
     print("target   program        arguments  temporary  in place  copies  compiled")
     programs = {
-        "decode_loop": (decode_loop, decode_limits(options.slots)),
+        "decode_loop": (decode_loop, decode_limits(config, options.slots)),
         "prefill_chunk": (prefill_chunk, (chunk_specs(config, state, options.chunk),)),
     }
     for target in options.targets:

@@ -45,7 +45,7 @@ from deepstack_jax.models.parameters import abstract_params, merge_params
 from deepstack_jax.models.registry import parse_config
 from deepstack_jax.processing.batch import bucket, prepare_batch
 from deepstack_jax.programs import EngineState, decode_loop, empty_rows, language_inputs, prefill_chunk
-from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.sampling import SamplingParams, TokenMask
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 
 TEXT = {
@@ -105,7 +105,7 @@ class Job:
     unit: str
     amount: int  # of the unit in one run
     ours: Callable[[], float]
-    theirs: Callable[[], float]
+    theirs: Callable[[], float] | None
     bound: float  # seconds
 
 
@@ -142,12 +142,12 @@ def measure(dtype: str, options: argparse.Namespace) -> None:
     print(f"{'job':16} {'ours':>9} {'HF':>9} {'ratio':>6} {'bound':>9}  unit")
     for job in jobs:
         job.ours()
-        if hf:
+        if hf and job.theirs:
             candidates = EXPERTS_IMPLEMENTATIONS if job.name.startswith("decode") else ("eager", "grouped_mm")
             best = hf.take_fastest(job.theirs, candidates)
         ours, theirs = [], []
         for number in range(options.rounds):
-            sides = [(ours, job.ours), (theirs, job.theirs)] if hf else [(ours, job.ours)]
+            sides = [(ours, job.ours), (theirs, job.theirs)] if job.theirs else [(ours, job.ours)]
             for times, side in sides if number % 2 else sides[::-1]:
                 times.append(side())
         rate = job.amount / statistics.median(ours)
@@ -175,7 +175,7 @@ def all_jobs(model: Model, hf: "HuggingFace | None", bytes_per_second: float, fl
     jobs.append(Job("prefill-512", "tokens/s", 512, partial(our_prefill, model, ids), theirs, bound))
     for side in (448, 1024):
         grid = np.asarray([[1, side // 16, side // 16]])
-        pixels = np.random.default_rng(0).standard_normal((grid.prod(), 3 * 2 * 16 * 16), np.float32)
+        pixels = np.random.default_rng(0).standard_normal((int(grid.prod()), 3 * 2 * 16 * 16), np.float32)
         theirs = partial(hf.vision, pixels, grid) if hf else None
         bound = vision_flops(model, len(pixels)) / flops
         ours = partial(our_vision, model, pixels, grid)
@@ -193,21 +193,25 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def our_decode(model: Model, ids: np.ndarray) -> float:
-    state = started(model, ids)
+def our_decode(model: Model, ids: np.ndarray, longest: int = 0) -> float:
+    state = started(model, ids, longest)
     running, until = np.ones(len(ids), bool), np.int32(NEW_TOKENS)
-    return timed(lambda: decode_loop(model.config, model.text_params, state, running, until, np.bool_(False)))
+    mask = TokenMask.none(len(ids), model.config.text.vocab_size)
+    return timed(lambda: decode_loop(model.config, model.text_params, state, running, until, np.bool_(False), mask))
 
 
-def our_prefill(model: Model, ids: np.ndarray) -> float:
-    return timed(lambda: started(model, ids))
+def our_prefill(model: Model, ids: np.ndarray, longest: int = 0) -> float:
+    return timed(lambda: started(model, ids, longest))
 
 
-def started(model: Model, ids: np.ndarray) -> EngineState:
-    """The engine's state after the prompts, each with its first token drawn: `generate` up to its decode calls."""
+def started(model: Model, ids: np.ndarray, longest: int = 0) -> EngineState:
+    """The engine's state after the prompts, each with its first token drawn: `generate` up to its decode calls.
+
+    It has pages for prompts of `longest` tokens, so that shorter ones run the same programs.
+    """
     batch, plan = prepare_batch(model.config, ids), GenerationPlan(SamplingParams.of(len(ids)), 2 * NEW_TOKENS)
     shape = EngineShape(len(ids), default_chunk())
-    each = shape.pages_of(ids.shape[1] + plan.max_new_tokens)
+    each = shape.pages_of(max(ids.shape[1], longest) + plan.max_new_tokens)
     state = EngineState.empty(model.config, len(ids), 1 + bucket(each * len(ids)), shape.page)
     no_rows, table_width = empty_rows(model.config, shape.chunk), state.cache.page_table.shape[1]
     for row in range(len(ids)):
@@ -216,8 +220,9 @@ def started(model: Model, ids: np.ndarray) -> EngineState:
             count = min(shape.chunk, request.length - start)
             part = Part(row, row, start, count, start + count == request.length, pages)
             prefill = Prefill(shape.width_of(count), (part,), (0,))
-            chunk = chunk_of(model.config, shape, prefill, {row: request}, no_rows, table_width)
-            state, _ = prefill_chunk(model.config, model.text_params, state, chunk)
+            mask = TokenMask.none(shape.rows_of(prefill.width), model.config.text.vocab_size)
+            chunk = chunk_of(model.config, shape, prefill, {row: request}, no_rows, table_width, mask)
+            state, *_ = prefill_chunk(model.config, model.text_params, state, chunk)
     return jax.block_until_ready(state)
 
 
@@ -236,6 +241,7 @@ class HuggingFace:
         import torch
         from transformers import AutoConfig, AutoModelForImageTextToText
 
+        model: Any
         self.torch = torch
         self.device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
         with self.device:

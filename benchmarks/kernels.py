@@ -1,13 +1,15 @@
-"""fused_moe and deepstack_add: every backend and its alternatives against what this machine can do.
+"""The kernels: every backend and its alternatives against what this machine can do.
 
     python benchmarks/kernels.py [--model 600M 30B-A3B 235B-A22B] [--tokens 1 8 512] [--dtype bfloat16] [--rounds 5]
+                                 [--op fused_moe deepstack_add attention]
 
 For each shape: the time of every backend that runs here (the automatic choice is marked *; xla_grouped is XLA's
-ragged_dot), of XLA's dense einsum, of tokamax where it is installed, and of PyTorch's experts (transformers' loop and
-grouped_mm) where it is; the bound, which is the larger of bytes over the bandwidth and operations over the product
-rate, both measured in this run; and the bound's share of each time. Bytes count each active expert's weights once, and
-the hidden states in and out. `error` is the root mean square difference from the plain form, relative to its result:
-what is wrong is not worth timing.
+ragged_dot), of XLA's dense einsum, of tokamax where it is installed, of PyTorch (transformers' experts by a loop and by
+grouped_mm, scaled_dot_product_attention) where it is, and of cuDNN's attention on a GPU; the bound, which is the larger
+of bytes over the bandwidth and operations over the product rate, both measured in this run; and the bound's share of
+each time. Bytes count what has to be read and written once: of the weights those of active experts, of the keys those
+that a query reads. `error` is the root mean square difference from the plain form, relative to its result: what is
+wrong is not worth timing.
 
 Calls are chained in one program, long enough to hide its start, and the routing depends on the call before, so that
 nothing of it is computed once for all. Times are medians of rounds in which all alternatives take turns.
@@ -18,7 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -29,10 +31,14 @@ import jax
 import jax.numpy as jnp
 from measured import bandwidth, best_rate, chip_name
 
+from pallas_kernels import attention as attention_module
 from pallas_kernels import deepstack_add as add_module
 from pallas_kernels import fused_moe as moe_module
+from pallas_kernels.attention import paged_attention, ranged_attention
+from pallas_kernels.attention.arg_specs import HEADS, PagedArgSpec, RangedArgSpec
 from pallas_kernels.deepstack_add import arg_specs as add_specs
 from pallas_kernels.deepstack_add import deepstack_add
+from pallas_kernels.dispatch import target_chip
 from pallas_kernels.fused_moe import arg_specs, fused_moe, xla
 from pallas_kernels.fused_moe.arg_specs import ArgSpec
 
@@ -44,7 +50,29 @@ MODELS = {
 CHAIN_SECONDS = 0.05
 LONGEST = 20.0  # seconds of one call, above which an alternative is left out of the rounds
 DENSE_BYTES = 4 << 30  # of activations, above which the dense einsum is left out
+OPS = "fused_moe", "deepstack_add", "attention"
 Timed = Callable[[int], float]  # seconds of so many calls, one after another
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One alternative: the median seconds of a call, the bound's share of them, and the error; or why it has none."""
+
+    name: str
+    seconds: float = 0.0
+    share: float = 0.0
+    error: float | None = None
+    refused: str = ""
+    automatic: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One shape: what the bound is, and the alternatives, the fastest first."""
+
+    title: str
+    bound: float
+    timings: list[Timing]
 
 
 def main() -> None:
@@ -53,16 +81,20 @@ def main() -> None:
     arguments.add_argument("--tokens", nargs="+", type=int, default=list(arg_specs.TOKENS))
     arguments.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     arguments.add_argument("--rounds", type=int, default=5)
+    arguments.add_argument("--op", nargs="+", choices=OPS, default=list(OPS))
     options = arguments.parse_args()
     print(f"{chip_name()}; {versions()}; {time.strftime('%Y-%m-%d')}")
     for dtype in options.dtype:
         speed = bandwidth(), best_rate(dtype)
         print(f"{dtype}: {speed[0] / 1e9:.0f} GB/s read, {speed[1] / 1e9:.0f} GFLOP/s product")
-        for model in options.model:
+        for model in options.model if "fused_moe" in options.op else ():
             for tokens in options.tokens:
-                measure_moe(replace(MODELS[model], tokens=tokens), dtype, *speed, options.rounds)
-        for spec in add_specs.REAL:
-            measure_add(spec, dtype, speed[0], options.rounds)
+                show(measure_moe(replace(MODELS[model], tokens=tokens), dtype, *speed, options.rounds))
+        for spec in add_specs.REAL if "deepstack_add" in options.op else ():
+            show(measure_add(spec, dtype, speed[0], options.rounds))
+        for model in options.model if "attention" in options.op else ():
+            for spec in attention_specs(model):
+                show(measure_attention(spec, dtype, *speed, options.rounds))
 
 
 def versions() -> str:
@@ -75,14 +107,14 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def measure_moe(spec: ArgSpec, dtype: str, bytes_per_second: float, flops_per_second: float, rounds: int) -> None:
+def measure_moe(spec: ArgSpec, dtype: str, bytes_per_second: float, flops_per_second: float, rounds: int) -> Measured:
     args = spec.arrays(dtype)
     active = len(set(args[3].reshape(-1).tolist()))
     flops = 6 * spec.tokens * spec.top_k * spec.width * spec.inner
     itemsize = jnp.dtype(dtype).itemsize
     moved = active * 3 * spec.width * spec.inner * itemsize + 2 * 4 * spec.tokens * spec.width
     bound = max(moved / bytes_per_second, flops / flops_per_second)
-    print(f"\n{spec} {dtype}: {active} active experts, {moved / 1e6:.1f} MB, {flops / 1e9:.2f} GFLOP")
+    title = f"fused_moe {spec} {dtype}: {active} active experts, {moved / 1e6:.1f} MB, {flops / 1e9:.2f} GFLOP"
     alternatives = {name: chained(partial(fused_moe, backend=name), args) for name in moe_module.BACKENDS}
     if 4 * spec.tokens * spec.experts * 2 * spec.inner <= DENSE_BYTES:
         alternatives["dense einsum"] = chained(dense, args)
@@ -90,28 +122,117 @@ def measure_moe(spec: ArgSpec, dtype: str, bytes_per_second: float, flops_per_se
     alternatives |= torch_of(spec, args)
     automatic = moe_module._automatic(*args)[0]
     exact = jax.jit(xla.fused_moe)(*args)
-    report(alternatives, automatic, bound, rounds, exact)
+    return measured(title, alternatives, automatic, bound, rounds, exact)
 
 
-def measure_add(spec: add_specs.ArgSpec, dtype: str, bytes_per_second: float, rounds: int) -> None:
+def measure_add(spec: add_specs.ArgSpec, dtype: str, bytes_per_second: float, rounds: int) -> Measured:
     args = spec.arrays(jnp.float32, dtype)
     itemsize = jnp.dtype(dtype).itemsize
     moved = spec.visual * spec.width * (2 * 4 + itemsize)
-    print(f"\ndeepstack_add {spec} {dtype}: {moved / 1e6:.1f} MB of visual tokens")
+    title = f"deepstack_add {spec} {dtype}: {moved / 1e6:.1f} MB of visual tokens"
     run = {name: partial(deepstack_add, level=1, backend=name) for name in add_module.BACKENDS}
     # alone, and after the residual that it follows in the model: there XLA adds both in one pass
     alternatives = {name: chained(call, args) for name, call in run.items()}
     alternatives |= {f"residual, {name}": chained(partial(with_residual, call), args) for name, call in run.items()}
     alternatives["residual alone"] = chained(lambda hidden, *_: 0.999 * hidden + 1e-3, args)
-    report(alternatives, "xla", moved / bytes_per_second, rounds, None)
+    return measured(title, alternatives, "xla", moved / bytes_per_second, rounds, None)
 
 
 def with_residual(add: Callable[..., jax.Array], hidden: jax.Array, rows: jax.Array, index: jax.Array) -> jax.Array:
     return add(0.999 * hidden + 1e-3, rows, index)
 
 
-def report(alternatives: dict[str, Any], automatic: str, bound: float, rounds: int, exact: jax.Array | None) -> None:
-    calls, times, errors = {}, {}, {}
+def attention_specs(model: str) -> list[PagedArgSpec | RangedArgSpec]:
+    """Prefill of a prompt and of a chunk behind a long prefix, decode of one and of many rows, and the encoder."""
+    if model not in HEADS:
+        return [PagedArgSpec(1, 16, 4, 512, 512, 64), PagedArgSpec(8, 16, 4, 1, 1000, 64)]
+    of_model = partial(PagedArgSpec, heads=HEADS[model], kv_heads=4, head_dim=128)
+    return [
+        of_model(1, length=4096, context=4096),
+        of_model(1, length=1024, context=32768),
+        of_model(1, length=1, context=4096),
+        of_model(8, length=1, context=4096),
+        of_model(32, length=1, context=8192),
+        RangedArgSpec(1, 16, 16, 4096, 4096, 72, 1),  # an image of 1024 x 1024 pixels
+    ]
+
+
+def measure_attention(
+    spec: PagedArgSpec | RangedArgSpec, dtype: str, bytes_per_second: float, flops_per_second: float, rounds: int
+) -> Measured:
+    args = spec.arrays(dtype)
+    *_, start, stop = args
+    keys = int(jnp.sum(stop - start))
+    flops = 4 * spec.heads * spec.head_dim * keys
+    itemsize = jnp.dtype(dtype).itemsize
+    read = int(jnp.sum(jnp.max(stop, axis=1) - jnp.min(start, axis=1)))  # keys of each row, once
+    queries = spec.batch * spec.heads * spec.length * spec.head_dim
+    moved = 2 * read * spec.kv_heads * spec.head_dim * itemsize + queries * (itemsize + 4)
+    bound = max(moved / bytes_per_second, flops / flops_per_second)
+    op = paged_attention if isinstance(spec, PagedArgSpec) else ranged_attention
+    title = f"{op.__name__} {spec} {dtype}: {moved / 1e6:.1f} MB, {flops / 1e9:.2f} GFLOP"
+
+    def like_queries(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return lambda query, *rest: call(query, *rest).swapaxes(1, 2)
+
+    alternatives = {name: chained(like_queries(partial(op, backend=name)), args) for name in attention_module.BACKENDS}
+    if isinstance(spec, RangedArgSpec):
+        alternatives |= peers_of_attention(*args)
+    elif spec.length == spec.context and spec.batch == 1 and not spec.window:  # causal over all keys, in order
+        key, value = (in_order(pages, args[3]) for pages in args[1:3])
+        alternatives |= peers_of_attention(args[0], key, value, start, stop)
+    exact = jax.jit(like_queries(partial(op, backend="xla")))(*args)
+    automatic = attention_module._automatic(op.__name__, target_chip(*args), *args)[0]
+    return measured(title, alternatives, automatic, bound, rounds, exact)
+
+
+def in_order(pages: jax.Array, page_table: jax.Array) -> jax.Array:
+    """[B, K, P * page, h]."""
+    rows = jnp.moveaxis(pages[page_table], 1, 2)
+    return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
+
+
+def peers_of_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, stop: jax.Array
+) -> dict[str, tuple[Timed, Callable[[], jax.Array]]]:
+    """cuDNN, tokamax and PyTorch on one row, causal or over all keys; heads first, as ours."""
+    length = query.shape[2]
+    key, value = key[:, :, :length], value[:, :, :length]
+    causal = bool(jnp.any(stop != length))
+
+    def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        if jax.default_backend() != "gpu":
+            raise NotImplementedError("cuDNN needs an NVIDIA GPU")
+        swapped = (x.swapaxes(1, 2) for x in (query, key, value))
+        return jax.nn.dot_product_attention(*swapped, is_causal=causal, implementation="cudnn").swapaxes(1, 2)
+
+    def tokamax(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        try:
+            from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
+        except ImportError as missing:
+            raise NotImplementedError("tokamax isn't installed") from missing
+        swapped = (x.swapaxes(1, 2) for x in (query, key, value))
+        return dot_product_attention(*swapped, is_causal=causal).swapaxes(1, 2)
+
+    found = {name: chained(call, (query, key, value)) for name, call in (("cuDNN", cudnn), ("tokamax", tokamax))}
+    try:
+        import torch
+    except ImportError:
+        return found
+    q, k, v = (torch.from_dlpack(x) for x in (query, key, value))
+
+    def sdpa() -> Any:
+        with torch.no_grad():
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+
+    return found | {"torch sdpa": torch_alternative(sdpa)}
+
+
+def measured(
+    title: str, alternatives: dict[str, Any], automatic: str, bound: float, rounds: int, exact: jax.Array | None
+) -> Measured:
+    """Times what runs and is right, in turns."""
+    calls, times, errors, refused = {}, {}, {}, []
     for name, (run, result) in alternatives.items():
         try:
             errors[name] = None if exact is None else relative_error(result(), exact)
@@ -120,19 +241,30 @@ def report(alternatives: dict[str, Any], automatic: str, bound: float, rounds: i
             if calls[name] > 1:
                 run(calls[name])  # compiles
             times[name] = [] if seconds <= LONGEST else [seconds]
-        except NotImplementedError as refused:
-            print(f"  {name:22} refuses: {refused}")
+        except NotImplementedError as reason:
+            refused.append(Timing(name, refused=f"refuses: {reason}"))
         except Exception as error:  # an alternative that doesn't run here is part of the report
-            print(f"  {name:22} doesn't run: {type(error).__name__}: {str(error).splitlines()[0][:110]}")
+            refused.append(
+                Timing(name, refused=f"doesn't run: {type(error).__name__}: {str(error).splitlines()[0][:110]}")
+            )
     for _ in range(rounds):
         for name, found in times.items():
             if not found or found[0] <= LONGEST:
                 found.append(alternatives[name][0](calls[name]) / calls[name])
-    for name, found in sorted(times.items(), key=lambda item: statistics.median(item[1])):
-        seconds = statistics.median(found)
-        wrong = "" if errors[name] is None else f"  error {errors[name]:.1e}"
-        mark = "*" if name == automatic else " "
-        print(f" {mark}{name:22} {seconds * 1e3:10.3f} ms  {bound / seconds:6.1%} of the bound{wrong}", flush=True)
+    medians = sorted(((statistics.median(found), name) for name, found in times.items()), key=lambda pair: pair[0])
+    timings = [Timing(name, took, bound / took, errors[name], automatic=name == automatic) for took, name in medians]
+    return Measured(title, bound, timings + refused)
+
+
+def show(found: Measured) -> None:
+    print(f"\n{found.title}")
+    for each in found.timings:
+        if each.refused:
+            print(f"  {each.name:22} {each.refused}")
+            continue
+        wrong = "" if each.error is None else f"  error {each.error:.1e}"
+        mark = "*" if each.automatic else " "
+        print(f" {mark}{each.name:22} {each.seconds * 1e3:10.3f} ms  {each.share:6.1%} of the bound{wrong}", flush=True)
 
 
 def relative_error(out: jax.Array, exact: jax.Array) -> float:
@@ -146,7 +278,7 @@ def chained(call: Callable[..., jax.Array], args: tuple[jax.Array, ...]) -> tupl
     @partial(jax.jit, static_argnums=0)
     def run(count: int, hidden: jax.Array, *rest: jax.Array) -> jax.Array:
         def step(_: Any, hidden: jax.Array) -> jax.Array:
-            same = (hidden[0, 0] > 1e30).astype(jnp.int32)  # 0, which XLA can't know
+            same = (hidden[(0,) * hidden.ndim] > 1e30).astype(jnp.int32)  # 0, which XLA can't know
             varied = (x + same if x.dtype == jnp.int32 else x for x in rest)
             return call(hidden, *varied).astype(hidden.dtype)
 
@@ -176,7 +308,7 @@ def dense(hidden: jax.Array, gate_up: jax.Array, down: jax.Array, index: jax.Arr
 def tokamax_of(args: tuple[jax.Array, ...]) -> tuple[Timed, Callable[[], jax.Array]]:
     def call(hidden: jax.Array, gate_up: jax.Array, down: jax.Array, index: jax.Array, weights: jax.Array) -> jax.Array:
         try:
-            import tokamax
+            import tokamax  # pyright: ignore[reportMissingImports]
         except ImportError as missing:
             raise NotImplementedError("tokamax isn't installed") from missing
         order = jnp.argsort(index.reshape(-1))
@@ -217,20 +349,29 @@ def torch_of(spec: ArgSpec, args: tuple[jax.Array, ...]) -> dict[str, tuple[Time
             with torch.no_grad():
                 return experts(hidden, index, weights)
 
-        def timed(count: int) -> float:
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            for _ in range(count):
-                call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            return time.perf_counter() - started
-
-        return timed, lambda: jnp.asarray(call().float().cpu().numpy())
+        return torch_alternative(call)
 
     return {"HF loop": alternative("eager"), "torch grouped_mm": alternative("grouped_mm")}
+
+
+def torch_alternative(call: Callable[[], Any]) -> tuple[Timed, Callable[[], jax.Array]]:
+    """(seconds of n calls of PyTorch, result of one)."""
+    import torch
+
+    def wait() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def timed(count: int) -> float:
+        call()
+        wait()
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait()
+        return time.perf_counter() - started
+
+    return timed, lambda: jnp.asarray(call().float().cpu().numpy())
 
 
 if __name__ == "__main__":

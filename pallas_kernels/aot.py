@@ -158,10 +158,17 @@ class Collective(NamedTuple):
 
 
 def collectives(compiled: Any) -> list[Collective]:
-    """Lists the collective operations in a compiled program's text. One in a loop's body is listed once."""
+    """Lists the collective operations in a compiled program's text. One in a loop's body is listed once.
+
+    So is one that XLA for TPUs divides into a chain of steps, to run them beside products.
+    """
     kinds = "all-reduce|all-gather|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast"
-    found = []
-    for result, kind in re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", compiled.as_text()):
+    found, chains = [], set()
+    for result, kind, rest in re.findall(rf"= (.*?) ({kinds})(?:-start)?\((.*)", compiled.as_text()):
+        if chain := re.search(r'chain_id="\d+"', rest):
+            if chain.group() in chains:
+                continue
+            chains.add(chain.group())
         shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", result)
         shapes = [(dtype, dims) for dtype, dims in shapes if dtype in _BYTES]
         # the start of an asynchronous one names its argument before its result

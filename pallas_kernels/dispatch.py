@@ -17,6 +17,8 @@ class Chip(NamedTuple):
 
     platform: str
     kind: str
+    capability: str | None = None  # of a present NVIDIA GPU, such as 9.0
+    multiprocessors: int | None = None  # of an NVIDIA GPU
 
 
 def target_chip(*args: jax.Array) -> Chip:
@@ -25,8 +27,11 @@ def target_chip(*args: jax.Array) -> Chip:
     device = of_mesh or jax.config.jax_default_device or jax.devices()[0]
     if isinstance(device, str):
         device = jax.devices(device)[0]
-    platform = "cuda" if device.platform == "gpu" else device.platform
-    return Chip(platform, device.device_kind)
+    if device.platform not in ("gpu", "cuda"):
+        return Chip(device.platform, device.device_kind)
+    # a chip and a mesh's description of it have different names for the same number
+    multiprocessors = getattr(device, "core_count", None) or getattr(device, "num_cores", None)
+    return Chip("cuda", device.device_kind, getattr(device, "compute_capability", None), multiprocessors)
 
 
 def partitioned_by_xla(*args: jax.Array) -> bool:

@@ -11,10 +11,15 @@ def result(shape: tuple[int, ...], dtype: Any, *args: jax.Array) -> jax.ShapeDty
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=_axes(args)))
 
 
+def varying(x: jax.Array, *args: jax.Array) -> jax.Array:
+    """Returns `x`, typed as what a function of `args` returns: plgpu.kernel drops the axes of its `result`."""
+    axes = _axes(args) - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, *args: jax.Array) -> jax.Array:
     """Returns zeros to which a loop adds `args`: the state of a loop must vary from its start."""
-    made, axes = jnp.zeros(shape, dtype), _axes(args)
-    return jax.lax.pcast(made, tuple(axes), to="varying") if axes else made
+    return varying(jnp.zeros(shape, dtype), *args)
 
 
 def _axes(args: tuple[jax.Array, ...]) -> frozenset[Any]:

@@ -26,6 +26,7 @@ from pallas_kernels.deepstack_add import arg_specs as add_specs
 from pallas_kernels.deepstack_add import deepstack_add
 from pallas_kernels.fused_moe import fused_moe, mosaic_gpu, mosaic_tpu, xla
 from pallas_kernels.fused_moe.arg_specs import ODD, SMALL, TILED, ArgSpec
+from tests import float64
 from tests.interpreters import on_gpu, on_tpu
 
 INTERPRETED = {"mosaic_tpu": mosaic_tpu, "mosaic_gpu": mosaic_gpu}
@@ -44,18 +45,8 @@ def arrays(spec: ArgSpec, dtype: str, hidden_dtype: str) -> tuple[jax.Array, ...
 
 @cache
 def exact(spec: ArgSpec, dtype: str, hidden_dtype: str) -> np.ndarray:
-    """float64 of the arguments as they are stored, token by token."""
-    hidden, gate_up, down, index, weights = arrays(spec, dtype, hidden_dtype)
-    hidden = hidden.astype(dtype)  # what a product reads
-    hidden, gate_up, down, weights = (np.asarray(x, np.float64) for x in (hidden, gate_up, down, weights))
-    out = np.zeros_like(hidden)
-    for t, (experts, shares) in enumerate(zip(np.asarray(index), weights, strict=True)):
-        for expert, share in zip(experts, shares, strict=True):
-            if expert < 0:
-                continue
-            gate, up = np.split(hidden[t] @ gate_up[expert], 2)
-            out[t] += share * ((gate / (1 + np.exp(-gate)) * up) @ down[expert])
-    return out
+    """float64 of the arguments as they are stored."""
+    return float64.fused_moe(*arrays(spec, dtype, hidden_dtype), read_as=jnp.dtype(dtype))
 
 
 @cache
@@ -132,7 +123,11 @@ def refusal(spec: ArgSpec, dtype: str, hidden_dtype: str, backend: str | None) -
 class TestDerivatives:
     """The gradient of every backend is the plain form's, which is held against finite differences in float64."""
 
-    @pytest.mark.parametrize("tokens", [3, 40])  # both forms of each: idle experts indexed, and scanned
+    @pytest.mark.parametrize(
+        "tokens",
+        [3, pytest.param(40, marks=pytest.mark.slow)],
+        # both forms of each: idle experts indexed, and scanned
+    )
     def test_fused_moe_agrees_with_finite_differences(self, tokens: int):
         spec = replace(ODD, tokens=tokens, routing="a third nowhere")
         with jax.enable_x64(True):
@@ -203,6 +198,7 @@ class TestTransforms:
         )
         np.testing.assert_allclose(layers[1], call(hidden, 2 * gate_up, down, index, weights), atol=1e-5)
 
+    @pytest.mark.slow
     def test_shard_map_over_two_devices(self):
         flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
         code = Path(__file__).with_name("sharded_kernels.py")
@@ -294,6 +290,14 @@ class TestDispatch:
                 jax.eval_shape(traced, *args)
         assert [name for name, _ in found] == ["xla", "xla"]
         assert all("shard_map" in why for _, why in found)
+
+    @pytest.mark.parametrize(("multiprocessors", "blocks"), [(114, 114), (None, 132)])
+    def test_a_hopper_kernel_starts_a_block_on_each_multiprocessor(self, multiprocessors: int | None, blocks: int):
+        chip = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=multiprocessors, platform="gpu")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=chip)):
+            run = partial(fused_moe, backend="mosaic_gpu")
+            traced = jax.make_jaxpr(run)(*replace(TILED, tokens=4096).shapes("bfloat16"))
+        assert re.findall(r"grid=(.*?), grid_names=\('block'", str(traced))[0] == f"({blocks},)"
 
     def test_what_does_not_fit_is_refused_with_its_shapes(self):
         hidden, gate_up, down, index, weights = ArgSpec(4, 12, 5, 2, 8).arrays("float32")

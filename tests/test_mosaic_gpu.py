@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, PartitionSpec
 
+from pallas_kernels import hopper
 from pallas_kernels.deepstack_add import mosaic_gpu as deepstack_gpu
 from pallas_kernels.deepstack_add import xla as deepstack_xla
 from pallas_kernels.fused_moe import mosaic_gpu, xla
@@ -62,7 +63,7 @@ class TestRegimes:
         assert_like_the_plain_form(jax.jit(regime)(*args), args)
 
     def test_more_items_than_blocks(self, monkeypatch):
-        monkeypatch.setattr(mosaic_gpu, "MULTIPROCESSORS", 2)
+        monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2)
         args = replace(TILED, tokens=5).arrays("bfloat16")
         assert_like_the_plain_form(jax.jit(mosaic_gpu._prefill)(*args), args)
 
@@ -75,6 +76,20 @@ class TestRegimes:
             out = jax.jit(regime)(hidden, gate_up, down, index, weights)
             assert not jnp.isfinite(out[0]).any()
             assert jnp.isfinite(out[1:]).all()
+
+
+class TestSlots:
+    @pytest.mark.parametrize("routing", ROUTINGS)
+    @pytest.mark.parametrize("tokens", [1, 40])
+    def test_every_active_expert_has_a_slot(self, tokens: int, routing):
+        spec = replace(ODD, tokens=tokens, routing=routing)
+        index = np.asarray(spec.arrays("bfloat16")[3])
+        slots = mosaic_gpu._slots(jnp.asarray(index), spec.experts)
+        active = np.unique(index[index >= 0])
+        assert slots.expert.shape == (min(spec.experts, index.size),)
+        assert slots.up_to[-1] == len(active)
+        np.testing.assert_array_equal(slots.expert[: len(active)], active)
+        np.testing.assert_array_equal(slots.up_to[active] - 1, np.arange(len(active)))
 
 
 class TestSortedRows:

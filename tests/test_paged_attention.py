@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +11,13 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import attention as attention_module
 from pallas_kernels.attention import paged_attention, ranged_attention
 from pallas_kernels.attention.arg_specs import ODD, REAL_PAGED, SMALL_PAGED, TILED, PagedArgSpec
+from tests.float64 import in_order
+from tests.float64 import paged_attention as reference
 
 Arrays = tuple[np.ndarray, ...]  # the arguments of paged_attention
 DTYPES = ("float32", "bfloat16")
-
-
-def in_order(pages: np.ndarray, page_table: np.ndarray) -> np.ndarray:
-    """[B, K, P * page, h]: the keys or values of each row, one after another."""
-    rows = np.moveaxis(pages[page_table], 1, 2)
-    return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
-
-
-def reference(query, key_pages, value_pages, page_table, start, stop) -> np.ndarray:
-    """float64, query by query, over its own keys only."""
-    query, key_pages, value_pages = (np.asarray(x, np.float64) for x in (query, key_pages, value_pages))
-    key, value = in_order(key_pages, page_table), in_order(value_pages, page_table)
-    batch, heads, length, head_dim = query.shape
-    groups = heads // key.shape[1]
-    out = np.zeros((batch, length, heads, head_dim))
-    for b, t, head in np.ndindex(batch, length, heads):
-        keys = slice(start[b, t], stop[b, t])
-        scores = key[b, head // groups, keys] @ query[b, head, t] / np.sqrt(head_dim)
-        if scores.size:
-            weights = np.exp(scores - scores.max())
-            out[b, t, head] = weights / weights.sum() @ value[b, head // groups, keys]
-    return out
 
 
 def assert_same_bits(found: jax.Array | np.ndarray, expected: np.ndarray) -> None:
@@ -52,8 +31,8 @@ def arrays(spec: PagedArgSpec, dtype: str) -> Arrays:
 
 
 @cache
-def jitted(backend: str | None = None) -> Callable[..., jax.Array]:
-    return jax.jit(partial(paged_attention, backend=backend))
+def jitted() -> Callable[..., jax.Array]:
+    return jax.jit(paged_attention)
 
 
 @jax.jit
@@ -67,13 +46,12 @@ def in_a_program(query, key_pages, value_pages, page_table, start, stop) -> jax.
     return jax.lax.fori_loop(0, 2, step, query).swapaxes(1, 2)
 
 
-@pytest.mark.parametrize("backend", attention_module.BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spec", SMALL_PAGED, ids=str)
-def test_equals_float64_attention_within_each_querys_range(spec: PagedArgSpec, dtype: str, backend: str):
+def test_equals_float64_attention_within_each_querys_range(spec: PagedArgSpec, dtype: str):
     args = arrays(spec, dtype)
     assert [(x.shape, x.dtype) for x in args] == [(x.shape, x.dtype) for x in spec.shapes(dtype)]
-    out = jitted(backend)(*args)
+    out = jitted()(*args)
     assert out.dtype == jnp.float32
     # float32: rounding of sums over up to 700 keys. bfloat16 also rounds each weight, by at most a 2^-8th of it
     query, key_pages, value_pages, *rest = args

@@ -11,7 +11,7 @@ from deepstack_jax import sharding
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.parameters import abstract_params, model_dtype, param_shardings
 from deepstack_jax.programs import EngineState, PromptChunk, empty_rows
-from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.sampling import SamplingParams, TokenMask
 
 
 def param_specs(config: ModelConfig, mesh: Mesh | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -44,20 +44,21 @@ def chunk_specs(config: ModelConfig, state: EngineState, width: int, count: int 
     def chunk() -> PromptChunk:
         seen = jnp.zeros((count, config.text.vocab_size), jnp.uint8)
         sampling = jax.tree.map(jnp.asarray, SamplingParams.of(count))
+        mask = TokenMask.none(count, config.text.vocab_size)
         numbers = (jnp.zeros(shape, jnp.int32) for shape in shapes)
         if config.vision is None:
-            return PromptChunk(*numbers, seen=seen, sampling=sampling)
+            return PromptChunk(*numbers, seen=seen, sampling=sampling, mask=mask)
         index, rows = jnp.zeros((count, width), jnp.int32), empty_rows(config, count * width)
-        return PromptChunk(*numbers, seen=seen, sampling=sampling, visual_index=index, visual_rows=rows)
+        return PromptChunk(*numbers, seen=seen, sampling=sampling, mask=mask, visual_index=index, visual_rows=rows)
 
     return jax.eval_shape(chunk)
 
 
-def decode_limits(slots: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the last arguments of `decode_loop`."""
+def decode_limits(config: ModelConfig, slots: int) -> tuple[Any, ...]:
+    """Returns the shapes of the last arguments of `decode_loop`: running rows, steps, when to leave, and the mask."""
     shapes: tuple[tuple[tuple[int, ...], Any], ...] = ((slots,), bool), ((), jnp.int32), ((), bool)
     running, steps, leave = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes)
-    return running, steps, leave
+    return running, steps, leave, jax.eval_shape(lambda: TokenMask.none(slots, config.text.vocab_size))
 
 
 def _on[T](mesh: Mesh, tree: T, *logical: str) -> T:

@@ -6,24 +6,35 @@ two integers per query, padding is an empty range, and blocks of keys that no qu
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.attention import xla_paged, xla_ranged
-from pallas_kernels.dispatch import get_backend
+from pallas_kernels import hopper
+from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, xla_paged, xla_ranged
+from pallas_kernels.dispatch import Chip, get_backend, log_choice, partitioned_by_xla, target_chip
 
 
 class Backend(NamedTuple):
     """The two functions of one backend. Each takes the arguments of the public function except `backend`."""
 
-    ranged_attention: Callable[..., jax.Array]
-    paged_attention: Callable[..., jax.Array]
+    ranged_attention: Callable[..., Any]
+    paged_attention: Callable[..., Any]
 
 
-BACKENDS = {"xla": Backend(xla_ranged.ranged_attention, xla_paged.paged_attention)}
+BACKENDS = {
+    "xla": Backend(xla_ranged.ranged_attention, xla_paged.paged_attention),
+    "mosaic_tpu": Backend(mosaic_tpu.ranged_attention, mosaic_tpu.paged_attention),
+    "mosaic_gpu": Backend(mosaic_gpu.ranged_attention, mosaic_gpu.paged_attention),
+}
+# the backend of a chip, and what says why it can't run given arguments
+KERNELS = {
+    "tpu": ("mosaic_tpu", Backend(mosaic_tpu.unsupported_ranged, mosaic_tpu.unsupported_paged)),
+    "cuda": ("mosaic_gpu", Backend(mosaic_gpu.unsupported_ranged, mosaic_gpu.unsupported_paged)),
+}
 
 
+@jax.named_scope("ranged_attention")
 def ranged_attention(
     query: jax.Array,
     key: jax.Array,
@@ -43,7 +54,7 @@ def ranged_attention(
         value: [B, K, S, h].
         start: int32 [B, T], the first slot that a query reads.
         stop: int32 [B, T], the slot after the last one, at most S.
-        backend: a name from `BACKENDS`. None is `xla` on every chip.
+        backend: a name from `BACKENDS`, or None for the automatic choice by chip and shapes (docs/kernels.md).
 
     Returns:
         float32 [B, T, H, h].
@@ -58,9 +69,10 @@ def ranged_attention(
             f"ranged_attention: query {query.shape}, key {key.shape} and value {value.shape} must be "
             "[B, H, T, h], [B, K, S, h] and [B, K, S, h]"
         )
-    return get_backend("ranged_attention", BACKENDS, backend or "xla").ranged_attention(query, key, value, start, stop)
+    return _run("ranged_attention", backend, query, key, value, start, stop)
 
 
+@jax.named_scope("paged_attention")
 def paged_attention(
     query: jax.Array,
     key_pages: jax.Array,
@@ -85,7 +97,7 @@ def paged_attention(
         page_table: int32 [B, P], page numbers; 0 <= page_table < N even where a row reads nothing.
         start: int32 [B, T], the first key that a query reads.
         stop: int32 [B, T], the key after the last one, at most P * page.
-        backend: a name from `BACKENDS`. None is `xla` on every chip.
+        backend: a name from `BACKENDS`, or None for the automatic choice by chip and shapes (docs/kernels.md).
 
     Returns:
         float32 [B, T, H, h]; 0 if the range is empty.
@@ -100,8 +112,31 @@ def paged_attention(
             f"paged_attention: query {query.shape}, key_pages {key_pages.shape}, value_pages {value_pages.shape} and "
             f"page_table {page_table.shape} must be [B, H, T, h], [N, K, page, h], [N, K, page, h] and [B, P]"
         )
-    of_backend = get_backend("paged_attention", BACKENDS, backend or "xla").paged_attention
-    return of_backend(query, key_pages, value_pages, page_table, start, stop)
+    return _run("paged_attention", backend, query, key_pages, value_pages, page_table, start, stop)
+
+
+def _run(op: str, backend: str | None, *args: jax.Array) -> jax.Array:
+    if backend is not None:
+        return getattr(get_backend(op, BACKENDS, backend), op)(*args)
+    chip = target_chip(*args)
+    name, why = _automatic(op, chip, *args)
+    log_choice(op, f"query {args[0].shape}, keys {args[1].shape} {args[1].dtype}", chip, name, why)
+    plain = getattr(BACKENDS["xla"], op)
+    if name == "xla":
+        return plain(*args)
+    # selects by the platform that is really compiled for; a kernel is only traced for this chip
+    return jax.lax.platform_dependent(*args, default=plain, **{chip.platform: getattr(BACKENDS[name], op)})
+
+
+def _automatic(op: str, chip: Chip, *args: jax.Array) -> tuple[str, str]:
+    """Returns (backend, reason) for the chip that is compiled for."""
+    if chip.platform not in KERNELS or (chip.platform == "cuda" and not hopper.is_hopper(chip)):
+        return "xla", f"no kernel for {chip.kind}"
+    if partitioned_by_xla(*args):
+        return "xla", "XLA can't split a kernel over a mesh: use shard_map"
+    name, unsupported = KERNELS[chip.platform]
+    reason = getattr(unsupported, op)(*args)
+    return ("xla", reason) if reason else (name, f"the form for {chip.platform}")
 
 
 def _check_queries(op: str, query: jax.Array, key: jax.Array, start: jax.Array, stop: jax.Array) -> None:

@@ -114,14 +114,19 @@ REAL_RANGED = {
     )
     for model, heads in HEADS.items()
 } | {
-    # one image of 1024 x 1024 pixels; eight frames of 512 x 512
-    "vision": (RangedArgSpec(1, 16, 16, 4096, 4096, 72, 1), RangedArgSpec(1, 16, 16, 8192, 8192, 72, 8))
+    # one image of 1024 x 1024 pixels; eight frames of 512 x 512; the smallest and the largest image
+    "vision": tuple(
+        RangedArgSpec(1, 16, 16, patches, patches, 72, segments)
+        for patches, segments in ((4096, 1), (8192, 8), (64, 1), (16384, 1))
+    )
 }
-DECODE = ((1, 1000), (8, 1000), (32, 8192), (32, 32768), (1, 262144))  # (B, context)
-CHUNK = ((256, 256), (256, 4352), (1024, 1024), (1024, 32768), (1024, 262144))  # (T, context)
+DECODE = ((1, 1000), (8, 1000), (64, 4096), (32, 8192), (32, 32768), (1, 262144))  # (B, context)
+CHUNK = ((256, 256), (256, 4352), (1024, 1024), (1024, 32768), (2048, 131072), (1024, 262144))  # (T, context)
+WINDOWS = ((32, 1), (1, 1024))  # (B, T) with windows of 4096 keys
 REAL_PAGED = {
     model: tuple(PagedArgSpec(batch, heads, 4, 1, context, 128) for batch, context in DECODE)
     + tuple(PagedArgSpec(1, heads, 4, length, context, 128) for length, context in CHUNK)
+    + tuple(PagedArgSpec(batch, heads, 4, length, 32768, 128, window=4096) for batch, length in WINDOWS)
     for model, heads in HEADS.items()
 }
 

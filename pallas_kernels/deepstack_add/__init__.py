@@ -12,6 +12,7 @@ BACKENDS = {
 }
 
 
+@jax.named_scope("deepstack_add")
 def deepstack_add(
     hidden: jax.Array, rows: jax.Array, visual_index: jax.Array, level: int, *, backend: str | None = None
 ) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import jax
 
+from pallas_kernels import hopper
 from pallas_kernels.dispatch import get_backend, log_choice, partitioned_by_xla, target_chip
 from pallas_kernels.fused_moe import cpu, grouped, mosaic_gpu, mosaic_tpu, xla
 
@@ -14,6 +15,7 @@ BACKENDS = {
 }
 
 
+@jax.named_scope("fused_moe")
 def fused_moe(
     hidden: jax.Array,
     gate_up: jax.Array,
@@ -71,7 +73,8 @@ def fused_moe(
 
 def _automatic(*args: jax.Array) -> tuple[str, str]:
     """Returns (backend, reason) for the chip that is compiled for."""
-    platform, kind = target_chip(*args)
+    chip = target_chip(*args)
+    platform = chip.platform
     if platform == "cpu":
         return "cpu", "the form for XLA on CPU"
     if partitioned_by_xla(*args):
@@ -80,6 +83,6 @@ def _automatic(*args: jax.Array) -> tuple[str, str]:
         reason = mosaic_tpu.unsupported(*args)
         return ("xla", reason) if reason else ("mosaic_tpu", "the form for TPUs")
     if platform == "cuda":
-        reason = mosaic_gpu.unsupported(*args) if any(chip in kind for chip in ("H100", "H200", "GH200")) else kind
+        reason = mosaic_gpu.unsupported(*args) if hopper.is_hopper(chip) else chip.kind
         return ("xla_grouped", f"mosaic_gpu: {reason}") if reason else ("mosaic_gpu", "the form for Hopper")
     return "xla", f"no form for {platform}"

@@ -17,16 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import sharded
+from pallas_kernels import hopper, sharded
 from pallas_kernels.fused_moe import routing
 from pallas_kernels.fused_moe.transforms import differentiable
 
 # With T tokens, a streamed weight gives T flops per byte. 64 are 307 TFLOP/s at H200's 4.8 TB/s, a third of the peak of
 # its matrix units, and a step of x is not larger than one of weights. Above, a tile of 64 rows pads no more than that.
 DECODE_TOKENS = 64
-
-# The number of H100 SXM and H200. A prefill kernel starts one block per multiprocessor, which loops over its share.
-MULTIPROCESSORS = 132
 
 # The depth of one step of a product: 128 bytes of bfloat16, the length of a row in shared memory.
 K = 64
@@ -71,21 +68,33 @@ def _decode(
     tokens, experts = hidden.shape[0], gate_up.shape[0]
     columns = pl.cdiv(tokens, 8) * 8
     x = jnp.pad(hidden.astype(gate_up.dtype), ((0, columns - tokens), (0, 0)))
-    is_active = routing.in_use(top_k_index, experts)
-    slots = min(experts, top_k_index.size)  # one per expert that can be active
-    active = jnp.nonzero(is_active, size=slots, fill_value=0)[0].astype(jnp.int32)
-    count = jnp.sum(is_active, dtype=jnp.int32)[None]
-    inner = _decode_gate_up(x, gate_up, active, count)
-    out = _decode_down(inner, down, active, count)
+    slots = _slots(top_k_index, experts)
+    inner = _decode_gate_up(x, gate_up, slots)
+    out = _decode_down(inner, down, slots)
     # Slots depend on the other tokens' experts; a token's sum over its own choices doesn't. XLA fuses gather and sum.
-    slot_of_expert = jnp.cumsum(is_active, dtype=jnp.int32) - 1
-    slot = slot_of_expert[jnp.clip(top_k_index, 0, experts - 1)]
+    slot = slots.up_to[jnp.clip(top_k_index, 0, experts - 1)] - 1
     of_choice = out[jnp.maximum(slot, 0), :, jnp.arange(tokens)[:, None]]  # [T, k, D]
     return routing.weighted_sum(of_choice, top_k_index, top_k_weights, experts).astype(hidden.dtype)
 
 
-def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
-    """[columns, D] -> [slots, columns, F] in the weights' dtype, for the first `count` slots.
+class Slots(NamedTuple):
+    """The active experts, by number. There is one slot per expert that can be active; `up_to[-1]` are in use."""
+
+    expert: jax.Array  # int32 [slots]; E in slots that are not in use
+    up_to: jax.Array  # int32 [E], the number of active experts among 0..e, so an active e has slot up_to[e] - 1
+
+
+def _slots(top_k_index: jax.Array, experts: int) -> Slots:
+    """Lists the active experts by comparisons alone. XLA makes one launch of each, and more of a scatter or a scan."""
+    choices, numbers = top_k_index.reshape(-1), jnp.arange(experts, dtype=jnp.int32)
+    is_active = jnp.any(choices == numbers[:, None], axis=1)
+    up_to = jnp.sum(is_active & (numbers <= numbers[:, None]), axis=1, dtype=jnp.int32)
+    slots = jnp.arange(min(experts, choices.size), dtype=jnp.int32)
+    return Slots(jnp.sum(up_to <= slots[:, None], axis=1, dtype=jnp.int32), up_to)
+
+
+def _decode_gate_up(x: jax.Array, gate_up: jax.Array, slots: Slots) -> jax.Array:
+    """[columns, D] -> [slots, columns, F] in the weights' dtype, for the slots in use.
 
     There is one block per slot and 64 columns of F: for one token of 30B-A3B, 96 blocks that stream 512 KiB each. A
     step holds 64 rows of 64 columns of the gate and of the up (8 KiB each) and 64 columns of x (1 to 8 KiB). Two blocks
@@ -93,15 +102,16 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: 
     latency of 1 us.
     """
     columns, width = x.shape
-    slots, inner_width = active.shape[0], gate_up.shape[2] // 2
+    (num_slots,), (experts,) = slots.expert.shape, slots.up_to.shape
+    inner_width = gate_up.shape[2] // 2
     chunks = inner_width // K
 
-    def body(x_ref: Any, weights_ref: Any, active_ref: Any, count_ref: Any, inner_ref: Any, staged: Any) -> None:
+    def body(x_ref: Any, weights_ref: Any, expert_of_slot: Any, up_to_ref: Any, inner_ref: Any, staged: Any) -> None:
         slot, chunk = lax.axis_index("slot"), lax.axis_index("chunk")
 
-        @pl.when(slot < count_ref[0])
+        @pl.when(slot < up_to_ref[experts - 1])
         def _() -> None:
-            expert_ref = weights_ref.at[active_ref[slot]]
+            expert_ref = weights_ref.at[expert_of_slot[slot]]
 
             def products(gate_acc: Any, up_acc: Any) -> tuple[jax.Array, jax.Array]:
                 def step(_: Any, gate: Any, up: Any, x: Any) -> None:
@@ -109,7 +119,7 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: 
                     plgpu.wgmma(up_acc, up.transpose((1, 0)), x.transpose((1, 0)))
                     plgpu.wgmma_wait(2)  # these may still run; the previous step is done, and its buffers are refilled
 
-                block = partial(plgpu.BlockSpec, transforms=_swizzled(), delay_release=1)
+                block = partial(plgpu.BlockSpec, transforms=hopper.swizzled(K), delay_release=1)
                 plgpu.emit_pipeline(
                     step,
                     grid=(width // K,),
@@ -131,33 +141,33 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, active: jax.Array, count: 
 
     return plgpu.kernel(
         body,
-        out_type=sharded.result((slots, columns, inner_width), x.dtype, x, gate_up, active),
-        grid=(slots, chunks),
+        out_type=sharded.result((num_slots, columns, inner_width), x.dtype, x, gate_up, slots.expert),
+        grid=(num_slots, chunks),
         grid_names=("slot", "chunk"),
-        scratch_types=(plgpu.SMEM((columns, K), x.dtype, transforms=_swizzled()),),
-        compiler_params=_params(),
-    )(x, gate_up, active, count)
+        scratch_types=(plgpu.SMEM((columns, K), x.dtype, transforms=hopper.swizzled(K)),),
+        compiler_params=hopper.params(),
+    )(x, gate_up, *slots)
 
 
-def _decode_down(inner: jax.Array, down: jax.Array, active: jax.Array, count: jax.Array) -> jax.Array:
-    """[slots, columns, F] -> float32 [slots, D, columns], not yet weighted, for the first `count` slots.
+def _decode_down(inner: jax.Array, down: jax.Array, slots: Slots) -> jax.Array:
+    """[slots, columns, F] -> float32 [slots, D, columns], not yet weighted, for the slots in use.
 
     There is one block per 64 columns of D and group of slots; it processes the group in one stream that doesn't stop
     between experts. 256 blocks are two per multiprocessor, and 8 groups at D = 2048. Each slot's result is written
     separately, because partial sums over a group would make the order of a token's sum depend on the other tokens'
     experts. At 64 tokens of 30B-A3B that is 67 MB beside 1208 MB of weights, and less in proportion to T below.
     """
-    slots, columns, inner_width = inner.shape
-    width = down.shape[2]
+    num_slots, columns, inner_width = inner.shape
+    experts, _, width = down.shape
     steps_each = inner_width // K
-    groups = min(slots, max(1, 256 * K // width))
+    groups = min(num_slots, max(1, 256 * K // width))
     buffers = _buffers_of_two_blocks((K + columns) * K * 2)
 
     def body(*refs: Any) -> None:
-        inner_ref, weights_ref, active_ref, count_ref, out_ref, weights, inners, arrived = refs
+        inner_ref, weights_ref, expert_of_slot, up_to_ref, out_ref, weights, inners, arrived = refs
         group = lax.axis_index("group")
         of_d = pl.ds(lax.axis_index("chunk") * K, K)
-        slots_here = lax.div(count_ref[0] - group + (groups - 1), groups)  # group, group + groups, ...
+        slots_here = lax.div(up_to_ref[experts - 1] - group + (groups - 1), groups)  # group, group + groups, ...
         steps = slots_here * steps_each
 
         def fetch(step: jax.Array) -> None:
@@ -165,7 +175,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, active: jax.Array, count: ja
             of_f = pl.ds(lax.rem(step, steps_each) * K, K)
             buffer = lax.rem(step, buffers)
             barrier = arrived.at[buffer]
-            plgpu.copy_gmem_to_smem(weights_ref.at[active_ref[slot], of_f, of_d], weights.at[buffer], barrier)
+            plgpu.copy_gmem_to_smem(weights_ref.at[expert_of_slot[slot], of_f, of_d], weights.at[buffer], barrier)
             plgpu.copy_gmem_to_smem(inner_ref.at[slot, :, of_f], inners.at[buffer], barrier)
 
         pl.loop(0, jnp.minimum(steps, buffers - 1))(fetch)
@@ -189,16 +199,16 @@ def _decode_down(inner: jax.Array, down: jax.Array, active: jax.Array, count: ja
 
     return plgpu.kernel(
         body,
-        out_type=sharded.result((slots, width, columns), jnp.float32, inner, down, active),
+        out_type=sharded.result((num_slots, width, columns), jnp.float32, inner, down, slots.expert),
         grid=(groups, width // K),
         grid_names=("group", "chunk"),
         scratch_types=(
-            plgpu.SMEM((buffers, K, K), down.dtype, transforms=_swizzled()),
-            plgpu.SMEM((buffers, columns, K), inner.dtype, transforms=_swizzled()),
+            plgpu.SMEM((buffers, K, K), down.dtype, transforms=hopper.swizzled(K)),
+            plgpu.SMEM((buffers, columns, K), inner.dtype, transforms=hopper.swizzled(K)),
             plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         ),
-        compiler_params=_params(),
-    )(inner, down, active, count)
+        compiler_params=hopper.params(),
+    )(inner, down, *slots)
 
 
 def _buffers_of_two_blocks(step: int) -> int:
@@ -245,7 +255,9 @@ def _sorted_rows(top_k_index: jax.Array, top_k_weights: jax.Array, experts: int,
     counts = jnp.bincount(expert_of_choice, length=experts).astype(jnp.int32)
     tiles_each = pl.cdiv(counts, tile)
     next_tile = jnp.cumsum(tiles_each)
-    expert = jnp.searchsorted(next_tile, jnp.arange(tiles, dtype=jnp.int32), side="right")
+    tile_numbers = jnp.arange(tiles, dtype=jnp.int32)
+    # by default, searchsorted is a loop whose every turn the host of an NVIDIA chip would wait for
+    expert = jnp.searchsorted(next_tile, tile_numbers, side="right", method="compare_all")
     # an expert's sorted choices are contiguous: its first row moves to its first tile, and the others follow
     moves_by = (next_tile - tiles_each) * tile - (jnp.cumsum(counts) - counts)
     expert_of_row = expert_of_choice[order]
@@ -283,7 +295,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
     part = 256 if width % 256 == 0 else 128  # columns of a row: 4 or 2 bytes per gathering thread
     parts, steps_of_part = width // part, part // K
     weight_buffers, row_buffers = 5 - groups, 5
-    blocks = min(MULTIPROCESSORS, tiles * chunks)
+    blocks = min(hopper.multiprocessors(x, gate_up), tiles * chunks)  # each loops over its share
 
     def body(*refs: Any) -> None:
         x_ref, weights_ref, expert_ref, count_ref, token_ref, inner_ref, *scratch = refs
@@ -306,7 +318,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
                     source = weights_ref.at[expert, of_d, pl.ds(first + chunk * columns, columns)]
                     plgpu.copy_gmem_to_smem(source, weights.at[buffer, i], weights_arrived.at[buffer])
 
-            _wait_for_the_last(weights_consumed, items * steps, weight_buffers)
+            hopper.wait_for_the_last(weights_consumed, items * steps, weight_buffers)
 
         @pl.when(role == groups + 1)
         def gather_rows() -> None:
@@ -340,7 +352,7 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
                 lax.fori_loop(0, turns, hand_over, load(jnp.int32(0)))
 
             for group in range(groups):
-                _wait_for_the_last(rows_consumed, items * steps, row_buffers, group * row_buffers)
+                hopper.wait_for_the_last(rows_consumed, items * steps, row_buffers, group * row_buffers)
 
         @pl.when(role < groups)
         def multiply() -> None:
@@ -389,16 +401,16 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
         num_threads=groups + 2,
         thread_name="role",
         scratch_types=(
-            plgpu.SMEM((weight_buffers, 2, K, columns), x.dtype, transforms=_swizzled()),
-            plgpu.SMEM((groups, row_buffers, 64, K), x.dtype, transforms=_swizzled()),
+            plgpu.SMEM((weight_buffers, 2, K, columns), x.dtype, transforms=hopper.swizzled(K)),
+            plgpu.SMEM((groups, row_buffers, 64, K), x.dtype, transforms=hopper.swizzled(K)),
             plgpu.SMEM((64, part), x.dtype),
-            plgpu.SMEM((groups, 64, K), x.dtype, transforms=_swizzled()),
+            plgpu.SMEM((groups, 64, K), x.dtype, transforms=hopper.swizzled(K)),
             plgpu.Barrier(num_arrivals=2, num_barriers=weight_buffers),
             plgpu.Barrier(num_arrivals=groups, num_barriers=weight_buffers),
             plgpu.Barrier(num_barriers=groups * row_buffers),
             plgpu.Barrier(num_barriers=groups * row_buffers),
         ),
-        compiler_params=_params(hands_over_by_barrier=True),
+        compiler_params=hopper.params(hands_over_by_barrier=True),
     )(x, gate_up, rows.expert, rows.count, rows.token)
 
 
@@ -414,7 +426,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
     columns = 256 if width % 256 == 0 else 128
     chunks, steps = width // columns, inner_width // K
     buffers = 6 - groups
-    blocks = min(MULTIPROCESSORS, tiles * chunks)
+    blocks = min(hopper.multiprocessors(inner, down), tiles * chunks)
     piece = 32  # float32 values per copy of results: 128 bytes of a row
 
     def body(*refs: Any) -> None:
@@ -439,7 +451,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
                 plgpu.copy_gmem_to_smem(weights_ref.at[expert, of_f, of_d], weights.at[buffer], barrier)
                 plgpu.copy_gmem_to_smem(inner_ref.at[pl.ds(at * tile, tile), of_f], inners.at[buffer], barrier)
 
-            _wait_for_the_last(consumed, items * steps, buffers)
+            hopper.wait_for_the_last(consumed, items * steps, buffers)
 
         @pl.when(role < groups)
         def multiply() -> None:
@@ -488,13 +500,13 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
         num_threads=groups + 1,
         thread_name="role",
         scratch_types=(
-            plgpu.SMEM((buffers, K, columns), inner.dtype, transforms=_swizzled()),
-            plgpu.SMEM((buffers, tile, K), inner.dtype, transforms=_swizzled()),
-            plgpu.SMEM((groups, 2, 64, piece), jnp.float32, transforms=_swizzled(piece)),
+            plgpu.SMEM((buffers, K, columns), inner.dtype, transforms=hopper.swizzled(K)),
+            plgpu.SMEM((buffers, tile, K), inner.dtype, transforms=hopper.swizzled(K)),
+            plgpu.SMEM((groups, 2, 64, piece), jnp.float32, transforms=hopper.swizzled(piece, jnp.float32)),
             plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
             plgpu.Barrier(num_arrivals=groups, num_barriers=buffers),
         ),
-        compiler_params=_params(hands_over_by_barrier=True),
+        compiler_params=hopper.params(hands_over_by_barrier=True),
     )(inner, down, rows.expert, rows.count, rows.share)
 
 
@@ -515,36 +527,8 @@ def _share_of_work(
     return lax.div(items - block + (blocks - 1), blocks), place
 
 
-def _wait_for_the_last(consumed: Any, steps: jax.Array, buffers: int, first: int = 0) -> None:
-    """Waits for the barriers' last phases, for which no copy waited: a kernel must not end while they are pending."""
-
-    @pl.loop(jnp.maximum(steps - buffers, 0), steps)
-    def _(step: jax.Array) -> None:
-        plgpu.barrier_wait(consumed.at[first + lax.rem(step, buffers)])
-
-
 # ---- both ----
-
-
-def _swizzled(row: int = K) -> tuple[Any, ...]:
-    """Returns the transforms that wgmma and tensor copies (TMA) call 128-byte swizzle, for rows of 128 bytes.
-
-    Eight rows form a tile, in which 16-byte pieces are permuted so that neither a row's nor a column's share a bank.
-    """
-    return plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return gate / (1.0 + jnp.exp(-gate)) * up
-
-
-def _params(hands_over_by_barrier: bool = False) -> Any:
-    """Returns the compiler's parameters.
-
-    By default, the threads of a warp group synchronise around each store and before each copy into shared memory. A
-    kernel doesn't need that if every buffer passes from its writers to its readers, and back, by a barrier, or by a
-    commit_smem or wait_smem_to_gmem (which end with one).
-    """
-    return plgpu.CompilerParams(
-        lowering_semantics=plgpu.LoweringSemantics.Warpgroup, unsafe_no_auto_barriers=hands_over_by_barrier
-    )

@@ -3,6 +3,7 @@
 Run by `make test-aot`, in an environment of its own that has those compilers.
 """
 
+import re
 from dataclasses import replace
 from functools import cache, partial
 from math import prod
@@ -16,11 +17,13 @@ from deepstack_jax.config import ModelConfig, RopeConfig, TextConfig, VisionConf
 from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.programs import EngineState, decode_loop, prefill_chunk
 from deepstack_jax.testing.arg_specs import chunk_specs, decode_limits, state_specs
-from pallas_kernels import aot
+from pallas_kernels import aot, attention
+from pallas_kernels.attention.arg_specs import REAL_PAGED, REAL_RANGED, PagedArgSpec, RangedArgSpec
 from pallas_kernels.deepstack_add import arg_specs as add_specs
 from pallas_kernels.deepstack_add import deepstack_add
 from pallas_kernels.fused_moe import arg_specs, fused_moe
 from pallas_kernels.fused_moe.arg_specs import REAL, ArgSpec
+from pallas_kernels.fused_moe.mosaic_gpu import DECODE_TOKENS
 
 MiB = 1 << 20
 MODELS = {"30B-A3B": arg_specs.QWEN3_VL_30B_A3B, "235B-A22B": arg_specs.QWEN3_VL_235B_A22B}
@@ -35,6 +38,17 @@ KERNEL_CASES = [
     for specs in REAL.values()
     for spec in specs
     if target.values[0] in ("v5e", "h100") or spec.tokens in (8, 512, 16384)
+]
+
+# few and many rows of the batch, chunks of a prompt, a window, and the largest image
+ATTENTION = [
+    *(
+        spec
+        for spec in REAL_PAGED["30B-A3B"]
+        if (spec.batch, spec.length, spec.context) in ((8, 1, 1000), (1, 1024, 32768))
+    ),
+    *(spec for spec in REAL_PAGED["235B-A22B"] if (spec.batch, spec.length, spec.context) == (64, 1, 4096)),
+    REAL_RANGED["vision"][-1],
 ]
 
 
@@ -73,6 +87,29 @@ def test_fused_moe_compiles_within_its_memory(spec: ArgSpec, target: str):
     bound = rows * (4 * spec.width + 2 * spec.inner) + 4 * spec.tokens * spec.width + tables + 16 * MiB
     assert compiled.memory_analysis().temp_size_in_bytes <= bound
     assert copies_of_weights(compiled, spec) == []
+    if target in aot.GPUS:
+        # the host would wait for the device at every turn of a loop, and each of the others takes several launches
+        refused = "while|conditional" if spec.tokens > DECODE_TOKENS else "while|conditional|scatter|sort|reduce-window"
+        assert not re.search(rf" ({refused})\(", compiled.as_text())
+
+
+@pytest.mark.parametrize("target", [target for target in ON_TARGETS if target.values[0] in aot.TPUS])
+@pytest.mark.parametrize("spec", ATTENTION, ids=str)
+def test_attention_keeps_scores_and_copies_of_keys_out_of_device_memory(
+    spec: PagedArgSpec | RangedArgSpec, target: str
+):
+    query, keys, *rest = spec.shapes(jnp.bfloat16)
+    run = attention.paged_attention if isinstance(spec, PagedArgSpec) else attention.ranged_attention
+    compiled = aot.compile_for(mesh_of(target), run, query, keys, *rest)
+    assert aot.kernels(compiled) == ["attention_decode" if spec.length == 1 else "attention_prefill"]
+    # the float32 result before heads and tokens change places; heads that don't fill 128 lanes are also laid out anew
+    lanes, tokens = -(-spec.head_dim // 128) * 128, spec.batch * spec.heads * spec.length
+    bound = 4 * lanes * tokens + MiB
+    if spec.head_dim == lanes:
+        assert aot.copies(compiled, at_least=size_of(keys) // 2) == []
+    else:
+        bound += 2 * lanes * (tokens + 2 * size_of(keys) // (2 * spec.head_dim))
+    assert compiled.memory_analysis().temp_size_in_bytes <= bound
 
 
 @pytest.mark.parametrize("target", ON_TARGETS)
@@ -95,7 +132,7 @@ class TestWholeModel:
     def test_decode(self, model: str, target: str):
         config, params = config_and_params(model, layers_on(target, model))
         state = state_specs(config, slots=8, num_pages=256)
-        compiled = aot.compile_for(mesh_of(target), decode_loop, config, params, state, *decode_limits(8))
+        compiled = aot.compile_for(mesh_of(target), decode_loop, config, params, state, *decode_limits(config, 8))
         # logits, one block of keys and values, the experts' activations
         bound = 64 * MiB
         if target == "tpu7x":  # there XLA lays embeddings out anew for the sparse cores, and attention's weights
@@ -103,6 +140,7 @@ class TestWholeModel:
             bound += size_of(*(leaf for path, leaf in params.items() if path.endswith(moved)))
         check_pages_in_place(compiled, state, bound)
         assert copies_of_weights(compiled, MODELS[model]) == []
+        assert target not in aot.TPUS or "attention_decode" in aot.kernels(compiled)
 
     def test_prefill(self, model: str, target: str):
         config, params = config_and_params(model, layers_on(target, model))
@@ -114,6 +152,7 @@ class TestWholeModel:
         bound = 4 * width * (3 * spec.top_k * spec.width + 8 * HEADS[model] * 128) + 64 * MiB
         check_pages_in_place(compiled, state, bound)
         assert copies_of_weights(compiled, spec) == []
+        assert target not in aot.TPUS or "attention_prefill" in aot.kernels(compiled)
 
 
 def check_pages_in_place(compiled: Any, state: EngineState, bound: int) -> None:
