@@ -245,7 +245,7 @@ def _compile(
     chunk = chunk_specs(config, state, shape.chunk, shape.pools)
     in_pages = sum(_held(leaf) for leaf in jax.tree.leaves((state.cache.keys, state.cache.values)))
     for name, program, rest, tokens in (
-        ("decode", decode_loop, decode_limits(shape.slots), shape.slots),
+        ("decode", decode_loop, decode_limits(config, shape.slots), shape.slots),
         ("prefill", prefill_chunk, (chunk,), shape.pools * shape.chunk),
     ):
         began = time.perf_counter()

@@ -8,6 +8,7 @@ import json
 import socket
 import time
 from contextlib import ExitStack
+from typing import Any
 
 import jax
 
@@ -15,6 +16,7 @@ from deepstack_jax.errors import one_line
 
 AUTO = "auto"
 _RETRY_SECONDS = 0.2
+_DAY_MS = 24 * 3600 * 1000
 _joined: list[str] = []  # the coordinator's host, once this process has joined
 
 
@@ -68,6 +70,28 @@ def coordinator_host() -> str | None:
 def is_first() -> bool:
     """Whether this is the process that speaks: process 0, or the only one."""
     return jax.process_index() == 0
+
+
+def publish(name: str, value: str) -> None:
+    """Makes a value of this process readable in all processes; it replaces an earlier one of that name."""
+    _store().key_value_set(f"{name}/{jax.process_index()}", value, allow_overwrite=True)
+
+
+def published(name: str) -> list[str | None]:
+    """Returns the value that each process published last under a name, None for one that has not yet."""
+    found = dict(_store().key_value_dir_get(f"{name}/"))
+    return [found.get(f"{name}/{process}") for process in range(jax.process_count())]
+
+
+def wait_for_first(name: str) -> str:
+    """Returns what process 0 publishes under a name. JAX ends this process if process 0 is lost before that."""
+    return _store().blocking_key_value_get(f"{name}/0", _DAY_MS)
+
+
+def _store() -> Any:
+    from jax._src.distributed import global_state  # jax has no public name for its service's key-value store
+
+    return global_state.client
 
 
 def _address(coordinator: str) -> tuple[str, int]:

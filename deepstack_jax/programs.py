@@ -23,7 +23,17 @@ from deepstack_jax.models.parameters import Params, merge_params, model_dtype
 from deepstack_jax.models.qwen3_moe import PagedKVCache
 from deepstack_jax.models.vision import PatchGeometry, VisualRows, separate_deepstack_embeds
 from deepstack_jax.rounding import cdiv
-from deepstack_jax.sampling import END_TOKENS, SamplingParams, count_tokens, sample
+from deepstack_jax.sampling import (
+    END_TOKENS,
+    Logprobs,
+    SamplingParams,
+    TokenMask,
+    count_tokens,
+    log_probabilities,
+    no_logprobs,
+    sample,
+    wants_logprobs,
+)
 
 DECODE_BUFFER = 64  # the most steps per decode call
 
@@ -58,6 +68,7 @@ class PromptChunk:
     limits: Int[AnyArray, " R"]  # maximum tokens of each answer
     seen: UInt8[AnyArray, "R V"]  # sampling.IN_PROMPT for each token of the whole prompt; read only for last pieces
     sampling: SamplingParams  # of R rows
+    mask: TokenMask  # of the first tokens
     visual_index: Int[AnyArray, "R W"] | None = None  # None for text models
     visual_rows: VisualRows | None = None  # rows of the pieces' visual tokens
 
@@ -163,13 +174,14 @@ def all_logits(config: ModelConfig, params: Params, prompt: PromptArrays) -> Flo
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def prefill_chunk(
     config: ModelConfig, params: Params, state: EngineState, chunk: PromptChunk
-) -> tuple[EngineState, Int[Array, " R"]]:
+) -> tuple[EngineState, Int[Array, " R"], Logprobs]:
     """Writes the keys and values of R pieces of prompts into their pages.
 
     A prompt whose last piece is in the chunk samples its first token and takes over its decode row.
 
     Returns:
-        the state, and the first token of each prompt that ends in the chunk; the other values have no meaning.
+        the state, the first token of each prompt that ends in the chunk, and its log probabilities if any of the
+        prompts wants them; the other values have no meaning.
     """
     counts, rows = jnp.asarray(chunk.counts), jnp.asarray(chunk.rows)
     column = jnp.arange(chunk.input_ids.shape[1])
@@ -190,13 +202,15 @@ def prefill_chunk(
         state = replace(state, cache=replace(cache, page_table=state.cache.page_table))
         at_end = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
 
-        def first_tokens() -> jax.Array:
-            return sample(model.logits(at_end), seen, chunk.sampling, jnp.int32(0))
+        def first_tokens() -> tuple[jax.Array, Logprobs]:
+            logits = model.logits(at_end)
+            tokens = sample(logits, seen, chunk.sampling, jnp.int32(0), ends, chunk.mask)
+            return tokens, log_probabilities(logits, tokens, wants_logprobs(chunk.sampling, ends))
 
-        seen = jnp.asarray(chunk.seen).astype(state.seen.dtype)
-        ending = jnp.any(rows < len(state.last))
-        tokens = jax.lax.cond(ending, first_tokens, lambda: jnp.zeros(len(rows), jnp.int32))
-    return _placed(_begin_rows(state, chunk, tokens)), sharding.constrain(tokens)
+        seen, ends = jnp.asarray(chunk.seen).astype(state.seen.dtype), rows < len(state.last)
+        nothing = jnp.zeros(len(rows), jnp.int32), no_logprobs(len(rows))
+        tokens, logprobs = jax.lax.cond(jnp.any(ends), first_tokens, lambda: nothing)
+    return _placed(_begin_rows(state, chunk, tokens)), *jax.tree.map(sharding.constrain, (tokens, logprobs))
 
 
 @sharding.on_mesh_of(argument=1)
@@ -208,49 +222,64 @@ def decode_loop(
     running: Bool[AnyArray, " B"],
     steps: Int[AnyArray, ""],
     leave_on_end: Bool[AnyArray, ""],
+    mask: TokenMask,
     rows: Int[AnyArray, " b"] | None = None,
-) -> tuple[EngineState, Int[Array, "b N"]]:
+) -> tuple[EngineState, Int[Array, "b N"], Logprobs]:
     """Generates up to `steps` tokens, at most DECODE_BUFFER, in each of the `running` rows that have not ended.
 
     This is one loop on the device, which updates the pages in place. It stops when all rows have ended, or with
     `leave_on_end` as soon as one has. With `rows`, a program of that many rows computes only these, each named once.
+    `mask` is that of every step: a row whose mask changes takes one step per call.
 
     Returns:
-        the state, and the tokens of each row (of `rows`) from column 0 on, -1 where it generated none.
+        the state, the tokens of each row (of `rows`) from column 0 on, -1 where it generated none, and their log
+        probabilities [b, N] in the steps in which any of the rows wanted them.
     """
     if rows is not None:
         taken = jnp.asarray(rows)
         whole, part = _rows_of(state), jax.tree.map(lambda x: x[taken], _rows_of(state))
-        part, tokens = decode_loop(
-            config, params, _with_pages(part, state.cache), jnp.asarray(running)[taken], steps, leave_on_end
+        part, *made = decode_loop(
+            config,
+            params,
+            _with_pages(part, state.cache),
+            jnp.asarray(running)[taken],
+            steps,
+            leave_on_end,
+            jax.tree.map(lambda x: jnp.asarray(x)[taken], mask),
         )
         put = jax.tree.map(lambda old, new: old.at[taken].set(new), whole, _rows_of(part))
-        return _with_pages(put, part.cache), tokens
+        return _with_pages(put, part.cache), *made
     model = merge_params(config, params).language_model
 
-    def unfinished(carry: tuple[jax.Array, jax.Array, EngineState]) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, Any, EngineState]) -> jax.Array:
         step, _, state = carry
         live = jnp.asarray(running) & ~state.done
         whole = jnp.any(live) & (~jnp.asarray(leave_on_end) | (step == 0) | jnp.all(live == began))
         return (step < steps) & whole
 
-    def next_token(carry: tuple[jax.Array, jax.Array, EngineState]) -> tuple[jax.Array, jax.Array, EngineState]:
-        step, tokens, state = carry
+    def next_token(carry: tuple[jax.Array, Any, EngineState]) -> tuple[jax.Array, Any, EngineState]:
+        step, made, state = carry
         live = jnp.asarray(running) & ~state.done
         slots = jnp.where(live, state.lengths, -1)[:, None]
         positions = jnp.broadcast_to(slots + state.rope_deltas[:, None], (3, *slots.shape))
         hidden, cache = model.model(state.last[:, None], positions, slots=slots, cache=state.cache)
         assert isinstance(cache, PagedKVCache)
-        token = sample(model.logits(hidden[:, 0]), state.seen, state.sampling, state.made)
+        logits = model.logits(hidden[:, 0])
+        token = sample(logits, state.seen, state.sampling, state.made, live, mask)
+        logprobs = log_probabilities(logits, token, wants_logprobs(state.sampling, live))
         state = _placed(_append(replace(state, cache=cache), token, live))
-        column = jnp.where(live, token, -1)[:, None]
-        return step + 1, jax.lax.dynamic_update_slice_in_dim(tokens, column, step, axis=1), state
+
+        def put(made: jax.Array, of_step: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(made, of_step[:, None], step, axis=1)
+
+        return step + 1, jax.tree.map(put, made, (jnp.where(live, token, -1), logprobs)), state
 
     began = jnp.asarray(running) & ~state.done
-    tokens = jnp.full((len(state.last), DECODE_BUFFER), -1, jnp.int32)
+    size = len(state.last), DECODE_BUFFER
+    made = jnp.full(size, -1, jnp.int32), no_logprobs(*size)
     with precision_of(config):
-        _, tokens, state = jax.lax.while_loop(unfinished, next_token, (jnp.int32(0), tokens, _placed(state)))
-    return state, sharding.constrain(tokens)
+        _, made, state = jax.lax.while_loop(unfinished, next_token, (jnp.int32(0), made, _placed(state)))
+    return state, *jax.tree.map(sharding.constrain, made)
 
 
 def language_inputs(prompt: PromptArrays) -> dict[str, Any]:

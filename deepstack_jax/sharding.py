@@ -237,3 +237,9 @@ def each_device[F: Callable[..., Any]](function: F, in_specs: Any, out_specs: An
 def bytes_held(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:
     """Returns the bytes of an array on each device."""
     return math.prod(sharding.shard_shape(shape.shape)) * np.dtype(shape.dtype).itemsize
+
+
+def bytes_held_here(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:
+    """Returns the bytes of an array that this process's devices hold, where each part counts once."""
+    parts = {str(index) for index in sharding.addressable_devices_indices_map(shape.shape).values()}
+    return len(parts) * bytes_held(shape, sharding)

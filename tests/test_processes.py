@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,25 +11,29 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 import deepstack_jax as dsj
 from deepstack_jax.cli.demo import DEFAULT_IMAGE as PICTURE
+from deepstack_jax.cli.demo_split import serve_process
+from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 
 ROOT = Path(__file__).parent.parent
-TWO_DEVICES = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
 ASK = ("generate", "tiny-vl", "--prompt", "hi", "--max-new-tokens", "4", "--json")
 
-# loads, and compares what was read of the weights' file with what the devices hold, counted once
+# loads, compares what was read of the weights' file with what the devices hold, counted once, and answers
 READS = """
-import json, sys
+import sys
 import numpy as np
 from deepstack_jax.processes import join
 join(sys.argv[1], 2, int(sys.argv[2]))
 import deepstack_jax as dsj
 from deepstack_jax.checkpoints import safetensors_file
+from tests.test_processes import ASKED, ONE, SAMPLED, SEVERAL
 
 read = 0
 plain = safetensors_file.TensorReader.read
@@ -38,19 +43,24 @@ def counted(self, *args):
     read += values.nbytes
     return values
 safetensors_file.TensorReader.read = counted
-model = dsj.load(sys.argv[3], mesh=dsj.make_mesh("data=2,tensor=2"))
+model = dsj.load(sys.argv[3], mesh=dsj.make_mesh(sys.argv[5]))
 held = 0
 for array in model.params.values():
     pieces = {str(shard.index): shard.data.nbytes for shard in array.addressable_shards}
     held += sum(pieces.values())
-inputs = {"input_ids": np.arange(1, 9)[None]}
-logits = np.asarray(dsj.forward(model, **inputs))
-tokens = dsj.generate(model, **inputs, max_new_tokens=4, eos_token_id=[]).tokens
-streamed = [int(step[0]) for step in dsj.stream(model, inputs, max_new_tokens=4, eos_token_id=[])]
-assert streamed == tokens[0].tolist()
-with open(sys.argv[4], "w") as file:
-    json.dump([read / held, tokens[0].tolist(), float(np.abs(logits).max())], file)
+alone, among = (dsj.generate(model, **asked, **ASKED, top_logprobs=2) for asked in (ONE, SEVERAL))
+np.testing.assert_array_equal(among.logprobs[0], alone.logprobs[0])
+np.testing.assert_array_equal(among.top_logprobs[0], alone.top_logprobs[0])
+streamed = np.stack(list(dsj.stream(model, SEVERAL, **ASKED)), axis=1)
+np.testing.assert_array_equal(streamed, among.tokens)
+sampled = dsj.generate(model, **SEVERAL, **ASKED, **SAMPLED).tokens
+logits = np.asarray(dsj.forward(model, **ONE))
+np.savez(sys.argv[4], share=read / held, greedy=among.tokens, sampled=sampled, logits=logits)
 """
+ONE = {"input_ids": np.arange(1, 9)[None]}
+SEVERAL = {"input_ids": np.arange(1, 9) + np.array([[0], [7], [20]])}
+ASKED: dict[str, Any] = {"max_new_tokens": 4, "eos_token_id": [], "slots": 4, "chunk": 128}
+SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9, "seed": [3, 4, 5]}
 
 
 def free_port() -> int:
@@ -59,8 +69,9 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
-def start(*command: str) -> "subprocess.Popen[str]":
-    env = {**os.environ, **TWO_DEVICES}
+def start(*command: str, devices: int = 2) -> "subprocess.Popen[str]":
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen([sys.executable, *command], env=env, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload]
 
@@ -73,6 +84,7 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one_and_one_of_them_speaks():
     where = f"127.0.0.1:{free_port()}"
     several = ("--mesh", "data=2,tensor=2", "--coordinator", where, "--num-processes", "2", "--process-id")
@@ -84,23 +96,52 @@ def test_two_processes_answer_as_one_and_one_of_them_speaks():
     assert json.loads(said)["token_ids"] == alone["token_ids"]
 
 
-def test_each_process_reads_what_its_devices_hold(tmp_path: Path):
-    from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
-
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "mesh"), [(2, "data=2,tensor=2"), (4, "data=4,tensor=2")])
+def test_each_process_reads_what_its_devices_hold_and_all_answer_as_one_device(tmp_path: Path, devices: int, mesh: str):
+    """Greedy, sampled and streamed; and a row has the same bits alone and among others."""
     # the experts are most of a real model
     text = {"num_experts": 16, "moe_intermediate_size": 512, "hidden_size": 128}
-    write_random_checkpoint(tmp_path, tiny_config("qwen3_moe", text_config=text), tokenizer=False)
+    write_random_checkpoint(tmp_path, tiny_config("qwen3_moe", **text), tokenizer=False)
     where = f"127.0.0.1:{free_port()}"
-    files = [tmp_path / f"{number}.json" for number in (0, 1)]
-    processes = [start("-c", READS, where, str(i), str(tmp_path), str(file)) for i, file in enumerate(files)]
+    files = [tmp_path / f"{number}.npz" for number in (0, 1)]
+    processes = [
+        start("-c", READS, where, str(i), str(tmp_path), str(file), mesh, devices=devices)
+        for i, file in enumerate(files)
+    ]
     results = [finish(process) for process in processes]
     assert [code for code, *_ in results] == [0, 0], [err[-2000:] for *_, err in results]
-    (share, *answer), (other_share, *other_answer) = (json.loads(file.read_text()) for file in files)
-    assert share <= 1.05
-    assert other_share <= 1.05
-    assert answer == other_answer
+    model = dsj.load(tmp_path)
+    logits = np.asarray(dsj.forward(model, **ONE))
+    greedy = dsj.generate(model, **SEVERAL, **ASKED).tokens
+    sampled = dsj.generate(model, **SEVERAL, **ASKED, **SAMPLED).tokens
+    for file in files:
+        found = np.load(file)
+        assert found["share"] <= 1.05
+        np.testing.assert_array_equal(found["greedy"], greedy)
+        np.testing.assert_array_equal(found["sampled"], sampled)
+        assert np.abs(found["logits"] - logits).max() <= 2e-5 * np.abs(logits).max()
 
 
+@pytest.mark.slow
+def test_verify_compares_in_process_zero_and_all_end_with_its_exit_code(tmp_path: Path):
+    """Where 2F == D, transformers 5 reads a checkpoint of the older layout differently: only the numbers tell."""
+    write_random_checkpoint(tmp_path, tiny_config(text_config={"moe_intermediate_size": 32}), expert_layout="hf4")
+    where = f"127.0.0.1:{free_port()}"
+    command = ("verify", str(tmp_path), "--expert-layout", "hf4", "--max-new-tokens", "2", "--mesh", "data=2,tensor=2")
+    several = ("--coordinator", where, "--num-processes", "2", "--process-id")
+    processes = [start("-m", "deepstack_jax", *command, *several, str(number)) for number in (0, 1)]
+    (code, said, err), (other_code, silent, other_err) = (finish(process) for process in processes)
+    assert (code, other_code) == (1, 1), (err[-2000:], other_err[-2000:])
+    assert silent == ""
+    verdicts = {line.split("│")[1].strip(): "FAILED" in line for line in said.splitlines() if "│" in line}
+    assert not verdicts["embeddings"]
+    assert verdicts["logits"]
+    (read,) = (line for line in err.splitlines() if line.startswith("read "))
+    assert re.fullmatch(r"read [\d.]+ [kM]B: process 0 [\d.]+ [kM]B, process 1 [\d.]+ [kM]B", read)
+
+
+@pytest.mark.slow
 class TestServer:
     """Two processes serve one model; process 0 speaks HTTP."""
 
@@ -163,12 +204,46 @@ class TestServer:
         assert first.wait(60) == 1
         assert "error: process 1 of the mesh is lost: start all processes anew" in first.stderr.read().splitlines()
 
-    @pytest.mark.slow
     def test_process_zero_that_dies_ends_the_other(self, server):
         _, (first, second) = server
         first.kill()
         assert second.wait(60) == 1
         assert "error: process 0 of the mesh is lost: start all processes anew" in second.stderr.read().splitlines()
+
+
+@pytest.mark.slow
+def test_a_language_node_of_two_processes_answers_as_one_device(monkeypatch: pytest.MonkeyPatch):
+    """The rows that an encode node sends to process 0 reach the other one."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    several = ["--mesh", "data=2,tensor=2", "--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", "2"]
+    options = ["--dtype", "float32", "--slots", "4", "--chunk", "128", *several]
+    body = {
+        "text": "What is this?",
+        "image_data": "data:image/jpeg;base64," + base64.b64encode(PICTURE.read_bytes()).decode(),
+        "sampling_params": {"max_new_tokens": 6, "ignore_eos": True},
+    }
+    tiny = Path("tiny-vl")
+    with serve_process(tiny, "encode", ["--dtype", "float32"]) as encode:
+        encode.wait()
+        options += ["--encoder", encode.control]
+        command = ("serve", "tiny-vl", "--role", "language", "--no-warm-up", *options, "--process-id", "1")
+        follower = start("-m", "deepstack_jax", *command)
+        try:
+            with serve_process(tiny, "language", [*options, "--process-id", "0"]) as language:
+                language.wait()
+                deadline = time.monotonic() + 120
+                while (answer := httpx.post(f"{language.url}/generate", json=body, timeout=120)).status_code == 503:
+                    assert time.monotonic() < deadline, answer.text  # until the two have met
+                    time.sleep(0.2)
+            assert follower.wait(60) == 0
+        finally:
+            follower.kill()
+            follower.communicate()
+    model = dsj.load("tiny-vl", "float32")
+    inputs = dsj.prepare(model, body["text"], images=[str(PICTURE)])
+    alone = dsj.generate(model, **inputs, max_new_tokens=6, eos_token_id=[], slots=4, chunk=128)
+    assert answer.json()["output_ids"] == alone.tokens[0].tolist(), answer.text
 
 
 class TestMeeting:

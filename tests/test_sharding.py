@@ -66,12 +66,18 @@ def test_a_mesh_gives_the_answer_of_one_device(checkpoint: Path, meshes: tuple[s
     assert said.splitlines() == [f"{mesh} holds" for mesh in meshes]
 
 
+@pytest.mark.slow
+def test_tokens_that_go_to_their_experts_give_the_answer_of_one_device(checkpoint: Path):
+    said = run_process("-m", "tests.mesh_process", str(checkpoint), "--exchange", "data=2,tensor=4")
+    assert said == "data=2,tensor=4 holds\n"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "schedules"),
     [
-        ("data=2,tensor=2", 40),
-        pytest.param("data=2,tensor=2", 150, marks=pytest.mark.slow),
-        pytest.param("data=4,tensor=2", 60, marks=pytest.mark.slow),
+        ("data=2,tensor=2", 150),
+        ("data=4,tensor=2", 60),
     ],
 )
 def test_no_schedule_shows_in_an_answer_on_a_mesh(tmp_path: Path, mesh: str, schedules: int):
@@ -99,6 +105,7 @@ main(["inspect", sys.argv[1], "--mesh", "data=2,tensor=2"])
         counted, *inspected = run_process("-c", code, str(checkpoint)).splitlines()
         assert any(counted in line for line in inspected)
 
+    @pytest.mark.slow
     def test_plan_says_what_a_run_takes(self):
         """For this machine's own devices, where the same engine also runs."""
         plan = ["-m", "deepstack_jax", "plan", "tiny-vl", "--target", "cpu-4", "--mesh", "data=2,tensor=2", "--json"]

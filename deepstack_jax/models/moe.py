@@ -4,6 +4,7 @@ Reference: transformers' qwen3_moe.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deepstack_jax import sharding
 from deepstack_jax.config import TextConfig
+from deepstack_jax.models import expert_exchange
 from deepstack_jax.models.param import Linear, param, scaled_normal
 from pallas_kernels.fused_moe import fused_moe
 
@@ -56,10 +58,11 @@ class Experts(nnx.Module):
     ) -> Float[Array, "T D"]:
         """Returns the weighted sum of each token's k experts in hidden's dtype; a choice of -1 adds nothing.
 
-        On a mesh, every device takes all tokens and runs its own experts, and one all-reduce adds the results.
+        On a mesh, every device takes all tokens and runs its own experts, and one all-reduce adds the results. On
+        many devices, many tokens are instead sent to the devices of their experts (expert_exchange.py).
         """
         weights = self.gate_up_proj[...], self.down_proj[...]
-        axes = sharding.split(len(weights[0]), "expert")
+        axes = self._axes()
         if not axes:
             return self.compute(hidden, *weights, top_k_index, top_k_weights)
 
@@ -70,7 +73,19 @@ class Experts(nnx.Module):
 
         whole, of_expert = PartitionSpec(), PartitionSpec(axes)
         run = sharding.each_device(own_experts, (whole, of_expert, of_expert, whole, whole), whole)
+        if self.exchanged_over(len(hidden)):
+            exchanged = partial(expert_exchange.run_exchanged, self.compute, axes)
+            exchanged = sharding.each_device(exchanged, (of_expert,) * 5, of_expert)
+            run = expert_exchange.with_gradient_of(run, exchanged)
         return run(hidden, *weights, top_k_index, top_k_weights)
+
+    def exchanged_over(self, tokens: int) -> sharding.MeshAxes:
+        """Returns the mesh axes over which so many tokens are split and exchanged; () if each device takes all."""
+        axes, mesh = self._axes(), sharding.current()
+        return axes if mesh is not None and expert_exchange.pays(tokens, sharding.ways(axes, mesh)) else ()
+
+    def _axes(self) -> sharding.MeshAxes:
+        return sharding.split(len(self.gate_up_proj[...]), "expert")
 
 
 class SparseMoE(nnx.Module):
@@ -102,8 +117,13 @@ class SparseMoE(nnx.Module):
         self, hidden: Float[Array, "B T D"], active: Bool[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Returns [B, T, D] in hidden's dtype; tokens that are not `active` go to no expert and get 0."""
-        tokens = sharding.constrain(hidden).reshape(-1, hidden.shape[-1])  # on a mesh, all tokens on every device
-        weights, chosen, logits = self.route(tokens)
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        if axes := self.experts.exchanged_over(len(tokens)):
+            of_token = PartitionSpec(axes)
+            weights, chosen, logits = sharding.each_device(self.route, of_token, of_token)(tokens)
+        else:
+            tokens = sharding.constrain(tokens)  # on a mesh, all of them on every device
+            weights, chosen, logits = self.route(tokens)
         self.sow(nnx.Intermediate, "router_logits", logits, capture_noop=True)
         self.sow(nnx.Intermediate, "top_k_index", chosen, capture_noop=True)
         if active is not None:

@@ -101,6 +101,7 @@ class Attention(nnx.Module):
         With a page table, `cached` is in pages, and tokens at slot -1 are inactive: they write to page 0, read nothing
         and are never read.
         """
+        hidden = sharding.constrain(hidden, "slots")  # if experts split tokens further, XLA would gather weights here
         query, key, value = (
             proj(hidden).reshape(*hidden.shape[:-1], -1, self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -138,10 +139,12 @@ class DecoderLayer(nnx.Module):
 
         With a page table, tokens at slot -1 are inactive: they attend to nothing and go to no expert.
         """
-        attended, cached = self.self_attn(self.input_layernorm(hidden), rotation, slots, cached, page_table)
-        hidden = hidden + sharding.constrain(attended, "slots")
+        with jax.named_scope("attention"):
+            attended, cached = self.self_attn(self.input_layernorm(hidden), rotation, slots, cached, page_table)
+            hidden = hidden + sharding.constrain(attended, "slots")
         active = None if page_table is None else slots >= 0
-        return hidden + self.mlp(self.post_attention_layernorm(hidden), active), cached
+        with jax.named_scope("mlp"):
+            return hidden + self.mlp(self.post_attention_layernorm(hidden), active), cached
 
 
 class Embedding(nnx.Module):
@@ -210,7 +213,8 @@ class Qwen3MoeModel(nnx.Module):
         keys, values = [], []
         for i, layer in enumerate(self.layers):
             cached = None if cache is None else (cache.keys[i], cache.values[i])
-            hidden, (key, value) = layer(hidden, rotation, slots, cached, page_table)
+            with jax.named_scope(f"layer{i}"):
+                hidden, (key, value) = layer(hidden, rotation, slots, cached, page_table)
             if input_deepstack_embeds is not None and visual_index is not None and i < levels:
                 flat = hidden.reshape(-1, width)
                 hidden = deepstack_add(flat, input_deepstack_embeds, visual_index.reshape(-1), i).reshape(hidden.shape)
@@ -279,7 +283,8 @@ class Qwen3MoeForCausalLM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Returns float32 logits of normalised hidden states; pass only those of the tokens that need logits."""
-        logits = self.model.embed_tokens.attend(hidden) if self.tied else self.lm_head(hidden)
+        with jax.named_scope("lm_head"):
+            logits = self.model.embed_tokens.attend(hidden) if self.tied else self.lm_head(hidden)
         # each device computes its part of the vocabulary, and tokens are drawn from the whole
         vocabulary = [None] * (logits.ndim - 2) + ["vocab"]
         return sharding.constrain(sharding.constrain(logits, "slots", *vocabulary), "slots")

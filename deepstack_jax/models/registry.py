@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 
 from deepstack_jax.config import FamilyTraits, ModelConfig, parse_model, read_config_object
 from deepstack_jax.config_values import ConfigError
+from deepstack_jax.errors import short
 from deepstack_jax.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration
 
 ModuleClass = Callable[..., nnx.Module]  # (config, *, dtype, rngs)
@@ -103,7 +104,7 @@ def parse_config(raw: dict[str, Any]) -> ModelConfig:
     """Turns the contents of a config.json into a `ModelConfig`; raises `ConfigError` naming what is not supported."""
     family = FAMILIES.get(model_type) if isinstance(model_type := raw.get("model_type"), str) else None
     if family is None:
-        raise ConfigError(f"model_type {model_type!r} is not supported: expected one of {', '.join(FAMILIES)}")
+        raise ConfigError(f"model_type {short(model_type)} is not supported: expected one of {', '.join(FAMILIES)}")
     return family.parse_config(raw)
 
 

@@ -75,7 +75,8 @@ class VisionEncoder(nnx.Module):
         bounds = jnp.asarray(geometry.segment_start), jnp.asarray(geometry.segment_stop)
         levels = []
         for i, block in enumerate(self.blocks):
-            hidden = block(hidden, rotation, *bounds)
+            with jax.named_scope(f"block{i}"):
+                hidden = block(hidden, rotation, *bounds)
             self.sow(nnx.Intermediate, "hidden_states", hidden, capture_noop=True)
             if i in self.config.deepstack_visual_indexes:
                 which = self.config.deepstack_visual_indexes.index(i)
