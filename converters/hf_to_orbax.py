@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import DTypeLike
 
 from deepstack_jax.bundled import checkpoint_path
 from deepstack_jax.checkpoints.direct_file import DirectFile
 from deepstack_jax.checkpoints.hf_checkpoint import HfCheckpoint, open_checkpoint, warn_non_finite, warn_of_notes
+from deepstack_jax.checkpoints.hf_folder import check_sums
+from deepstack_jax.checkpoints.manifest import companions, walk, write_manifest
 from deepstack_jax.checkpoints.mapping import Parameter
 from deepstack_jax.checkpoints.orbax_checkpoint import (
-    FORMAT_FILE,
-    FORMAT_VERSION,
     Leaf,
     OrbaxError,
-    file_sizes,
     groups_of,
 )
 from deepstack_jax.checkpoints.orbax_writer import (
@@ -55,24 +55,10 @@ from deepstack_jax.checkpoints.safetensors_file import (
 )
 from deepstack_jax.config import ModelConfig, read_special_tokens
 from deepstack_jax.config_values import read_json_object
+from deepstack_jax.errors import naming
 
 Progress = Callable[[int, int], None]
 THREADS = 6  # may exceed the number of cores, because the threads mostly wait for the disk
-
-# Files that are copied with the weights: those of the configuration, the tokenizer and the processors.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 def convert(
@@ -105,8 +91,9 @@ def convert(
     if kept is not None and kept.name not in ("float32", "bfloat16"):
         raise CheckpointError(f"dtype {kept.name!r} is not supported: expected float32 or bfloat16")
     refuse_existing(out_dir)
+    check_sums(hf_dir)
     checkpoint = open_checkpoint(hf_dir, expert_layout=expert_layout)
-    _check_companions(hf_dir, checkpoint.config)
+    check_companions(hf_dir, checkpoint.config)
     warn_of_notes(checkpoint, kept)
     leaves = {
         parameter.path: Leaf(parameter.shape, checkpoint.dtype if kept is None else kept)
@@ -114,12 +101,12 @@ def convert(
     }
     total = sum(leaf.nbytes for leaf in leaves.values())
     with new_directory(out_dir, total) as directory:
-        _write_params(_Conversion(directory, checkpoint, leaves, lambda done: progress and progress(done, total)))
+        conversion = _Conversion(directory, checkpoint, leaves, lambda done: progress and progress(done, total))
+        sums = _write_params(conversion)
         copy_companions(hf_dir, directory)
         if kept is not None:
             set_config_dtype(directory / "config.json", kept.name)
-        description = {**_description(checkpoint, kept), "params": file_sizes(directory)}
-        (directory / FORMAT_FILE).write_text(json.dumps(description, indent=1) + "\n")
+        write_manifest(directory, _description(checkpoint, kept), sums)
 
 
 def refuse_existing(directory: Path) -> None:
@@ -135,6 +122,7 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
     On an error it is removed. Files that a killed process left are removed first. Raises `OSError` if the disk has too
     little room or becomes full, or if another process is writing the same target.
     """
+    made = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     directory = target.parent / f".{target.name}.incomplete"
     directory.mkdir(exist_ok=True)
@@ -155,7 +143,8 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
             except (OSError, OrbaxError) as error:
                 raise _as_disk_error(error, target, nbytes) from error
             os.rename(directory, target)
-            _sync_one(target.parent)
+            for parent in (target, *made):
+                _sync_one(parent.parent)
         except BaseException:
             shutil.rmtree(directory, ignore_errors=True)
             raise
@@ -165,7 +154,7 @@ def new_directory(target: Path, nbytes: int) -> Iterator[Path]:
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copies the configuration, tokenizer and processor files of `source` to the directory `target`."""
-    for file in _companions(source):
+    for file in companions(source):
         shutil.copyfile(file, target / file.name)
 
 
@@ -179,14 +168,9 @@ def set_config_dtype(file: Path, dtype: str) -> None:
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _companions(directory: Path) -> Iterator[Path]:
-    for pattern in COMPANIONS:
-        yield from (file for file in sorted(directory.glob(pattern)) if file.is_file())
-
-
-def _check_companions(directory: Path, config: ModelConfig) -> None:
+def check_companions(directory: Path, config: ModelConfig) -> None:
     """Raises `ConfigError` or `CheckpointError` if a file that is copied beside the weights is damaged."""
-    for file in _companions(directory):
+    for file in companions(directory):
         if file.suffix == ".json":
             read_json_object(file)
         else:
@@ -220,11 +204,11 @@ class _Conversion:
             warn_non_finite(self.checkpoint, self.parameters[path])
 
 
-def _write_params(conversion: _Conversion) -> None:
-    """Writes `directory/params` and has Orbax read a sample of it back."""
+def _write_params(conversion: _Conversion) -> dict[str, str]:
+    """Writes `directory/params` and has Orbax read a sample of it back. Returns checksums by path in `directory`."""
     directory, leaves = conversion.directory, conversion.leaves
     pieces = create_arrays(directory, leaves)
-    difference = _write_pieces(conversion, pieces)
+    difference, sums = _write_pieces(conversion, pieces)
     if difference:
         message = (
             f"{orbax_version()} has another layout than 0.12.8 ({difference}): whole arrays are written through it, "
@@ -243,37 +227,39 @@ def _write_params(conversion: _Conversion) -> None:
             found = read_back(directory, piece, leaf)
         _compare(conversion, piece, found)
     mark_committed(directory)
+    return sums
 
 
-def _write_pieces(conversion: _Conversion, pieces: list[Piece]) -> str:
-    """Writes the arrays beside Orbax's tree. Returns what is unexpected about the tree, or an empty string."""
-    done = 0
+def _write_pieces(conversion: _Conversion, pieces: list[Piece]) -> tuple[str, dict[str, str]]:
+    """Writes the arrays beside Orbax's tree. Returns what is unexpected about the tree or "", and the checksums."""
+    done, sums = 0, {}
     with ThreadPoolExecutor(THREADS, "convert") as pool:
         writing = [pool.submit(_write_piece, conversion, piece) for piece in pieces]
         try:
             save_tree(conversion.directory, conversion.leaves)
             if difference := layout_difference(conversion.directory, conversion.leaves):
                 pool.shutdown(cancel_futures=True)
-                return difference
+                return difference, {}
             for piece, written in zip(pieces, writing, strict=True):
-                nbytes, finite = written.result()
+                nbytes, finite, sums[piece.placed] = written.result()
                 conversion.report(piece.path, finite)
                 done += nbytes
                 conversion.progress(done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return ""
+    return "", sums
 
 
-def _write_piece(conversion: _Conversion, piece: Piece) -> tuple[int, bool]:
-    """Writes one piece to disk; returns its size in bytes and whether all values are finite."""
-    check, nbytes = FiniteCheck(), 0
+def _write_piece(conversion: _Conversion, piece: Piece) -> tuple[int, bool, str]:
+    """Writes one piece to disk; returns its size in bytes, whether all values are finite, and its checksum."""
+    check, digest, nbytes = FiniteCheck(), xxhash.xxh3_128(), 0
     with DirectFile(piece.staged(conversion.directory)) as file:
         for values in conversion.stream(piece, check):
             file.write(values)
+            digest.update(values.reshape(-1).view(np.uint8))
             nbytes += values.nbytes
-    return nbytes, not check.failed
+    return nbytes, not check.failed, digest.hexdigest()
 
 
 def _groups(conversion: _Conversion) -> Iterator[dict[str, np.ndarray]]:
@@ -309,9 +295,9 @@ def _compare(conversion: _Conversion, piece: Piece, found: np.ndarray) -> None:
 
 
 def _description(checkpoint: HfCheckpoint, dtype: np.dtype | None) -> dict[str, Any]:
-    """Returns the contents of deepstack_jax.json; `export` needs `source` to restore the same files."""
+    """Returns what deepstack_jax.json says of the source; `export` needs `source` to restore the same files."""
     source = {"expert_layout": checkpoint.expert_layout, "dtype": checkpoint.dtype.name, "files": checkpoint.files}
-    return {"format_version": FORMAT_VERSION, "dtype": (dtype or checkpoint.dtype).name, "source": source}
+    return {"dtype": (dtype or checkpoint.dtype).name, "source": source}
 
 
 def _as_disk_error(error: OSError | OrbaxError, target: Path, nbytes: int) -> OSError:
@@ -319,6 +305,8 @@ def _as_disk_error(error: OSError | OrbaxError, target: Path, nbytes: int) -> OS
     if any(sign in str(error) for sign in ("No space left", "Disk quota exceeded", "File too large")):
         return _no_room(target, nbytes, shutil.disk_usage(target.parent).free)
     if isinstance(error, OSError):
+        if error.filename is None and error.errno is not None:
+            error.filename = str(target)
         return error
     return OSError(f"{target} could not be written ({error.first_line})")
 
@@ -330,7 +318,7 @@ def _no_room(target: Path, nbytes: int, free: int) -> OSError:
 
 def _sync(directory: Path) -> None:
     """Forces everything in `directory` to disk, except for the weights, which already are there."""
-    for parent, _, files in os.walk(directory):
+    for parent, _, files in walk(directory):
         for name in files:
             if not name.startswith("c.") and not name.endswith(".safetensors"):
                 _sync_one(Path(parent) / name)
@@ -340,6 +328,7 @@ def _sync(directory: Path) -> None:
 def _sync_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from converters.hf_to_orbax import Progress, copy_companions, new_directory, refuse_existing
-from deepstack_jax.checkpoints.hf_folder import INDEX
-from deepstack_jax.checkpoints.mapping import current_name, head_and_embedding, parameters
-from deepstack_jax.checkpoints.orbax_checkpoint import read_format, read_orbax_params, stored_params
+from deepstack_jax.checkpoints.hf_folder import INDEX, is_plain_name
+from deepstack_jax.checkpoints.manifest import FORMAT_FILE, Manifest, read_manifest
+from deepstack_jax.checkpoints.mapping import EXPERT_LAYOUTS, current_name, head_and_embedding, parameters
+from deepstack_jax.checkpoints.orbax_checkpoint import check_model, read_orbax_params, stored_params
 from deepstack_jax.checkpoints.safetensors_file import CheckpointError, FileWriter
 from deepstack_jax.config import ModelConfig
 from deepstack_jax.models.registry import read_config
@@ -30,12 +31,13 @@ def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None =
     """
     ckpt_dir, hf_dir = Path(ckpt_dir), Path(hf_dir).absolute()
     refuse_existing(hf_dir)
+    manifest = read_manifest(ckpt_dir)
+    manifest.check_copies()
     config = read_config(ckpt_dir)
-    source = _source(ckpt_dir)
+    source = _source(manifest)
     stored = stored_params(ckpt_dir)
+    check_model(ckpt_dir, config, stored)
     listed = {parameter.path: parameter for parameter in parameters(config, source["expert_layout"])}
-    if missing := [path for path in listed if path not in stored]:
-        raise CheckpointError(f"{ckpt_dir} lacks the parameter {missing[0]}: its config.json describes another model")
     places = _places(source["files"], config)
     head, embedding = head_and_embedding(config)
     # the source may have held tied embeddings under either name, or under both
@@ -74,11 +76,18 @@ def export(ckpt_dir: str | Path, hf_dir: str | Path, progress: Progress | None =
         copy_companions(ckpt_dir, directory)
 
 
-def _source(ckpt_dir: Path) -> dict[str, Any]:
-    source = read_format(ckpt_dir).get("source")
-    if not isinstance(source, dict) or not isinstance(source.get("files"), dict) or "expert_layout" not in source:
-        raise CheckpointError(f"{ckpt_dir} does not say what it was converted from: convert the checkpoint again")
-    return source
+def _source(manifest: Manifest) -> dict[str, Any]:
+    source = manifest.contents.get("source")
+    if isinstance(source, dict) and isinstance(files := source.get("files"), dict):
+        listed = (
+            is_plain_name(file) and isinstance(names, list) and all(isinstance(name, str) for name in names)
+            for file, names in files.items()
+        )
+        if source.get("expert_layout") in EXPERT_LAYOUTS and all(listed):
+            return source
+    raise CheckpointError(
+        f"{manifest.directory / FORMAT_FILE} does not say what it was converted from: convert the checkpoint again"
+    )
 
 
 def _places(files: dict[str, list[str]], config: ModelConfig) -> dict[str, tuple[str, str]]:

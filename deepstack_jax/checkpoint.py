@@ -15,7 +15,9 @@ from jax.typing import DTypeLike
 
 from deepstack_jax import sharding
 from deepstack_jax.bundled import checkpoint_path
-from deepstack_jax.checkpoints.hf_checkpoint import Rows, read_rows
+from deepstack_jax.checkpoints.hf_checkpoint import HfCheckpoint, Rows, open_checkpoint, read_rows
+from deepstack_jax.checkpoints.hf_folder import check_sums, refuse_larger_model
+from deepstack_jax.checkpoints.manifest import FORMAT_FILE, read_manifest
 from deepstack_jax.config import ModelConfig, read_special_tokens
 from deepstack_jax.models.parameters import (
     Params,
@@ -123,7 +125,10 @@ def load(
             the default device. It has the axes `data` and `tensor`, or one of them: see `make_mesh`.
         expert_layout: hf4 or hf5, for a Hugging Face directory whose shapes are ambiguous.
         parts: prefixes of the parameters to load ("visual.", "language_model."); None loads all.
-        progress: called with (bytes read, total bytes).
+        progress: called with (bytes read, total bytes), of what this process's devices hold.
+
+    Every file of a converted directory that is read is checked by its checksum, and the files that SHA256SUMS lists if
+    a Hugging Face directory has it.
 
     Raises:
         ValueError: the directory is not a checkpoint of a supported family, or is damaged, quantised or an adapter; the
@@ -135,30 +140,42 @@ def load(
     path = checkpoint_path(path)
     if dtype is not None and jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"dtype {jnp.dtype(dtype).name} is not supported: expected float32 or bfloat16")
+    converted = (path / FORMAT_FILE).exists()
+    manifest = read_manifest(path) if converted else None
+    if manifest:
+        manifest.check_copies()
+    else:
+        check_sums(path)
     config = read_config(path)
     ends, pad = read_special_tokens(path, config)
     prefixes = None if parts is None else tuple(parts)
-    shardings = param_shardings(config, mesh, dtype or config.dtype or jnp.bfloat16) if mesh else None
-    if (path / "deepstack_jax.json").exists():
+    checkpoint = None if manifest else open_checkpoint(path, config, expert_layout)
+    if manifest and manifest.arrays:
+        refuse_larger_model(path, config, manifest.arrays)
+    shardings = param_shardings(config, mesh, _dtype_of_bytes(config, dtype)) if mesh else None
+    if checkpoint is None:
         from deepstack_jax.checkpoints.orbax_checkpoint import restore_params  # Orbax takes a second to import
 
         params = restore_params(path, config, dtype=dtype, prefixes=prefixes, shardings=shardings, progress=progress)
     else:
-        params = _read_hugging_face(path, config, dtype, expert_layout, prefixes, shardings, progress)
+        params = _read_hugging_face(checkpoint, dtype, prefixes, shardings, progress)
     return Model(config, params, path, ends, pad)
 
 
+def _dtype_of_bytes(config: ModelConfig, dtype: DTypeLike | None) -> DTypeLike:
+    """Returns the dtype in which bytes are told before the parameters' own is known."""
+    return dtype or (config.dtype if config.dtype in ("float32", "bfloat16", "float16") else jnp.bfloat16)
+
+
 def _read_hugging_face(
-    path: Path,
-    config: ModelConfig,
+    checkpoint: HfCheckpoint,
     dtype: DTypeLike | None,
-    expert_layout: str | None,
     prefixes: tuple[str, ...] | None,
     shardings: Mapping[str, NamedSharding] | None,
     progress: Callable[[int, int], None] | None,
 ) -> Params:
     """Reads the rows of parameters that devices of this process hold, and no others."""
-    shapes = {name: leaf.shape for name, leaf in abstract_params(config).items()}
+    shapes = {name: leaf.shape for name, leaf in abstract_params(checkpoint.config).items()}
     if shardings is None:
         rows: dict[str, list[Rows]] = {name: [(0, shape[0])] for name, shape in shapes.items()}
     else:
@@ -169,7 +186,7 @@ def _read_hugging_face(
         if prefixes is None or name.startswith(prefixes)
     }
     total, done, params = sum(sizes.values()), 0, {}
-    for name, arrays in read_rows(path, config, dtype, expert_layout, prefixes, rows):
+    for name, arrays in read_rows(checkpoint, dtype, prefixes, rows):
         if shardings is None:
             params[name] = jax.device_put(arrays[rows[name][0]], may_alias=False)
         else:

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deepstack_jax.config_rope import RopeConfig, refuse_unknown_rope_keys, rope_config
-from deepstack_jax.config_values import ConfigError, Values, read_json_object, short
+from deepstack_jax.config_values import ConfigError, Values, read_json_object
+from deepstack_jax.errors import short
 
+# Far above every published model, and low enough for what is made from them to be small
+MAX_LAYERS, MAX_HEADS, MAX_EXPERTS, MAX_WIDTH, MAX_VOCABULARY = 512, 4096, 1 << 14, 1 << 20, 1 << 24
+MAX_PATCH = 1024  # pixels, frames or patches along a side
 DTYPE_NAMES = {"float": "float32", "half": "float16"}  # PyTorch's other names
 
 
@@ -162,14 +166,30 @@ def read_special_tokens(directory: Path, config: ModelConfig) -> tuple[tuple[int
     return ends, (ends[0] if ends else 0) if pad is None else pad
 
 
+def read_sampling_defaults(directory: Path) -> dict[str, float]:
+    """Returns the sampling options that generation_config.json sets; greedy where it says not to sample.
+
+    Raises `ConfigError` if the file is damaged or a value is not a number.
+    """
+    file = directory / "generation_config.json"
+    values = Values(read_json_object(file) if file.exists() else {}, str(file))
+    numbers = {name: values.number(name, None) for name in ("temperature", "top_p", "repetition_penalty")}
+    numbers["top_k"] = values.integer("top_k", None, least=0)
+    if not values.flag("do_sample", True):
+        return {"temperature": 0.0}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
 def parse_model(raw: dict[str, Any], traits: FamilyTraits) -> ModelConfig:
     """Turns the contents of a config.json into a `ModelConfig`; raises `ConfigError` naming what is not supported."""
     model_type, is_vl = raw["model_type"], traits.has_vision
     text_raw = raw.get("text_config") if is_vl else raw
     if not isinstance(text_raw, dict):
-        raise ConfigError(f"model_type {model_type} needs an object text_config, found {text_raw!r}")
+        raise ConfigError(f"model_type {model_type} needs an object text_config, found {short(text_raw)}")
     if is_vl and not isinstance(raw.get("vision_config"), dict):
-        raise ConfigError(f"model_type {model_type} needs an object vision_config, found {raw.get('vision_config')!r}")
+        raise ConfigError(
+            f"model_type {model_type} needs an object vision_config, found {short(raw.get('vision_config'))}"
+        )
     for part in (raw, text_raw):
         _refuse_quantized(part)
     if is_vl:
@@ -225,11 +245,16 @@ def _refuse_quantized(raw: dict[str, Any]) -> None:
             four, eight = (found.get(f"load_in_{n}bit", found.get(f"_load_in_{n}bit")) for n in (4, 8))
             bits = found.get("bits", 4 if four else 8 if eight else None)
             method = method or ("bitsandbytes" if four is not None or eight is not None else None)
-        how = f"with {method or 'an unknown method'}" + (f", {bits} bits" if bits is not None else "")
+        how = f"with {_plain(method) or 'an unknown method'}" + (f", {_plain(bits)} bits" if bits is not None else "")
         raise ConfigError(
             f"{key} says that the weights are quantised {how}, which is not supported: give the checkpoint in "
             f"bfloat16 that it was made from, or remove {key} if the weights are not quantised"
         )
+
+
+def _plain(value: Any) -> str:
+    """Returns a name or number as messages show it."""
+    return short(value).strip("'") if value else ""
 
 
 def _dtype(root: Values) -> str | None:
@@ -244,27 +269,34 @@ def _dtype(root: Values) -> str | None:
 def _text_config(traits: FamilyTraits, values: Values, tie_word_embeddings: bool) -> TextConfig:
     where, integer = values.where, values.integer
     if (act := values.text("hidden_act", "silu")) != "silu":
-        raise ConfigError(f"{where}.hidden_act {act!r} is not supported: expected 'silu'")
-    layers, heads, hidden = integer("num_hidden_layers"), integer("num_attention_heads"), integer("hidden_size")
-    head_dim = integer("head_dim", hidden // heads if traits.head_dim is None else traits.head_dim, least=2)
+        raise ConfigError(f"{where}.hidden_act {short(act)} is not supported: expected 'silu'")
+    layers, heads = integer("num_hidden_layers", most=MAX_LAYERS), integer("num_attention_heads", most=MAX_HEADS)
+    hidden = integer("hidden_size", most=MAX_WIDTH)
+    head_dim = integer(
+        "head_dim", hidden // heads if traits.head_dim is None else traits.head_dim, least=2, most=MAX_WIDTH
+    )
     if head_dim < 2 or head_dim % 2:
         raise ConfigError(f"{where}.head_dim {head_dim} must be even and at least 2: rope turns pairs of values")
-    kv_heads = integer("num_key_value_heads", heads)
+    kv_heads = integer("num_key_value_heads", heads, most=MAX_HEADS)
     if heads % kv_heads:
         raise ConfigError(f"{where}: {heads} attention heads are not a multiple of {kv_heads} key-value heads")
     experts, top_k, width, sparse = _experts(values, layers) if traits.has_experts else (0, 0, 0, (False,) * layers)
     rope, positions = rope_config(values, of_vl=traits.of_vision_language, sections=traits.has_vision)
     return TextConfig(
-        vocab_size=integer("vocab_size"),
+        vocab_size=integer("vocab_size", most=MAX_VOCABULARY),
         hidden_size=hidden,
-        intermediate_size=integer("intermediate_size", 0, least=0) if all(sparse) else integer("intermediate_size"),
+        intermediate_size=(
+            integer("intermediate_size", 0, least=0, most=MAX_WIDTH)
+            if all(sparse)
+            else integer("intermediate_size", most=MAX_WIDTH)
+        ),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rope=rope,
         max_position_embeddings=positions,
-        rms_norm_eps=values.number("rms_norm_eps", 1e-6, least=0),
+        rms_norm_eps=values.number("rms_norm_eps", 1e-6, least=0, most=1),
         attention_bias=values.flag("attention_bias", False),
         tie_word_embeddings=tie_word_embeddings,
         num_experts=experts,
@@ -278,7 +310,8 @@ def _text_config(traits: FamilyTraits, values: Values, tie_word_embeddings: bool
 
 def _experts(values: Values, layers: int) -> tuple[int, int, int, tuple[bool, ...]]:
     """Returns (experts, experts per token, their width, which layers have them)."""
-    experts = values.integer("num_local_experts", values.integer("num_experts", None, least=0), least=0)
+    experts = values.integer("num_experts", None, least=0, most=MAX_EXPERTS)
+    experts = values.integer("num_local_experts", experts, least=0, most=MAX_EXPERTS)
     if experts is None:
         raise ConfigError(f"{values.where} has neither num_experts nor num_local_experts")
     dense = set(values.integers("mlp_only_layers", ()))
@@ -286,7 +319,7 @@ def _experts(values: Values, layers: int) -> tuple[int, int, int, tuple[bool, ..
     sparse = tuple(experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(layers))
     if not any(sparse):
         return experts, 0, 0, sparse
-    top_k, width = values.integer("num_experts_per_tok"), values.integer("moe_intermediate_size")
+    top_k, width = values.integer("num_experts_per_tok"), values.integer("moe_intermediate_size", most=MAX_WIDTH)
     if top_k > experts:
         raise ConfigError(f"{values.where}.num_experts_per_tok {top_k} must lie between 1 and num_experts {experts}")
     return experts, top_k, width, sparse
@@ -326,37 +359,37 @@ def _vision_config(raw: dict[str, Any]) -> VisionConfig:
     values = Values(raw, "vision_config")
     integer = values.integer
     if (act := values.text("hidden_act", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
-        raise ConfigError(f"vision_config.hidden_act {act!r} is not supported: expected 'gelu_pytorch_tanh'")
-    depth = integer("depth")
+        raise ConfigError(f"vision_config.hidden_act {short(act)} is not supported: expected 'gelu_pytorch_tanh'")
+    depth = integer("depth", most=MAX_LAYERS)
     indexes = values.integers("deepstack_visual_indexes", (8, 16, 24))
     if len(set(indexes)) != len(indexes) or not all(i < depth for i in indexes):
         raise ConfigError(
-            f"vision_config.deepstack_visual_indexes {list(indexes)} must be distinct blocks of 0 to {depth - 1}"
+            f"vision_config.deepstack_visual_indexes {short(list(indexes))} must be distinct blocks of 0 to {depth - 1}"
         )
-    positions = integer("num_position_embeddings", 2304)
+    positions = integer("num_position_embeddings", 2304, most=MAX_VOCABULARY)
     if math.isqrt(positions) ** 2 != positions:
         raise ConfigError(
             f"vision_config.num_position_embeddings {positions} must be a square: the grid's sides are equal"
         )
-    hidden, heads = integer("hidden_size"), integer("num_heads")
+    hidden, heads = integer("hidden_size", most=MAX_WIDTH), integer("num_heads", most=MAX_HEADS)
     if hidden % heads or (hidden // heads) % 4:
         raise ConfigError(f"vision_config.hidden_size {hidden} over {heads} heads must give a head dim divisible by 4")
     rope = Values(values.object("rope_parameters") or values.object("rope_scaling"), "vision_config.rope_parameters")
     rope_type = rope.text("rope_type", rope.text("type", "axial"))
     if rope_type not in ("default", "axial"):
-        raise ConfigError(f"{rope.where} asks for rope type {rope_type!r}: expected one of default, axial")
+        raise ConfigError(f"{rope.where} asks for rope type {short(rope_type)}: expected one of default, axial")
     refuse_unknown_rope_keys(rope, "default")
     return VisionConfig(
         depth=depth,
         hidden_size=hidden,
-        intermediate_size=integer("intermediate_size"),
+        intermediate_size=integer("intermediate_size", most=MAX_WIDTH),
         num_heads=heads,
-        out_hidden_size=integer("out_hidden_size"),
+        out_hidden_size=integer("out_hidden_size", most=MAX_WIDTH),
         num_position_embeddings=positions,
         deepstack_visual_indexes=indexes,
-        in_channels=integer("in_channels", 3),
-        patch_size=integer("patch_size", 16),
-        temporal_patch_size=integer("temporal_patch_size", 2),
-        spatial_merge_size=integer("spatial_merge_size", 2),
+        in_channels=integer("in_channels", 3, most=MAX_PATCH),
+        patch_size=integer("patch_size", 16, most=MAX_PATCH),
+        temporal_patch_size=integer("temporal_patch_size", 2, most=MAX_PATCH),
+        spatial_merge_size=integer("spatial_merge_size", 2, most=MAX_PATCH),
         rope_theta=rope.number("rope_theta", 10000.0, above=1),
     )

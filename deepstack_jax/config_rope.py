@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-from deepstack_jax.config_values import ConfigError, Values, short
+from deepstack_jax.config_values import ConfigError, Values
+from deepstack_jax.errors import short
 
 # The keys that each rope type reads, besides those that every type reads.
 ROPE_KEYS = {
@@ -14,6 +15,7 @@ ROPE_KEYS = {
     ),
 }  # fmt: skip
 ROPE_TYPES = tuple(ROPE_KEYS)
+MAX_POSITIONS = 1 << 30
 _COMMON_ROPE_KEYS = ("rope_type", "type", "rope_theta", "mrope_section", "mrope_interleaved", "partial_rotary_factor")
 
 
@@ -46,18 +48,22 @@ def rope_config(values: Values, of_vl: bool, sections: bool) -> tuple[RopeConfig
     rope_type = rope.text("rope_type", rope.text("type", "default"))
     rope_type = "default" if rope_type == "mrope" else rope_type
     if rope_type not in ROPE_TYPES:
-        raise ConfigError(f"{rope.where} asks for rope type {rope_type!r}: expected one of {', '.join(ROPE_TYPES)}")
+        raise ConfigError(
+            f"{rope.where} asks for rope type {short(rope_type)}: expected one of {', '.join(ROPE_TYPES)}"
+        )
     refuse_unknown_rope_keys(rope, rope_type)
     for part in (rope, values):
         if (share := part.number("partial_rotary_factor", 1.0)) != 1:
             raise ConfigError(f"{part.where}.partial_rotary_factor {share} is not supported: expected 1, or remove it")
-    section = rope.integers("mrope_section", (24, 20, 20))
+    section = rope.integers("mrope_section", (24, 20, 20), most=1 << 20)
     # Sections need not add up to head_dim / 2: as in transformers, height and width take theirs and time the rest.
     if len(section) != 3:
-        raise ConfigError(f"{rope.where}: mrope_section {list(section)} must be three counts (time, height, width)")
+        raise ConfigError(
+            f"{rope.where}: mrope_section {short(list(section))} must be three counts (time, height, width)"
+        )
     if of_vl and not rope.flag("mrope_interleaved", True):
         raise ConfigError(f"{rope.where}.mrope_interleaved false is not supported: Qwen3-VL's sections are interleaved")
-    positions = values.integer("max_position_embeddings", 128000 if of_vl else 32768)
+    positions = values.integer("max_position_embeddings", 128000 if of_vl else 32768, most=MAX_POSITIONS)
     # positions of text are equal in time, height and width, so 1-D rope gives the same angles
     found = RopeConfig(theta=theta, rope_type=rope_type, mrope_section=section if sections else None)
     return _scaled(found, rope, values, positions)
@@ -70,7 +76,7 @@ def refuse_unknown_rope_keys(rope: Values, rope_type: str) -> None:
         if value is not None and key not in _COMMON_ROPE_KEYS and key not in known:
             meant = "is not read by" if any(key in keys for keys in ROPE_KEYS.values()) else "is unknown to"
             remedy = f"correct the rope_type (one of {', '.join(ROPE_TYPES)}), or remove {key}"
-            raise ConfigError(f"{rope.where}.{key} {short(value)} {meant} rope type {rope_type!r}: {remedy}")
+            raise ConfigError(f"{rope.where}.{key} {short(value)} {meant} rope type {short(rope_type)}: {remedy}")
 
 
 def _scaled(found: RopeConfig, rope: Values, values: Values, positions: int) -> tuple[RopeConfig, int]:
@@ -95,6 +101,10 @@ def _scaled(found: RopeConfig, rope: Values, values: Values, positions: int) -> 
             truncate=rope.flag("truncate", True),
             mscale=rope.number("mscale", 0.0, least=0),
             mscale_all_dim=rope.number("mscale_all_dim", 0.0, least=0),
+        )
+    if factor * trained > MAX_POSITIONS:
+        raise ConfigError(
+            f"{rope.where}: factor {factor:g} times {trained} positions is above {MAX_POSITIONS}: correct the factor"
         )
     return found, max(1, int(factor * trained))
 

@@ -217,7 +217,8 @@ def test_converted_checkpoints_of_several_dtypes_load_in_one(tmp_path: Path):
     with hf_to_orbax.new_directory(tmp_path / "ckpt", 0) as directory:
         hf_to_orbax._write_params(hf_to_orbax._Conversion(directory, checkpoint, leaves, lambda done: None))
         hf_to_orbax.copy_companions(source, directory)
-        (directory / "deepstack_jax.json").write_text(json.dumps(hf_to_orbax._description(checkpoint, None)))
+        description = {"format_version": 2, **hf_to_orbax._description(checkpoint, None)}
+        (directory / "deepstack_jax.json").write_text(json.dumps(description))
     for said, expected in (("float32", "float32"), (None, "bfloat16")):
         edit_json(tmp_path / "ckpt", dtype=said)
         with pytest.warns(CheckpointWarning, match=rf"\(bfloat16, float32\): all are read as {expected}"):
@@ -323,6 +324,7 @@ def test_a_shard_of_nothing_but_other_tensors_is_not_given_back(tmp_path: Path):
     assert bits_of(torch_model(tmp_path / "back"), source) == bits_of(torch_model(source), source)
 
 
+@pytest.mark.slow
 def test_yarn_as_the_model_card_writes_it_allows_factor_times_the_original_positions(tmp_path: Path):
     source = write(tmp_path / "hf", "qwen3", "float32", max_position_embeddings=40)
     edit_json(source, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32})
@@ -335,11 +337,12 @@ def test_yarn_as_the_model_card_writes_it_allows_factor_times_the_original_posit
             dsj.generate(model, input_ids=ids, max_new_tokens=29)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 ALONE = r"holds no lm_head\.weight: the embeddings are used as the head, which is right only where the whole model tied"
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_vl"])
-@pytest.mark.parametrize("rope", [None, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}])
+@pytest.mark.parametrize("rope", [None, pytest.param(YARN, marks=pytest.mark.slow)])
 def test_the_text_model_of_a_vision_language_checkpoint_answers_by_itself(family: str, rope: Any, tmp_path: Path):
     whole = write(tmp_path / "whole", family, "float32")
     config = json.loads((whole / "config.json").read_text())

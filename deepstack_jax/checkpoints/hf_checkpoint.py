@@ -22,7 +22,14 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from deepstack_jax.checkpoints.direct_file import aligned_empty
-from deepstack_jax.checkpoints.hf_folder import check_index, index_dtype, refuse_other_kinds, weight_files, why_missing
+from deepstack_jax.checkpoints.hf_folder import (
+    check_index,
+    index_dtype,
+    refuse_larger_model,
+    refuse_other_kinds,
+    weight_files,
+    why_missing,
+)
 from deepstack_jax.checkpoints.mapping import (
     EXPERT_LAYOUTS,
     HfTensor,
@@ -50,7 +57,6 @@ Inspect = Callable[[np.ndarray], None]
 Rows = tuple[int, int]  # from and to, of a parameter's first axis
 _NAMED = 8  # the most skipped tensors that a note names
 _AT_ONCE = 1 << 18  # values per read: few enough to stay in the processor's cache for the next step
-_MAPPED = 1 << 24  # values read through one memory map, because its pages count as memory of this process
 _ROWS, _PAD = 64, 32  # rows per block of a transposition, and values of padding after each
 
 
@@ -122,12 +128,11 @@ class HfCheckpoint:
         row, row_on_disk = prod(parameter.shape[1:]), prod(entry.shape[1:])
         rows = range(first * row // row_on_disk, (first + count) * row // row_on_disk)
         out = aligned_empty((min(_AT_ONCE, count * row),), wanted)
-        for some in _spans(rows, max(1, _MAPPED // row_on_disk)):
-            with TensorReader() as reader:
-                for index in row_blocks(entry.shape, some, _AT_ONCE):
-                    values = _cast(_inspected(reader.read(entry, index), inspect), wanted, inspect)
-                    out[: values.size] = values.reshape(-1)
-                    yield out[: values.size]
+        with TensorReader() as reader:
+            for index in row_blocks(entry.shape, rows, _AT_ONCE):
+                values = _cast(_inspected(reader.read(entry, index), inspect), wanted, inspect)
+                out[: values.size] = values.reshape(-1)
+                yield out[: values.size]
 
     def _stream_experts(
         self, parameter: Parameter, experts: range, dtype: np.dtype, inspect: Inspect | None
@@ -138,8 +143,8 @@ class HfCheckpoint:
         for tensor in parameter.tensors:
             if tensor.index:
                 by_expert.setdefault(cast(int, tensor.index[0]), []).append(tensor)
-        for i in experts:
-            with TensorReader() as reader:
+        with TensorReader() as reader:
+            for i in experts:
                 for tensor in by_expert.get(i, parameter.tensors):
                     entry, part = self.entries[tensor.name], out[tensor.index[1:]]
                     rows, columns = entry.shape[-2:]
@@ -147,7 +152,7 @@ class HfCheckpoint:
                     for (some,) in row_blocks((rows, columns), range(rows), max(_AT_ONCE, columns)):
                         block = reader.read(entry, (some,) if tensor.index else (i, some))
                         _transpose(_cast(_inspected(block, inspect), dtype, inspect), part[:, some])
-            yield out
+                yield out
 
 
 def open_checkpoint(
@@ -166,6 +171,8 @@ def open_checkpoint(
     refuse_other_kinds(entry for named in found.values() for entry in named.values())
     shapes = {current_name(name, config): entry.shape for named in found.values() for name, entry in named.items()}
     layout = detect_expert_layout(config, shapes, expert_layout)
+    experts = config.text.num_experts if layout == "per_expert" else 0
+    refuse_larger_model(directory, config, len(shapes), experts)
     entries, files, left_out = _sort_out(found, config, layout)
     check_index(directory, found, (name for named in files.values() for name in named))
     has_head = head_and_embedding(config)[0] in entries
@@ -192,18 +199,17 @@ def read_params(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Reads a Hugging Face directory as (dotted path, array of the canonical shape), one parameter at a time.
 
-    The arguments are those of `read_rows`.
+    `dtype` and `prefixes` are those of `read_rows`, the other arguments and the errors those of `open_checkpoint`. The
+    directory is checked when the first item is requested.
     """
-    for path, rows in read_rows(hf_dir, config, dtype, expert_layout, prefixes):
+    for path, rows in read_rows(open_checkpoint(hf_dir, config, expert_layout), dtype, prefixes):
         (values,) = rows.values()
         yield path, values
 
 
 def read_rows(
-    hf_dir: str | Path,
-    config: ModelConfig | None = None,
+    checkpoint: HfCheckpoint,
     dtype: DTypeLike | None = None,
-    expert_layout: str | None = None,
     prefixes: Sequence[str] | None = None,
     wanted: Mapping[str, Sequence[Rows]] | None = None,
 ) -> Iterator[tuple[str, dict[Rows, np.ndarray]]]:
@@ -211,10 +217,9 @@ def read_rows(
 
     `dtype` converts each array; by default the checkpoint's dtype is kept. `prefixes` selects the paths that start with
     one of them, such as `("visual.",)`. `wanted` names the rows by dotted path, and nothing else is read; None reads
-    all rows. The directory is checked when the first item is requested, and the errors are those of `open_checkpoint`.
-    A `CheckpointWarning` names each thing that is read differently from how it is stored.
+    all rows. Raises `CheckpointError` if a file has changed since it was checked. A `CheckpointWarning` names each
+    thing that is read differently from how it is stored.
     """
-    checkpoint = open_checkpoint(hf_dir, config, expert_layout)
     warn_of_notes(checkpoint, dtype)
     for parameter in checkpoint.parameters:
         if prefixes is None or parameter.path.startswith(tuple(prefixes)):
@@ -386,11 +391,6 @@ def _cast(values: np.ndarray, dtype: np.dtype, inspect: Inspect | None = None) -
     if inspect and dtype.itemsize < values.itemsize:
         inspect(cast)
     return cast
-
-
-def _spans(rows: range, most: int) -> Iterator[range]:
-    for start in range(0, len(rows), most):
-        yield rows[start : start + most]
 
 
 def _inspected(values: np.ndarray, inspect: Inspect | None) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Selects the files of a Hugging Face directory to read, and explains why a directory can't be read."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -9,9 +10,14 @@ from typing import Any
 from deepstack_jax.checkpoints.mapping import current_name, head_and_embedding
 from deepstack_jax.checkpoints.safetensors_file import CheckpointError, Entry, read_entries, refuse_lfs_pointer
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.config_values import unique_keys
+from deepstack_jax.errors import naming, short
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SUMS = "SHA256SUMS"
+_FEW = 32  # layers whose parameters are listed in less than a second
+_SUM = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 # Files with weights in other formats, and files without weights that training leaves beside them.
 _OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.distcp", "*.h5", "*.msgpack", "*.npz", "*.onnx")
 _NO_WEIGHTS = re.compile(r"training_args|optimizer|scheduler|rng_state|scaler")
@@ -39,13 +45,55 @@ def weight_files(directory: Path) -> list[str]:
         raise CheckpointError(_why_no_weights(directory))
     files = sorted(set(_weight_map(index).values()))
     for file in files:
-        if Path(file).name != file:
+        if not is_plain_name(file):
             raise CheckpointError(
-                f"{index} names {file!r}, which is not inside the directory: download the index again"
+                f"{index} names {short(file)}, which is not inside the directory: download the index again"
             )
         if not (directory / file).exists():
             raise CheckpointError(f"{index} names {file}, which does not exist: download the missing file")
     return files
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can only be that of a file in the directory where it is looked for."""
+    return Path(name).name == name not in ("", "..") and name.isprintable() and len(name.encode()) <= 255
+
+
+def check_sums(directory: Path) -> list[str]:
+    """Checks the files that SHA256SUMS lists, if the directory has one, and returns their names.
+
+    The file is one that the command sha256sum writes. Files that it doesn't list are not checked. Raises
+    `CheckpointError` if a listed file differs or is missing, or the list is damaged.
+    """
+    file, names = directory / SUMS, []
+    with naming(file):
+        lines = file.read_text(errors="replace").splitlines() if file.is_file() else ()
+    for number, line in enumerate(lines, 1):
+        match = _SUM.fullmatch(line)
+        if not match or not is_plain_name(match[2]):
+            raise CheckpointError(
+                f"{file} line {number} is not a checksum and the name of a file beside it: make it again with sha256sum"
+            )
+        listed = directory / match[2]
+        if not listed.is_file():
+            raise CheckpointError(f"{listed} is missing, which {SUMS} lists: download it, or correct {SUMS}")
+        with naming(listed), listed.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != match[1]:
+                raise CheckpointError(
+                    f"{listed} is not what {SUMS} lists (its checksum differs): download it again, or correct {SUMS} "
+                    "where it was edited"
+                )
+        names.append(match[2])
+    return names
+
+
+def write_sums(directory: Path) -> None:
+    """Writes SHA256SUMS for all other files of the directory."""
+    found = {}
+    for one in sorted(directory.iterdir()):
+        with one.open("rb") as stream:
+            found[one.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in found.items()))
 
 
 def check_index(directory: Path, found: Mapping[str, Mapping[str, Entry]], wanted: Iterable[str]) -> None:
@@ -83,6 +131,26 @@ def refuse_other_kinds(entries: Iterable[Entry]) -> None:
         raise CheckpointError(
             f"{names[name].file}: tensor {name} belongs to an adapter that is not merged: merge it into its base model "
             "first (merge_and_unload of PEFT, then save_pretrained)"
+        )
+
+
+def refuse_larger_model(directory: Path, config: ModelConfig, tensors: int, experts: int = 0) -> None:
+    """Raises `CheckpointError` if `config` needs more than the number of `tensors` that the weights have.
+
+    Every layer, block and, if `experts` have tensors of their own, expert has at least one. This is checked before the
+    names and shapes of all parameters are made, which takes time and memory in proportion to `config`. A small model is
+    left to the checks that name the missing tensor.
+    """
+    counts = {
+        "num_hidden_layers": config.text.num_hidden_layers,
+        "num_experts": experts * sum(config.text.sparse_layers),
+        "vision_config.depth": config.vision.depth if config.vision else 0,
+    }
+    key, count = max(counts.items(), key=lambda item: item[1])
+    if count > max(tensors, _FEW):
+        said = experts if key == "num_experts" else count
+        raise CheckpointError(
+            f"{directory}: config.json has {key} {said} and the weights have only {tensors} tensors: correct it"
         )
 
 
@@ -128,7 +196,7 @@ def _unread_file(directory: Path, config: ModelConfig, name: str, entries: Mappi
         try:
             if file.name not in read and name in {current_name(found, config) for found in read_entries(file)}:
                 return file.name
-        except CheckpointError:  # a file that can't be read doesn't help
+        except (CheckpointError, OSError):  # a file that can't be read doesn't help
             continue
     return None
 
@@ -155,8 +223,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read_index(index: Path) -> dict[str, Any]:
     refuse_lfs_pointer(index)
+    with naming(index):
+        data = index.read_bytes()
     try:
-        found = json.loads(index.read_bytes().decode())
+        found = json.loads(data.decode(), object_pairs_hook=unique_keys)
         if not isinstance(found, dict):
             raise TypeError(f"it holds {type(found).__name__}, not an object")
     except (ValueError, TypeError, RecursionError) as error:

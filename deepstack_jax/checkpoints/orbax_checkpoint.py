@@ -4,8 +4,8 @@ The tree's keys are the parameters' dotted paths, split at the dots. `orbax_writ
 """
 
 import gc
-import json
 import logging
+import re
 import sys
 import warnings
 from collections import Counter
@@ -19,13 +19,15 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
+from deepstack_jax.checkpoints.hf_folder import refuse_larger_model
+from deepstack_jax.checkpoints.manifest import PARAMS, Manifest, read_manifest
 from deepstack_jax.checkpoints.mapping import canonical_shapes
 from deepstack_jax.checkpoints.safetensors_file import DTYPES, CheckpointError, CheckpointWarning
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.config_values import read_json_object
+from deepstack_jax.errors import short, shortage
+from deepstack_jax.sharding import bytes_held_here
 
-FORMAT_FILE = "deepstack_jax.json"
-PARAMS = "params"
-FORMAT_VERSION = 2
 GROUP_BYTES = 256 << 20  # arrays that one Orbax call reads, because each call costs about 50 ms
 _Keys = tuple[str, ...]
 
@@ -35,46 +37,8 @@ class OrbaxError(RuntimeError):
 
     @property
     def first_line(self) -> str:
-        return str(self).strip().splitlines()[0][:200]
-
-
-def read_format(directory: str | Path) -> dict[str, Any]:
-    """Returns the contents of deepstack_jax.json; raises `CheckpointError` if that is missing, damaged or outdated."""
-    file = Path(directory) / FORMAT_FILE
-    try:
-        found = json.loads(file.read_text())
-        number = found["format_version"]
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{directory} has no {FORMAT_FILE}: give a directory made by deepstack-jax convert"
-        ) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError(f"{file} is damaged: convert the checkpoint again") from None
-    if number != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format_version {number}, expected {FORMAT_VERSION}: convert again, or update deepstack-jax"
-        )
-    return found
-
-
-def check_files(directory: str | Path) -> None:
-    """Raises `CheckpointError` unless every file of `directory/params` has the length it was written with."""
-    root = Path(directory) / PARAMS
-    sizes = read_format(directory).get("params") or {}
-    if not isinstance(sizes, dict):
-        raise CheckpointError(f"{Path(directory) / FORMAT_FILE} is damaged: convert the checkpoint again")
-    for name, expected in sizes.items():
-        file = root / name
-        size = file.stat().st_size if file.is_file() else None
-        if size != expected:
-            found = "is missing" if size is None else f"has {size} bytes, expected {expected}"
-            raise CheckpointError(f"{file} {found}: the checkpoint is incomplete or damaged, convert again")
-
-
-def file_sizes(directory: Path) -> dict[str, int]:
-    """Returns the bytes of every file in `directory/params` by its path in there, as `check_files` expects them."""
-    root = directory / PARAMS
-    return {str(file.relative_to(root)): file.stat().st_size for file in sorted(root.rglob("*")) if file.is_file()}
+        # without the folders of files, which would leave no room for the cause behind them
+        return re.sub(r"(?:/[^/\s\":]+)+/", "", str(self).strip().splitlines()[0])[:200]
 
 
 class Leaf(NamedTuple):
@@ -94,8 +58,70 @@ class Leaf(NamedTuple):
 
 def stored_params(directory: str | Path) -> dict[str, Leaf]:
     """Returns shape and dtype of every parameter in `directory/params` by dotted path; raises `CheckpointError`."""
-    check_files(directory)
-    return _guarded(directory, lambda: load_leaves(directory))
+    return _stored_params(read_manifest(directory))
+
+
+def _stored_params(manifest: Manifest) -> dict[str, Leaf]:
+    manifest.check_tree()
+    stored = _guarded(manifest, lambda: load_leaves(manifest.directory))
+    for path, names in manifest.pieces.items():
+        _check_pieces(manifest, path, stored.get(path), names)
+    return stored
+
+
+def _check_pieces(manifest: Manifest, path: str, leaf: Leaf | None, names: Sequence[str]) -> None:
+    """Raises `CheckpointError` unless an array's metadata, its files and Orbax's tree agree on what it holds."""
+    file = (manifest.directory / names[0]).parent / "zarr.json"
+    if leaf is None or leaf.shape[0] % len(names):
+        raise CheckpointError(f"{file.parent} holds {len(names)} pieces of {leaf}: convert again")
+    expected = zarr_metadata(leaf, leaf.shape[0] // len(names))
+    found = read_json_object(file)
+    for key in {**found, **expected}.keys() - {"attributes"}:
+        if (value := found.get(key)) != (wanted := expected.get(key)):
+            raise CheckpointError(f"{file} has {key} {short(value)}, expected {short(wanted)}: convert again")
+    for name in names:
+        if (size := manifest.files[name][0]) * len(names) != leaf.nbytes:
+            raise CheckpointError(
+                f"{manifest.directory / name} has {size} bytes, expected {leaf.nbytes // len(names)}: convert again"
+            )
+
+
+def zarr_metadata(leaf: Leaf, rows: int) -> dict[str, object]:
+    """Returns the Zarr metadata of an array in pieces of `rows` rows."""
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(leaf.shape),
+        "data_type": leaf.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, *leaf.shape[1:]]}},
+        # flat names, so that no piece needs a directory of its own
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0.0,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+
+
+def check_model(
+    directory: str | Path, config: ModelConfig, stored: Mapping[str, Leaf], prefixes: Sequence[str] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters of `config` by dotted path, or of those that start with one of `prefixes`.
+
+    Raises `CheckpointError` unless the stored parameters of `directory` have these shapes.
+    """
+    refuse_larger_model(Path(directory), config, len(stored))
+    shapes = {
+        path: shape
+        for path, shape in canonical_shapes(config).items()
+        if prefixes is None or path.startswith(tuple(prefixes))
+    }
+    for path, shape in shapes.items():
+        if path not in stored or stored[path].shape != shape:
+            found = list(stored[path].shape) if path in stored else "nothing"
+            raise CheckpointError(
+                f"{params_path(directory)} holds {found} for {path}, expected {list(shape)}: "
+                "its config.json describes another model"
+            )
+    return shapes
 
 
 def load_leaves(directory: str | Path) -> dict[str, Leaf]:
@@ -122,36 +148,32 @@ def restore_params(
         dtype: converts while reading; None keeps the stored dtype, or takes config.json's if parameters differ.
         prefixes: restores only the paths that start with one of them, such as `("visual.",)`.
         shardings: by dotted path; None places everything on the first device.
-        progress: called with (bytes restored, total bytes).
+        progress: called with (bytes restored, total bytes), of what this process's devices hold.
 
     Raises:
         CheckpointError: `directory` is not a converted checkpoint, is damaged, or holds a different model.
     """
     import jax
 
-    stored = stored_params(directory)
+    manifest = read_manifest(directory)
+    stored = _stored_params(manifest)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = check_model(directory, config, stored, prefixes)
     if dtype is None:
         dtype = _one_dtype(directory, config, stored)
-    wanted: dict[str, jax.ShapeDtypeStruct] = {}
-    for path, shape in canonical_shapes(config).items():
-        if prefixes is not None and not path.startswith(tuple(prefixes)):
-            continue
-        if path not in stored or stored[path].shape != shape:
-            found = list(stored[path].shape) if path in stored else "nothing"
-            raise CheckpointError(
-                f"{params_path(directory)} holds {found} for {path}, expected {list(shape)}: "
-                "its config.json describes another model"
-            )
-        wanted[path] = jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings[path] if shardings else device)
+    wanted = {
+        path: jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=shardings[path] if shardings else device)
+        for path, shape in shapes.items()
+    }
     nbytes = {path: Leaf(leaf.shape, leaf.dtype).nbytes for path, leaf in wanted.items()}
+    held = {path: bytes_held_here(leaf, leaf.sharding) for path, leaf in wanted.items()}
     restored: dict[str, jax.Array] = {}
     done = 0
     for group in groups_of(nbytes):
-        restored |= _load(directory, {path: wanted[path] for path in group})
-        done += sum(nbytes[path] for path in group)
+        restored |= _load(manifest, {path: wanted[path] for path in group})
+        done += sum(held[path] for path in group)
         if progress:
-            progress(done, sum(nbytes.values()))
+            progress(done, sum(held.values()))
     return restored
 
 
@@ -172,11 +194,12 @@ def read_orbax_params(directory: str | Path, paths: Sequence[str] | None = None)
 
     Raises `CheckpointError` if the directory is not a converted checkpoint or is damaged.
     """
-    stored = stored_params(directory)
+    manifest = read_manifest(directory)
+    stored = _stored_params(manifest)
     wanted = {path: stored[path] for path in (paths if paths is not None else stored)}
     for group in groups_of({path: leaf.nbytes for path, leaf in wanted.items()}):
         # np.empty takes no memory until it is written to, and Orbax reads only its type, shape and dtype
-        loaded = _load(directory, {path: np.empty(wanted[path].shape, wanted[path].dtype) for path in group})
+        loaded = _load(manifest, {path: np.empty(wanted[path].shape, wanted[path].dtype) for path in group})
         for path in group:
             yield path, loaded.pop(path)
 
@@ -195,8 +218,16 @@ def groups_of(nbytes: Mapping[str, int]) -> Iterator[list[str]]:
         yield group
 
 
-def _load(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    return _guarded(directory, lambda: load_arrays(directory, abstract))
+def _load(manifest: Manifest, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    pieces = [
+        name
+        for path, leaf in abstract.items()
+        for name in manifest.pieces_held(path, leaf.shape, getattr(leaf, "sharding", None))
+    ]
+    loaded = _guarded(manifest, lambda: load_arrays(manifest.directory, abstract), pieces)
+    # after Orbax, which reads a cold disk faster: the files are then in the page cache
+    manifest.check(pieces)
+    return loaded
 
 
 def load_arrays(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,24 +241,33 @@ def load_arrays(directory: str | Path, abstract: Mapping[str, Any]) -> dict[str,
     return {path: loaded[path] for path in abstract}
 
 
-def _guarded[T](directory: str | Path, read: Callable[[], T]) -> T:
-    """Returns the result of `read`; raises a `CheckpointError` that names the checkpoint to convert again."""
+def _guarded[T](manifest: Manifest, read: Callable[[], T], pieces: Sequence[str] = ()) -> T:
+    """Returns the result of `read`, which reads the tree and `pieces`.
+
+    Raises:
+        CheckpointError, OSError: it names the file that is damaged or can't be read. Orbax takes some of them for
+            missing ones.
+    """
     try:
         return call_orbax(read)
     except OrbaxError as error:
-        message = f"{params_path(directory)} is incomplete or damaged ({error.first_line}): convert again"
-        raise CheckpointError(message) from None
+        message = f"{params_path(manifest.directory)} can't be read ({error.first_line}): try again, or convert again"
+        failure = CheckpointError(message)
+    manifest.check_tree()
+    manifest.check(pieces)
+    raise failure
 
 
 def call_orbax[T](function: Callable[[], T]) -> T:
-    """Returns the result of `function`; turns Orbax's many error types into `OrbaxError` and keeps stderr quiet."""
+    """Returns the result of `function`; turns Orbax's many error types into `OrbaxError` and keeps stderr quiet.
+
+    An error of the process itself, which lacks memory, threads or descriptors, is raised as it is.
+    """
     with _quiet():
         try:
             return function()
-        except MemoryError:
-            raise
         except Exception as error:
-            failure = OrbaxError(f"{type(error).__name__}: {error}")
+            failure = error if shortage(error) else OrbaxError(f"{type(error).__name__}: {error}")
         gc.collect()  # other arrays that failed complain when they are collected: do it while that is silenced
         raise failure
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from deepstack_jax.checkpoints.manifest import PARAMS
 from deepstack_jax.checkpoints.orbax_checkpoint import (
-    PARAMS,
     Leaf,
     OrbaxError,
     call_orbax,
@@ -31,6 +31,7 @@ from deepstack_jax.checkpoints.orbax_checkpoint import (
     load_leaves,
     nested,
     params_path,
+    zarr_metadata,
 )
 
 PIECE_BYTES = 32 << 20
@@ -56,6 +57,11 @@ class Piece:
         """Returns the file to create with the rows' values, little-endian in C order."""
         return directory / _STAGE / self.path / self.name
 
+    @property
+    def placed(self) -> str:
+        """The path of that file in the finished checkpoint."""
+        return f"{PARAMS}/{_STATE}/{self.path}/{self.name}"
+
 
 def create_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> list[Piece]:
     """Creates empty arrays (dotted path -> shape and dtype) and returns the pieces that fill them."""
@@ -64,7 +70,7 @@ def create_arrays(directory: Path, leaves: Mapping[str, Leaf]) -> list[Piece]:
         array = directory / _STAGE / path
         array.mkdir(parents=True)
         rows = _rows_of_a_piece(path, leaf)
-        (array / _ZARR).write_text(json.dumps(_zarr(leaf, rows)))
+        (array / _ZARR).write_text(json.dumps(zarr_metadata(leaf, rows)))
         pieces += [
             Piece(path, first, rows, _chunk_name(first // rows, leaf)) for first in range(0, leaf.shape[0], rows)
         ]
@@ -173,21 +179,6 @@ def _saving() -> Iterator[None]:
 def _arrays(folder: str, names: list[str]) -> list[str]:
     """Returns the entries of a folder of the tree that are arrays."""
     return [name for name in names if (Path(folder) / name / _ZARR).exists()]
-
-
-def _zarr(leaf: Leaf, rows: int) -> dict[str, object]:
-    """Returns the Zarr metadata of an array in pieces of `rows` rows."""
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(leaf.shape),
-        "data_type": leaf.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [rows, *leaf.shape[1:]]}},
-        # flat names, so that no piece needs a directory of its own
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": 0.0,
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-    }
 
 
 def _chunk_name(number: int, leaf: Leaf) -> str:

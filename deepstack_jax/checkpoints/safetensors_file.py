@@ -1,14 +1,16 @@
 """Reads and writes safetensors files, one tensor or some of its rows at a time.
 
-Reading uses the safetensors library, through a memory map. That library writes only whole files, so `FileWriter`
-replaces it. A file consists of eight bytes with the header's length, the header as JSON (name -> dtype, shape, range of
-bytes), and the data.
+The safetensors library checks the headers. It reads values only through a memory map, where a disk that fails or a file
+that is cut short ends the process, and it writes only whole files: `TensorReader` and `FileWriter` replace it there. A
+file consists of eight bytes with the header's length, the header as JSON (name -> dtype, shape, range of bytes), and
+the data.
 """
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,9 +19,14 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from deepstack_jax.config_values import DuplicateKey, unique_keys
+from deepstack_jax.errors import naming, short
+
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LFS_POINTER = b"version https://git-lfs"
+MAX_NAME = 512
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 _NOT_A_HEADER = ("header too small", "header too large", "invalid header length")  # safetensors' words
 _NOT_COVERED = "file not fully covered"
 
@@ -36,12 +43,20 @@ class CheckpointWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file. `code` is the dtype as the file spells it, which may be an unsupported one."""
+    """A tensor in a file.
+
+    Attributes:
+        code: the dtype as the file spells it, which may be an unsupported one.
+        start: where its values begin in the file, in bytes.
+        version: the file's inode, size and time of its last change when its header was read.
+    """
 
     name: str
     file: Path
     code: str
     shape: tuple[int, ...]
+    start: int
+    version: tuple[int, ...]
 
     @property
     def dtype(self) -> np.dtype:
@@ -58,7 +73,7 @@ class Entry:
 
 def refuse_lfs_pointer(file: Path) -> None:
     """Raises `CheckpointError` if Git LFS has not fetched the contents of `file`."""
-    with file.open("rb") as stream:
+    with naming(file), file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise CheckpointError(
                 f"{file} is a Git LFS pointer, not the file itself: run git lfs pull in its directory"
@@ -68,41 +83,97 @@ def refuse_lfs_pointer(file: Path) -> None:
 def read_entries(file: Path) -> dict[str, Entry]:
     """Reads and checks the header of `file`, by tensor name; raises `CheckpointError` if it is missing or damaged."""
     try:
+        if not file.is_file() and file.exists():
+            raise CheckpointError(f"{file} is a directory, a pipe or a device, not a file: download it again")
         refuse_lfs_pointer(file)
-        with _opened(file) as tensors:
-            names: list[str] = tensors.keys()
-            found = {name: tensors.get_slice(name) for name in names}
-            return {name: Entry(name, file, one.get_dtype(), tuple(one.get_shape())) for name, one in found.items()}
+        entries = _read_header(file)
+        try:
+            with safe_open(file, "numpy") as tensors:
+                names: list[str] = tensors.keys()
+                return {name: entries[name] for name in names}
+        except SafetensorError as error:
+            reason = _why_refused(str(error), file.stat().st_size)
+            raise CheckpointError(f"{file} {reason}: download it again") from None
+        except KeyError:
+            raise _changed(file) from None
     except FileNotFoundError:
         raise CheckpointError(f"{file} does not exist: download the missing file") from None
 
 
-class TensorReader:
-    """Reads rows of tensors. The files that it opens stay mapped until the `with` block ends.
+def _read_header(file: Path) -> dict[str, Entry]:
+    """Raises `CheckpointError` unless names differ, sizes fit, and the ranges follow each other without gap or overlap.
 
-    Mapped pages count as memory of this process until then, so one block should read megabytes, not a whole model.
+    The library checks the rest, and refuses a file for which this returns nothing. Of these faults, it accepts the same
+    name twice and doesn't tell the values of others.
     """
+    with naming(file), file.open("rb") as stream:
+        version = _version(stream.fileno())
+        size = version[1]
+        length = int.from_bytes(stream.read(8), "little")
+        if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
+            return {}
+        text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=unique_keys)
+        ranges = [(*one["data_offsets"], name, one) for name, one in header.items() if name != "__metadata__"]
+        end, entries = 0, {}
+        for start, stop, name, one in sorted(ranges, key=lambda found: found[:2]):
+            wrong = ""
+            bits = int(found[0]) if (found := re.search(r"\d+", one["dtype"])) else 8
+            if not name.isprintable() or len(name) > MAX_NAME:
+                wrong = f"has a name of {len(name)} characters, expected at most {MAX_NAME} that can be printed"
+            elif start != end or stop < start:
+                wrong = f"has the bytes {short(start)} to {short(stop)}, expected to start at {end}"
+            elif prod(one["shape"]) * bits != (stop - start) * 8:
+                wrong = f"of dtype {short(one['dtype'])[1:-1]} and shape {short(one['shape'])} has {stop - start} bytes"
+            if wrong:
+                raise CheckpointError(f"{file} has a damaged header (tensor {short(name)} {wrong}): download it again")
+            end = stop
+            entries[name] = Entry(name, file, one["dtype"], tuple(one["shape"]), 8 + length + start, version)
+        return entries
+    except DuplicateKey as error:
+        raise CheckpointError(f"{file} has a damaged header ({error}): download it again") from None
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
+
+
+class TensorReader:
+    """Reads rows of tensors. The files that it opens stay open until the `with` block ends."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
-        self._files: dict[Path, safe_open] = {}
+        self._files: dict[Path, int] = {}  # their descriptors
 
     def read(self, entry: Entry, rows: Rows = ()) -> np.ndarray:
         """Returns the tensor's values at the index `rows` as a new contiguous array.
 
-        An index is a tuple of integers and slices of step 1 for the leading axes. Raises `CheckpointError` if the file
-        has changed since its header was read.
+        An index is a tuple for the leading axes: integers, and a slice of step 1 as its last item. Raises
+        `CheckpointError` if the file has changed since its header was read, and `OSError` if it can't be read.
         """
-        tensors = self._files.get(entry.file)
-        if tensors is None:
-            tensors = self._files[entry.file] = self._stack.enter_context(_opened(entry.file))
-        try:
-            found = tensors.get_slice(entry.name)
-            if found.get_dtype() == entry.code and tuple(found.get_shape()) == entry.shape:
-                return np.ascontiguousarray(found[rows or ...])
-        except SafetensorError:
-            pass
-        raise CheckpointError(f"{entry.file} changed while it was read (tensor {entry.name}): convert or load again")
+        shape, first = entry.shape, 0
+        for index in rows:
+            start = index if isinstance(index, int) else index.start
+            first += start * prod(shape[1:])
+            shape = shape[1:] if isinstance(index, int) else (index.stop - start, *shape[1:])
+        values = np.empty(shape, entry.dtype)
+        room, position = memoryview(values.reshape(-1).view(np.uint8)), entry.start + first * values.itemsize
+        with naming(entry.file):
+            descriptor = self._open(entry)
+            while room:
+                if not (count := os.preadv(descriptor, [room], position)):
+                    raise _changed(entry.file)
+                room, position = room[count:], position + count
+        return values
+
+    def _open(self, entry: Entry) -> int:
+        if entry.file not in self._files:
+            stream = self._stack.enter_context(entry.file.open("rb", buffering=0))
+            if _version(stream.fileno()) != entry.version:
+                raise _changed(entry.file)
+            self._files[entry.file] = stream.fileno()
+        return self._files[entry.file]
 
     def __enter__(self) -> "TensorReader":
         return self
@@ -112,15 +183,13 @@ class TensorReader:
         self._stack.close()
 
 
-@contextmanager
-def _opened(file: Path) -> Iterator[safe_open]:
-    """Opens a file with safetensors; raises `CheckpointError` if safetensors refuses it."""
-    try:
-        tensors = safe_open(file, "numpy")
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} {_why_refused(str(error), file.stat().st_size)}: download it again") from None
-    with tensors:
-        yield tensors
+def _version(descriptor: int) -> tuple[int, ...]:
+    found = os.fstat(descriptor)
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file} changed while it was read: convert or load again")
 
 
 def _why_refused(said: str, size: int) -> str:

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from converters.hf_to_orbax import new_directory
+from deepstack_jax.checkpoints.hf_folder import write_sums
 from deepstack_jax.checkpoints.mapping import parameters
 from deepstack_jax.checkpoints.safetensors_file import FileWriter
 from deepstack_jax.config import ModelConfig
@@ -184,6 +185,7 @@ def write_checkpoint(
                 values = np.asarray(params[parameter.path], np.float32).astype(numpy_dtype)
                 for tensor in parameter.tensors:
                     writer.write(tensor.name, tensor.take(values))
+        write_sums(staging)
 
 
 def model_config() -> ModelConfig:
