@@ -1,6 +1,7 @@
 """Frames and files of videos that tests share, and transformers' video processor."""
 
 import io
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +40,7 @@ def write_video(path: Path, frames: np.ndarray, fps: Fraction | int = 10, codec:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = {"gif": "rgb8", "ffv1": "bgr0"}.get(codec, "yuv420p")
+        stream.pix_fmt = {"gif": "rgb8"}.get(codec, "yuv420p")
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
@@ -60,3 +61,37 @@ def picture(kind: str, image: np.ndarray | Image.Image, **options: Any) -> bytes
     file = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
     return file.getvalue()
+
+
+def shared_samples(sample: bytes, count: int, width: int = 64, height: int = 64, codec: bytes = b"jpeg") -> bytes:
+    """A QuickTime file whose `count` frames are all the same bytes, behind a header of any size."""
+
+    def box(kind: bytes, *content: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + sum(map(len, content)), kind) + b"".join(content)
+
+    def numbers(*values: int) -> bytes:
+        return struct.pack(f">{len(values)}I", *values)
+
+    start = box(b"ftyp", b"qt  ", numbers(0), b"qt  ")
+    offset = len(start) + 8
+    entry = box(codec, bytes(6), b"\0\1", bytes(16), struct.pack(">HH", width, height),
+                numbers(72 << 16, 72 << 16, 0), b"\0\1", bytes(32), b"\0\x18\xff\xff")  # fmt: skip
+    table = box(
+        b"stbl",
+        box(b"stsd", numbers(0, 1), entry),
+        box(b"stts", numbers(0, 1, count, 1)),
+        box(b"stsc", numbers(0, 1, 1, 1, 1)),
+        box(b"stsz", numbers(0, len(sample), count)),
+        box(b"stco", numbers(0, count), numbers(offset) * count),
+    )
+    self_reference = box(b"dinf", box(b"dref", numbers(0, 1), box(b"url ", numbers(1))))
+    media = box(
+        b"mdia",
+        box(b"mdhd", numbers(0, 0, 0, 24, count, 0)),
+        box(b"hdlr", numbers(0), b"mhlrvide", bytes(13)),
+        box(b"minf", box(b"vmhd", numbers(1, 0, 0)), self_reference, table),
+    )
+    unity = numbers(1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    track = box(b"tkhd", numbers(7, 0, 0, 1, 0, count), bytes(16), unity, numbers(width << 16, height << 16))
+    header = box(b"mvhd", numbers(0, 0, 0, 24, count, 1 << 16), b"\1\0", bytes(10), unity, bytes(24), numbers(2))
+    return start + box(b"mdat", sample) + box(b"moov", header, box(b"trak", track, media))

@@ -11,6 +11,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from deepstack_jax.processing.sources import MediaFile
+
 VIDEO = "an .mp4 of eight frames"
 CASES: dict[str, list[Any]] = {  # name of a prompt -> sizes of its images in pixels, or VIDEO
     "one image": [(160, 96)],
@@ -44,11 +46,12 @@ def saved(mode: str, form: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def opened(data: bytes) -> Image.Image:
+def opened(data: bytes) -> MediaFile:
     """An image as the server admits it, with only its header read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
+    return MediaFile(data, image.format, *image.size)
 
 
 def rotated() -> Image.Exif:
@@ -128,8 +131,8 @@ VIDEOS: dict[str, Callable[[], bytes]] = {
 }
 
 
-def media(case: str) -> tuple[list[Image.Image], list[io.BytesIO]]:
-    """The images, opened from their bytes, and the videos of one of CASES, as an HTTP request brings them."""
+def media(case: str) -> tuple[list[MediaFile], list[MediaFile]]:
+    """The images and the videos of one of CASES, as an HTTP request brings them."""
     images, videos = [], []
     for number, kind in enumerate(CASES[case]):
         rng = np.random.default_rng(number)
@@ -138,11 +141,11 @@ def media(case: str) -> tuple[list[Image.Image], list[io.BytesIO]]:
             continue
         file = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (kind[1], kind[0], 3), np.uint8)).save(file, "PNG")
-        images.append(Image.open(file))
+        images.append(opened(file.getvalue()))
     return images, videos
 
 
-def _video(frames: np.ndarray) -> io.BytesIO:
+def _video(frames: np.ndarray) -> MediaFile:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=4)
@@ -150,5 +153,4 @@ def _video(frames: np.ndarray) -> io.BytesIO:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    file.seek(0)
-    return file
+    return MediaFile(file.getvalue())

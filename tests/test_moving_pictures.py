@@ -3,8 +3,11 @@
 import contextlib
 import io
 import struct
+import subprocess
+import sys
 import time
 import zlib
+from pathlib import Path
 from typing import Any
 
 import av
@@ -15,7 +18,7 @@ from transformers.video_utils import VideoMetadata
 
 from deepstack_jax.processing.moving_pictures import probe
 from deepstack_jax.processing.videos import Video, VideoError, VideoOptions, VideoSettings, load_video
-from tests.films import animation, film, hf_processor, picture
+from tests.films import animation, film, hf_processor, picture, shared_samples
 
 KINDS = ("GIF", "WEBP", "PNG", "AVIF")
 SETTINGS = VideoSettings()
@@ -357,7 +360,63 @@ def test_a_cover_is_not_a_film(tmp_path):
         load_video(song_path, SETTINGS)
 
 
-def test_frames_that_grow_beyond_the_header_are_refused(tmp_path):
-    small, large = (b"".join(picture("JPEG", frame) for frame in film(3, *size)) for size in ((64, 96), (640, 960)))
-    with pytest.raises(VideoError, match="has frames of 960x640 after its header said 96x64: encode it again"):
+@pytest.mark.parametrize(("size", "found"), [((80, 96), "96x80"), ((640, 960), "another size")])
+def test_frames_that_grow_beyond_the_header_are_refused(size: tuple[int, int], found: str):
+    small, large = (b"".join(picture("JPEG", frame) for frame in film(3, *size)) for size in ((64, 96), size))
+    with pytest.raises(VideoError, match=f"has frames of {found} after its header said 96x64: encode it again"):
         every_frame(small + large)
+
+
+def test_frames_that_share_their_bytes_are_refused():
+    """The frames' own size is far beyond the header's, and a short file would make hours of decoding."""
+    for side, count in ((64, 7200), (2000, 7200), (2000, 2)):
+        content = shared_samples(picture("JPEG", Image.new("L", (side, side))), count)
+        with pytest.raises(VideoError, match="has frames that share their bytes, more than the file holds"):
+            every_frame(content)
+    frame = film(1)[0]
+    assert every_frame(shared_samples(picture("JPEG", frame), 1, 96, 64)).frames.shape == (1, 64, 96, 3)
+
+
+def test_a_frame_is_bounded_before_it_gets_memory():
+    """FFmpeg decodes the first frame to learn what the header leaves open."""
+    content = shared_samples(picture("JPEG", Image.new("L", (10_500, 10_500))), 1)
+    code = (
+        "import io, sys; from deepstack_jax.processing.moving_pictures import VideoError, probe\n"
+        "try: probe(io.BytesIO(sys.stdin.buffer.read()), 'film')\n"
+        "except VideoError as error: print(error)\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    lines = subprocess.run([sys.executable, "-c", code], input=content, capture_output=True, check=True).stdout.split(
+        b"\n"
+    )
+    assert lines[0] == b"film has frames of an unknown size, perhaps too large: scale it down"
+    assert int(lines[1].split()[1]) << 10 < 10_500**2
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "rawvideo", "png", "flv", "msmpeg4v2", "dvvideo", "huffyuv", "wmv2"])
+def test_a_codec_that_is_not_on_the_list_is_refused(codec: str, tmp_path: Path):
+    path = tmp_path / "film.mkv"
+    with av.open(str(path), "w", format="nut") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height = (720, 576) if codec == "dvvideo" else (96, 64)
+        stream.pix_fmt = {"png": "rgb24", "huffyuv": "yuv422p"}.get(codec, "yuv420p")
+        for frame in film(2, stream.height, stream.width):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=stream.pix_fmt)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    name = {"flv": "flv1"}.get(codec, codec)
+    with pytest.raises(
+        VideoError, match=f"has the video codec {name}, which is not decoded: encode it as one of h264,"
+    ):
+        load_video(path, SETTINGS)
+
+
+def test_no_decoder_beside_the_list_is_opened():
+    """FFmpeg itself says which it refused: it would run them to find out what a header leaves open."""
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as lines, pytest.raises(VideoError, match="codec png"):
+            probe(io.BytesIO(shared_samples(picture("PNG", film(1)[0]), 1, codec=b"png ")), "film")
+    finally:
+        av.logging.set_level(None)
+    assert any("not on whitelist" in text for _, _, text in lines)

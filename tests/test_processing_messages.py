@@ -112,6 +112,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "no thinking": ([ASKED], {"enable_thinking": False}),
     "thinking": ([ASKED], {"enable_thinking": True}),
     "a variable that the template doesn't read": ([ASKED], {"nonsense": 3}),
+    "variables that are no names": ([ASKED], {"a(": 3, "a\nb": 4}),
 }
 
 
@@ -338,6 +339,7 @@ def test_options_reach_the_media_with_the_part_before_the_call():
         ({"tools": ["weather"]}, r"tools\[0\] 'weather'"),
         ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs.tokenize is not a variable"),
         ({"chat_template_kwargs": []}, "chat_template_kwargs \\[\\]: expected an object"),
+        ({"chat_template_kwargs": {"tools": 1}}, "is not a variable of a template"),
         ({"enable_thinking": "no"}, "enable_thinking 'no': expected true or false"),
         ({"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}, "differ"),
     ],

@@ -460,6 +460,28 @@ def test_streamed_pieces_join_to_what_decode_gives(processor: Processor, ids: li
     assert ["".join(pieces)] == expected
 
 
+def test_a_stream_of_bytes_that_are_no_text_is_decoded_in_one_pass(processor: Processor, monkeypatch: Any):
+    """Every character of Unicode's planes in pieces, bytes that fit nowhere, and added tokens between them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["é", "a b", "<tool>"])  # é is also a character of the table of bytes
+    monkeypatch.setattr(processor, "tokenizer", tokenizer)
+    for name in ("decodes_bytes", "_decoded_bytes"):
+        processor.__dict__.pop(name, None)
+    rng = np.random.default_rng(0)
+    data = rng.choice([0x41, 0x80, 0xBF, 0xC2, 0xE0, 0xE2, 0x82, 0xAC, 0xED, 0xA0, 0xF0, 0x9F, 0x98, 0xF4, 0xFF], 3000)
+    of_byte = {processor.decoded_bytes(token): token for token in range(len(tokenizer))}
+    ids = [of_byte[bytes([byte])] for byte in data]
+    for token in range(len(tokenizer) - 12, len(tokenizer)):  # among them are the special ones
+        ids.insert(int(rng.integers(len(ids))), token)
+    stream = processor.decode_stream()
+    with monkeypatch.context() as patch:
+        patch.delattr(Processor, "_decode")  # which would be called for each token
+        streamed = "".join([*map(stream.feed, ids), stream.finish()])
+    assert [streamed] == processor.decode(np.array([ids]), np.array([len(ids)]))
+    for name in ("decodes_bytes", "_decoded_bytes"):
+        processor.__dict__.pop(name, None)
+
+
 @given(st.text(max_size=30).filter(lambda text: "<|" not in text))  # special tokens are left out
 @settings(max_examples=200, deadline=None)
 def test_streamed_pieces_never_hold_half_a_character(processor: Processor, text: str):

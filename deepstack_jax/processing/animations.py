@@ -12,19 +12,16 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
-import av
 from PIL import Image
 
-from deepstack_jax.processing.images import ImageError, load_image
+from deepstack_jax.processing.containers import File, open_container, packets
+from deepstack_jax.processing.images import MAX_IMAGE_PIXELS, ImageError, load_image
 
 ANIMATIONS = ("GIF", "WEBP", "PNG", "AVIF")
 # seconds; browsers and FFmpeg use this for a frame without a duration
 DEFAULT_DELAY = 0.1
-
-File = Path | io.BytesIO
 
 
 @dataclass(frozen=True)
@@ -89,6 +86,7 @@ def read_header(file: File, kind: str) -> Header:
 
     Raises:
         struct.error, IndexError: the file ends too soon.
+        av.error.FFmpegError: an AVIF file is damaged.
     """
     if kind == "AVIF":
         return _read_avif(file)
@@ -196,18 +194,14 @@ def _read_webp(content: BinaryIO) -> Header:
 
 def _read_avif(file: File) -> Header:
     """Finds the frames' stream: FFmpeg lists the still picture, the frames and their opacity as separate streams."""
-    if isinstance(file, io.BytesIO):
-        file.seek(0)
-    # a file may refer to other files, none of which may be opened
-    source, allowed = (file, "data") if isinstance(file, io.BytesIO) else (str(file), "file")
-    with av.open(source, mode="r", options={"protocol_whitelist": allowed}) as container:
+    with open_container(file, MAX_IMAGE_PIXELS) as container:
         streams = container.streams.video
         if not streams:
             return Header([0.0], 0, 0)
         track = max(streams, key=lambda stream: stream.frames)
         width, height = (max(getattr(stream, side) for stream in streams) for side in ("width", "height"))
-        packets = [packet for packet in container.demux(track) if packet.size]
-        delays = [float((packet.duration or 0) * (packet.time_base or 0)) for packet in packets]
+        shown = [packet for packet in packets(container, track, file, "AVIF file") if packet.size]
+        delays = [float((packet.duration or 0) * (packet.time_base or 0)) for packet in shown]
     return Header(delays, width, height)
 
 

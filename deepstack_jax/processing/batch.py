@@ -6,6 +6,7 @@ rounded up to a bucket, so that a bounded number of programs serves all prompts.
 
 import hashlib
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -41,8 +42,9 @@ class VisionInput:
     geometry: PatchGeometry
     num_rows: int  # visual tokens
 
+    @cached_property
     def digest(self) -> bytes:
-        """Returns the SHA-256 of the padded patches and of their geometry."""
+        """The SHA-256 of the padded patches and of their geometry."""
         hashed = hashlib.sha256()
         geometry = (getattr(self.geometry, each.name) for each in fields(self.geometry))
         for array in map(np.ascontiguousarray, (self.pixel_values, *geometry)):

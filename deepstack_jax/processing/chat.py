@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepstack_jax.config_values import read_json_object
-from deepstack_jax.errors import one_line
+from deepstack_jax.errors import naming, one_line, short
 from deepstack_jax.processing.messages import Message, PromptError
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -22,7 +22,7 @@ QWEN_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
     "{% endfor %}"
-    "{{ '<|im_start|>assistant\\n' }}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 _MARKED = re.compile(
@@ -57,6 +57,9 @@ def render(
     template: str | None,
     tools: Sequence[Any] = (),
     variables: Mapping[str, Any] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> str:
     """Returns the prompt's text, up to where the assistant's answer starts.
 
@@ -66,6 +69,8 @@ def render(
         template: the checkpoint's chat template. If there is none at all, Qwen3-VL's conversation format is used.
         tools: JSON schemas of functions, or Python functions.
         variables: variables of the template, such as `enable_thinking`.
+        add_generation_prompt: whether the text ends with the beginning of the assistant's turn.
+        continue_final_message: whether it ends where the last message does, for an answer that goes on from there.
 
     Raises:
         PromptError: the template refuses the messages or does not support tools.
@@ -88,7 +93,8 @@ def render(
             tools=list(tools) or None,
             chat_template=source,
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             **variables,
         )
     except Exception as error:  # a template is a program, which may raise anything
@@ -103,7 +109,8 @@ def read_chat_template(directory: Path) -> str | None:
     file = directory / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            with naming(file):
+                return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise PromptError(f"{file} is not UTF-8 text ({error}): copy it from the checkpoint again") from None
     file = directory / "chat_template.json"
@@ -117,11 +124,13 @@ def read_chat_template(directory: Path) -> str | None:
 
 def _check_variables(source: str, tools: Sequence[Any], variables: Mapping[str, Any]) -> None:
     """Refuses tools that the template would silently drop, and warns about variables that it doesn't read."""
-    unread = [name for name in (*(["tools"] if tools else []), *variables) if not re.search(rf"\b{name}\b", source)]
+    names = (*(["tools"] if tools else []), *variables)
+    unread = [name for name in names if not re.search(rf"\b{re.escape(name)}\b", source)]
     if "tools" in unread:
         raise PromptError("the checkpoint's chat template has no place for tools: leave them out")
     if unread:
-        _log.warning("the checkpoint's chat template doesn't read %s", ", ".join(unread))
+        shown = ", ".join(name if name.isidentifier() else short(name) for name in unread)
+        _log.warning("the checkpoint's chat template doesn't read %s", shown)
 
 
 def _refuse_extras(messages: Sequence[Message], tools: Sequence[Any], variables: Mapping[str, Any]) -> None:

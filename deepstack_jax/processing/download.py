@@ -6,7 +6,6 @@ httpcore implements HTTP, TLS and proxies; this module opens connections, follow
 """
 
 import asyncio
-import socket
 import ssl
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpcore
 
+from deepstack_jax.processing.resolver import resolve_name
 from deepstack_jax.processing.urls import DownloadError, Target, parse_url, url_name
 
 TIMEOUT_SECONDS = 20.0
@@ -67,8 +67,16 @@ def download(url: str, max_bytes: int, error: type[ValueError], timeout: float =
         except BaseException as reason:
             result.set_exception(reason)
 
-    # a daemon thread, never joined: the system's resolver can't be interrupted and may take longer than the time-out
-    Thread(target=lambda: asyncio.run(run()), name="download", daemon=True).start()
+    def in_loop() -> None:
+        coroutine = run()
+        try:
+            asyncio.run(coroutine)
+        except OSError as reason:  # a loop needs descriptors
+            coroutine.close()
+            result.set_exception(reason)
+
+    # a daemon thread, because the caller may already run an event loop, and nobody joins it after an interrupt
+    Thread(target=in_loop, name="download", daemon=True).start()
     try:
         return result.result()
     except TimeoutError:
@@ -115,12 +123,6 @@ async def fetch_body(
             return answer
         url = urljoin(url, answer)
     raise DownloadError(f"{name} redirects more than {max_redirects} times: give the final URL")
-
-
-async def resolve_name(host: str, port: int) -> list[str]:
-    """Returns the addresses of a host from the system's resolver, without duplicates."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 @cache

@@ -7,10 +7,9 @@ the arrays are equal bit for bit. Video frames use the same `patchify`.
 import io
 import json
 import math
-import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,18 +17,20 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.config_values import read_json_object
-from deepstack_jax.errors import one_line
+from deepstack_jax.errors import one_line, short
 from deepstack_jax.processing.sources import (
     HEIC_BRANDS,
     SNIFFED_BYTES,
+    MediaFile,
     MediaSource,
     describe,
     host_array,
     is_array,
+    is_file,
     looks_like_video,
     open_source,
     option_values,
@@ -39,9 +40,11 @@ from deepstack_jax.rounding import cdiv
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_IMAGE_BYTES = 64 << 20
 MAX_ASPECT_RATIO = 200
+LARGEST_SCALE, SMALLEST_DEVIATION = 1e6, 1e-6  # of values from 0 to 255, so that pixels stay finite in float32
 
 # formats in which previews, second views or layers follow the picture itself
 _STILLS = ("MPO", "PSD")
+_STRIP_PIXELS = 1 << 20
 _ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF", "FLI")
 
 ImageSource = MediaSource | Image.Image | ArrayLike
@@ -144,12 +147,26 @@ def load_image(source: ImageSource, max_pixels: int = MAX_IMAGE_PIXELS) -> Image
     if is_array(source):
         array = host_array(source, "an image", ImageError)
         return _finish(_from_array(array), f"array {list(array.shape)}", max_pixels)
-    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
+    if is_file(source):
         file = open_source(cast(MediaSource, source), MAX_IMAGE_BYTES, ImageError)
-        return _load_file(file, describe(source), max_pixels)
+        return _load_file(file, describe(source), max_pixels, source.format if isinstance(source, MediaFile) else None)
     raise ImageError(
         f"an image can't be read from {type(source).__name__}: give a path, URL, bytes, file object, PIL image or array"
     )
+
+
+def openers(formats: Sequence[str], error: type[ValueError]) -> list[str]:
+    """Returns the names under which Pillow opens images of formats, those that it supports.
+
+    Raises:
+        error: it supports none of them.
+    """
+    Image.init()
+    # there is no opener for MPO: that for JPEG recognises it
+    found = [name for name in ("JPEG" if name == "MPO" else name for name in formats) if name in Image.OPEN]
+    if not found:
+        raise error(f"images of format {', '.join(formats)} are not supported here: send a PNG or JPEG")
+    return found
 
 
 def preprocess_images(
@@ -160,14 +177,31 @@ def preprocess_images(
     The rows of one image are in the order of the merged blocks, as the vision encoder expects them. `options` has one
     entry per image, or is empty.
     """
+    pairs = zip(images, options or [ImageOptions()] * len(images), strict=True)
+    return image_patches([fit_image(image, settings, its) for image, its in pairs], settings)
+
+
+def fit_image(image: Image.Image, settings: ImageSettings, options: ImageOptions) -> np.ndarray:
+    """Resizes an RGB image to the size at which it is encoded; returns uint8 `[H, W, 3]`."""
+    return resize(image, *fitted_size(image.height, image.width, settings, options), settings.resample)
+
+
+def fitted_size(height: int, width: int, settings: ImageSettings, options: ImageOptions) -> tuple[int, int]:
+    """Returns the (height, width) to which an image of a size is resized."""
+    # If only one bound is given, transformers keeps its own other bound even if the two cross. smart_resize then checks
+    # the upper bound first, as transformers does.
+    low = settings.min_pixels if options.min_pixels is None else options.min_pixels
+    high = settings.max_pixels if options.max_pixels is None else options.max_pixels
+    height, width = options.resized_height or height, options.resized_width or width
+    return smart_resize(height, width, settings.factor, low, high)
+
+
+def image_patches(frames: Sequence[np.ndarray], settings: ImageSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Turns images as `fit_image` returns them into the arrays of `preprocess_images`."""
     table = normalisation_table(settings)
-    rows, grids = [], []
-    for image, option in zip(images, options or [ImageOptions()] * len(images), strict=True):
-        height, width = _target_size(image, settings, option)
-        frame = resize(image, height, width, settings.resample)
-        rows.append(patchify(frame[None], table, settings))
-        grids.append((1, height // settings.patch_size, width // settings.patch_size))
-    return np.concatenate(rows), np.array(grids, np.int64)
+    rows = [patchify(frame[None], table, settings) for frame in frames]
+    grids = [(1, *(side // settings.patch_size for side in frame.shape[:2])) for frame in frames]
+    return rows[0] if len(rows) == 1 else np.concatenate(rows), np.array(grids, np.int64)
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -301,13 +335,15 @@ def common_settings(
     }
     for key, expected in geometry.items():
         if raw.get(key, expected) != expected:
-            raise ImageError(f"{key} {raw[key]!r} of {raw.file} differs from the vision encoder's {expected}")
+            raise ImageError(f"{key} {short(raw[key])} of {raw.file} differs from the vision encoder's {expected}")
     for key in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if (value := raw.get(key, True)) is not True:
-            raise ImageError(f"{key} {json.dumps(value)} of {raw.file} is not supported: remove it or set it to true")
+            raise ImageError(
+                f"{key} {json.dumps(value)[:80]} of {raw.file} is not supported: remove it or set it to true"
+            )
     min_pixels, max_pixels = _size_bounds(raw, size)
     deviations = _channels(raw, "image_std", std)
-    if not all(deviations):
+    if min(map(abs, deviations)) < SMALLEST_DEVIATION:
         raise ImageError(f"image_std {list(deviations)} of {raw.file} divides by 0: give numbers other than 0")
     resample = _number(raw, "resample", Image.Resampling.BICUBIC)
     if resample not in (filters := sorted(map(int, Image.Resampling))):
@@ -330,27 +366,30 @@ def _size_bounds(raw: ProcessorConfig, size: Any) -> tuple[int, int]:
     edges = ("shortest_edge", "longest_edge")
     values = {key: value for key, value in size.items() if value is not None} if isinstance(size, dict) else {}
     if values.keys() != set(edges):
-        raise ImageError(f"size {size} of {raw.file} needs shortest_edge and longest_edge, and nothing else")
+        raise ImageError(f"size {short(size)} of {raw.file} needs shortest_edge and longest_edge, and nothing else")
     for key, value in values.items():
         number = _as_number(value)
         if not number >= 1 or number != int(number):
-            raise ImageError(f"size {key} {value!r} of {raw.file} must be a whole number of pixels above 0")
-    return int(values[edges[0]]), int(values[edges[1]])
+            raise ImageError(f"size {key} {short(value)} of {raw.file} must be a whole number of pixels above 0")
+    least, most = (int(values[edge]) for edge in edges)
+    if least > MAX_IMAGE_PIXELS:
+        raise ImageError(f"size shortest_edge {short(least)} of {raw.file} is above {MAX_IMAGE_PIXELS}: lower it")
+    return least, most
 
 
 def _channels(raw: ProcessorConfig, key: str, default: Sequence[float]) -> tuple[float, ...]:
     """Returns one number per channel; as in transformers, a single number stands for all three."""
     value = raw.get(key, list(default))
     numbers = [_as_number(one) for one in (value if isinstance(value, list) else [value] * 3)]
-    if len(numbers) != 3 or any(map(math.isnan, numbers)):
-        raise ImageError(f"{key} {value!r} of {raw.file} must be a number or three, one per channel")
+    if len(numbers) != 3 or not all(abs(number) <= LARGEST_SCALE for number in numbers):
+        raise ImageError(f"{key} {short(value)} of {raw.file} must be a number or three, one per channel")
     return tuple(numbers)
 
 
 def _number(raw: ProcessorConfig, key: str, default: float) -> float:
     number = _as_number(value := raw.get(key, default))
-    if math.isnan(number):
-        raise ImageError(f"{key} {value!r} of {raw.file} must be a number")
+    if not abs(number) <= LARGEST_SCALE:
+        raise ImageError(f"{key} {short(value)} of {raw.file} must be a number")
     return number
 
 
@@ -360,34 +399,31 @@ def _as_number(value: Any) -> float:
     return value if number else math.nan
 
 
-def _target_size(image: Image.Image, settings: ImageSettings, options: ImageOptions) -> tuple[int, int]:
-    # If only one bound is given, transformers keeps its own other bound even if the two cross. smart_resize then checks
-    # the upper bound first, as transformers does.
-    low = settings.min_pixels if options.min_pixels is None else options.min_pixels
-    high = settings.max_pixels if options.max_pixels is None else options.max_pixels
-    height, width = options.resized_height or image.height, options.resized_width or image.width
-    return smart_resize(height, width, settings.factor, low, high)
-
-
-def _load_file(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+def _load_file(file: Path | io.BytesIO, name: str, max_pixels: int, image_format: str | None) -> Image.Image:
+    formats = openers([image_format], ImageError) if image_format else None
     try:
         with warnings.catch_warnings():
             # the check below reports this with the size and the remedy
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            image = Image.open(file, formats=formats)
     except UnidentifiedImageError:
         raise ImageError(_unidentified(file, name)) from None
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise ImageError(_too_large(name, f"{pixels[0] if pixels else 'too many'} pixels", max_pixels)) from None
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise many types for damaged headers
         raise ImageError(f"{name} can't be read ({one_line(error)}): give an intact image file") from None
     with image:
-        return _finish(image, name, max_pixels)
+        return _finish(image, name, max_pixels, in_place=True)
 
 
-def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """Checks the header of an opened image, decodes it, turns it upright and converts it to RGB."""
+def _finish(image: Image.Image, name: str, max_pixels: int, in_place: bool = False) -> Image.Image:
+    """Checks the header of an opened image, decodes it, turns it upright and converts it to RGB.
+
+    `in_place` lets go of the decoded pixels as soon as they are turned.
+    """
     width, height = image.size
     if not width or not height:
         raise ImageError(f"{name} is empty ({width}x{height}): give an image with at least one pixel")
@@ -399,6 +435,8 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         frames = 1 if image.format in _STILLS else getattr(image, "n_frames", 1)
         if frames == 1:
             image.load()
+    except MemoryError:
+        raise
     except Exception as error:
         if "closed" in str(error) or (isinstance(error, AssertionError) and getattr(image, "fp", error) is None):
             raise ImageError(f"{name} was closed before it was decoded: call its load() before closing it") from None
@@ -406,9 +444,13 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if frames > 1:
         raise ImageError(_several(name, image.format or "", frames))
     try:
-        image = ImageOps.exif_transpose(image)
+        # without a rotation, exif_transpose would copy the image
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+            image = ImageOps.exif_transpose(image, in_place=in_place) or image
+    except MemoryError:
+        raise
     except Exception:  # damaged EXIF doesn't give the rotation, but the pixels are good
-        image = image.copy()
+        pass
     try:
         return _to_rgb(image, name)
     except (ValueError, OSError) as error:
@@ -420,23 +462,37 @@ def _finish(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Converts an opened image as transformers does: transparency is blended with white, Pillow does the rest."""
+    """Converts an opened image as transformers does: transparency is blended with white, Pillow does the rest.
+
+    Conversions take several copies of what they convert, so they run over strips of the image.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
         _check_wide(image, name)
     if image.mode == "La":
         raise ImageError(f'{name} is of mode La, which has no conversion to RGB: pass image.convert("LA")')
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        if "A" in strip.getbands() or strip.info.get("transparency") is not None:
+            strip = strip.convert("RGBA")
+            strip = Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip)
+        rgb.paste(strip.convert("RGB"), (0, top))
+    return rgb
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yields the image in strips of a few rows, each with the number of its first row."""
+    rows = max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _check_wide(image: Image.Image, name: str) -> None:
     """Refuses grey values that Pillow, and so transformers, would clip to 0 and 255: most such pictures turn white."""
-    values = np.asarray(image)
-    low, high = values.min().item(), values.max().item()
+    arrays = (np.asarray(strip) for _, strip in _strips(image))
+    bounds = [bound.item() for values in arrays for bound in (values.min(), values.max())]
+    low, high = np.min(bounds).item(), np.max(bounds).item()  # NaN if any value is
     if not np.isfinite([low, high]).all():
         raise ImageError(f"{name} has values that are not finite: replace them, as numpy.nan_to_num does")
     if low < 0 or high > 255 or (image.mode == "F" and high <= 1):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepstack_jax.errors import short
 from deepstack_jax.processing.images import IMAGE_OPTIONS, ImageOptions
 from deepstack_jax.processing.videos import VIDEO_OPTIONS, VideoOptions
 
@@ -43,6 +44,11 @@ class PromptError(ValueError):
     """A prompt can't be served; the message is one line with the remedy."""
 
 
+# every key that some kind of part may have
+PART_KEYS = {"type", "text", "detail", *_DESCRIPTION_KEYS, *_SOURCE_KEYS["image"], *_SOURCE_KEYS["video"]}
+PART_KEYS |= {*IMAGE_OPTIONS, *VIDEO_OPTIONS}
+
+
 @dataclass(frozen=True)
 class Media:
     """One image or video of a prompt. If the source is None, it is the next one of `images=` or `videos=`."""
@@ -52,7 +58,7 @@ class Media:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def parse_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Media]]:
+def parse_messages(messages: Sequence[Message], allow_empty: bool = False) -> tuple[list[Message], list[Media]]:
     """Checks one conversation and converts it to the form that chat templates read.
 
     Args:
@@ -63,6 +69,7 @@ def parse_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Med
             None if an assistant called tools or a tool returned nothing. The source of a part may also be under
             `image_url` or `video_url` (a str or an object with a `url`), `url`, `path`, `base64`, `data` or `source`.
             The part may also hold the options of `ImageOptions` or `VideoOptions`.
+        allow_empty: whether a conversation may have no content at all.
 
     Returns:
         The messages, with parts of the types text, image and video only, and the media in reading order.
@@ -78,7 +85,7 @@ def parse_messages(messages: Sequence[Message]) -> tuple[list[Message], list[Med
         media += [part for part in content.parts if isinstance(part, Media)]
         parsed.append(content.message)
     says_nothing = not any(_text_of(message["content"]).strip() or "tool_calls" in message for message in parsed)
-    if not media and says_nothing:
+    if not media and says_nothing and not allow_empty:
         raise PromptError("empty prompt: give a message with text, an image or a video")
     return parsed, media
 
@@ -101,12 +108,6 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for one in value:
             yield from texts_in(one)
-
-
-def short(value: Any) -> str:
-    """Returns `value` as an error message shows it: about 100 characters at most."""
-    text = repr(value[:100] if isinstance(value, str | bytes) else value)
-    return text if len(text) <= 100 else text[:100] + "..."
 
 
 @dataclass(frozen=True)
@@ -172,11 +173,9 @@ def _parse_part(part: Any, where: str) -> str | Media:
         raise PromptError(
             f"content part {short(part)} is not known: use text, image, video, image_url, video_url or input_image"
         )
-    known = {"type", "text", "detail", *_DESCRIPTION_KEYS, *_SOURCE_KEYS["image"], *_SOURCE_KEYS["video"]}
-    known |= {*IMAGE_OPTIONS, *VIDEO_OPTIONS}
     given = {key: value for key, value in part.items() if value is not None}
     # data sets write the keys of all kinds of parts into each part, with null where they don't apply
-    unknown = [key for key in part if key not in known] + [key for key in given if key not in _keys_of(kind)]
+    unknown = [key for key in part if key not in PART_KEYS] + [key for key in given if key not in _keys_of(kind)]
     if unknown:
         raise PromptError(
             f"{where} has the unknown key {short(unknown[0])}: a part of type {part.get('type', kind)} has "

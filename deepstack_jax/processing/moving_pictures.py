@@ -1,12 +1,9 @@
 """Reads moving pictures, from header to frames: videos, which FFmpeg decodes, and animations (`animations.py`)."""
 
-import io
 import struct
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import av
 import av.error
 import numpy as np
 from av.container import InputContainer
@@ -14,14 +11,19 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 
 from deepstack_jax.errors import one_line
-from deepstack_jax.processing.animations import ANIMATIONS, File, frames_of, has_views, picture_format, read_header
+from deepstack_jax.processing.animations import ANIMATIONS, frames_of, has_views, picture_format, read_header
+from deepstack_jax.processing.containers import (
+    File,
+    VideoError,
+    check_codec,
+    check_samples,
+    decoder_pixels,
+    open_container,
+    packets,
+)
 from deepstack_jax.processing.images import MAX_IMAGE_PIXELS, ImageError, load_image
 
 DEFAULT_FPS = 24.0
-
-
-class VideoError(ValueError):
-    """A video can't be used; the message is one line with the remedy."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def probe(file: File, name: str, formats: str | None = None) -> VideoProbe:
         raise VideoError(f"{name} can't be read ({one_line(error)}): give a readable file") from None
     if not found.frames:
         raise no_frames(name)
-    if found.width * found.height > MAX_IMAGE_PIXELS:
-        raise VideoError(f"{name} has frames of {found.width}x{found.height}, too large: scale it down")
+    if not 0 < found.width * found.height <= MAX_IMAGE_PIXELS:
+        size = f"{found.width}x{found.height}, too large" if found.width else "an unknown size, perhaps too large"
+        raise VideoError(f"{name} has frames of {size}: scale it down")
     return found
 
 
@@ -92,31 +95,27 @@ def _undecodable(name: str, error: av.error.FFmpegError, formats: str | None = N
 # ---- videos
 
 
-@contextmanager
-def _open_video(file: File, formats: str | None = None) -> Iterator[InputContainer]:
-    # an untrusted playlist must not make the decoder open other files or URLs
-    options = {"protocol_whitelist": "data" if isinstance(file, io.BytesIO) else "file"}
-    if formats is not None:
-        options["format_whitelist"] = formats
-    if isinstance(file, io.BytesIO):
-        file.seek(0)
-    with av.open(file if isinstance(file, io.BytesIO) else str(file), mode="r", options=options) as container:
-        yield container
+def _video_stream(container: InputContainer, name: str) -> VideoStream | None:
+    """Returns the first video stream that is not a cover picture.
 
-
-def _video_stream(container: InputContainer) -> VideoStream | None:
-    """Returns the first video stream that is not a cover picture."""
-    films = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
-    return films[0] if films else None
+    Raises:
+        VideoError: its codec is not one that is decoded.
+    """
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            check_codec(stream, name)
+            return stream
+    return None
 
 
 def _probe_video(file: File, name: str, formats: str | None) -> VideoProbe:
-    with _open_video(file, formats) as container:
-        stream = _video_stream(container)
+    with open_container(file, MAX_IMAGE_PIXELS, formats) as container:
+        stream = _video_stream(container, name)
         if stream is None:
             raise VideoError(f"{name} has no video stream: give a video file")
+        check_samples(stream, file, name)
         # Matroska and MPEG-TS do not say how many frames there are
-        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        frames = stream.frames or sum(1 for packet in packets(container, stream, file, name) if packet.size)
         if frames == 1 and (kind := picture_format(file)):
             raise _still(name, kind)
         fps = float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
@@ -124,26 +123,34 @@ def _probe_video(file: File, name: str, formats: str | None) -> VideoProbe:
 
 
 def _decode_video(file: File, found: VideoProbe, wanted: Collection[int], name: str) -> Iterator[np.ndarray | None]:
-    with _open_video(file) as container:
-        stream = _video_stream(container)
+    pixels = decoder_pixels(found.width, found.height)
+    with open_container(file, pixels) as container:
+        stream = _video_stream(container, name)
         if stream is None:
             return
         stream.thread_type = "AUTO"
-        stream.codec_context.options = {"max_pixels": str(2 * MAX_IMAGE_PIXELS)}
+        stream.codec_context.options = {"max_pixels": str(pixels)}
+        number = 0
         try:
-            for number, frame in enumerate(container.decode(stream)):
-                if frame.width * frame.height > found.width * found.height:
-                    raise VideoError(
-                        f"{name} has frames of {frame.width}x{frame.height} after its header said "
-                        f"{found.width}x{found.height}: encode it again with one size"
-                    )
-                # a phone stores the rotation, in quarter turns, beside the picture
-                turns = round(frame.rotation / 90)
-                yield np.rot90(frame.to_ndarray(format="rgb24"), turns) if number in wanted else None
+            for packet in packets(container, stream, file, name):
+                for frame in packet.decode():
+                    if frame.width * frame.height > found.width * found.height:
+                        raise _other_size(name, found, f"{frame.width}x{frame.height}")
+                    # a phone stores the rotation, in quarter turns, beside the picture
+                    turns = round(frame.rotation / 90)
+                    yield np.rot90(frame.to_ndarray(format="rgb24"), turns) if number in wanted else None
+                    number += 1
         except av.error.InvalidDataError:
             return  # the frames before the damage are good
+        except av.error.ArgumentError:  # so FFmpeg refuses a frame that is beyond its `max_pixels`
+            raise _other_size(name, found, "another size") from None
         except av.error.FFmpegError as error:
             raise _undecodable(name, error) from None
+
+
+def _other_size(name: str, found: VideoProbe, size: str) -> VideoError:
+    header = f"{found.width}x{found.height}"
+    return VideoError(f"{name} has frames of {size} after its header said {header}: encode it again with one size")
 
 
 # ---- animations
@@ -170,6 +177,8 @@ def _decode_animation(file: File, found: VideoProbe, wanted: Collection[int], na
     number = 0
     try:
         for frame in frames_of(file, found.animation):
+            if frame.width * frame.height > found.width * found.height:
+                raise _other_size(name, found, f"{frame.width}x{frame.height}")
             yield np.asarray(load_image(frame)) if number in wanted else None
             number += 1
     except ImageError as error:

@@ -8,14 +8,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepstack_jax.errors import short
 from deepstack_jax.processing.images import IMAGE_OPTIONS, ImageOptions
-from deepstack_jax.processing.messages import PromptError, short
+from deepstack_jax.processing.messages import PromptError
 from deepstack_jax.processing.videos import VIDEO_OPTIONS, VideoOptions
 
 # as in transformers, flat min_pixels and max_pixels apply to images; those of videos are in videos_kwargs or the part
 _FLAT_VIDEO_OPTIONS = tuple(name for name in VIDEO_OPTIONS if name not in IMAGE_OPTIONS)
 MEDIA_OPTIONS = (*IMAGE_OPTIONS, *_FLAT_VIDEO_OPTIONS, "images_kwargs", "videos_kwargs")
-TEMPLATE_OPTIONS = ("tools", "chat_template_kwargs", "enable_thinking")
+TEMPLATE_OPTIONS = (
+    "tools",
+    "chat_template_kwargs",
+    "enable_thinking",
+    "add_generation_prompt",
+    "continue_final_message",
+    "allow_empty",
+)
 # arguments of transformers' apply_chat_template that are set elsewhere
 _RESERVED = (
     "conversation",
@@ -43,6 +51,9 @@ class PromptOptions:
     template_variables: dict[str, Any] = field(default_factory=dict)
     images: dict[str, Any] = field(default_factory=dict)
     videos: dict[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False  # the answer goes on where the last message ends
+    allow_empty: bool = False  # whether messages may hold no text at all
 
     @staticmethod
     def of(raw: Mapping[str, Any]) -> "PromptOptions":
@@ -60,7 +71,10 @@ class PromptOptions:
         videos = _media_options(given, _FLAT_VIDEO_OPTIONS, "videos_kwargs")
         ImageOptions.of(images)
         VideoOptions.of(videos)
-        return PromptOptions(_tools(given.get("tools", ())), _variables(given), images, videos)
+        flags = {name: _flag(given, name) for name in TEMPLATE_OPTIONS[3:] if name in given}
+        if flags.get("continue_final_message"):
+            flags["add_generation_prompt"] = False
+        return PromptOptions(_tools(given.get("tools", ())), _variables(given), images, videos, **flags)
 
     def of_media(self, kind: str, own: Mapping[str, Any]) -> ImageOptions | VideoOptions:
         """Returns the options of one image or video; those of its part override those of the call."""
@@ -81,6 +95,12 @@ def _media_options(given: Mapping[str, Any], names: Sequence[str], nested: str) 
     if twice := flat.keys() & inner.keys():
         raise PromptError(f"{min(twice)} is given twice, by itself and in {nested}: keep one of them")
     return flat | inner
+
+
+def _flag(given: Mapping[str, Any], name: str) -> bool:
+    if not isinstance(given[name], bool):
+        raise PromptError(f"{name} {short(given[name])}: expected true or false")
+    return given[name]
 
 
 def _tools(tools: Any) -> tuple[Any, ...]:

@@ -6,7 +6,8 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, unquote_to_bytes
@@ -17,7 +18,33 @@ from deepstack_jax.errors import one_line
 
 SNIFFED_BYTES = 192  # reaches the second packet of an MPEG transport stream
 
-MediaSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO
+
+class MediaFile:
+    """An image or a video in memory, and what its header says.
+
+    Attributes:
+        data: the bytes of the file.
+        format: Pillow's name of an image's format, the only one that it is opened as; None for a video.
+        width, height: the size of the largest frame in pixels, 0 if it isn't known yet.
+        frames: the number of frames.
+        fps: average frames per second; 0 for an image, and for a video whose frames were given one by one.
+    """
+
+    # not a dataclass: msgspec would pack one field by field, without asking the hook of a payload
+    def __init__(
+        self,
+        data: bytes,
+        format: str | None = None,
+        width: int = 0,
+        height: int = 0,
+        frames: int = 1,
+        fps: float = 0.0,
+    ):
+        self.data, self.format = data, format
+        self.width, self.height, self.frames, self.fps = width, height, frames, fps
+
+
+MediaSource = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | MediaFile
 
 _GIVE = "give an existing file, an http(s) URL, a data URI or base64"
 
@@ -27,11 +54,13 @@ def open_source(source: MediaSource, max_bytes: int, error: type[ValueError]) ->
 
     Args:
         source: a path (`~` is the home folder), a `file:`, `http:` or `https:` URL, a `data:` URI, the base64 of a
-            picture or video without a header, its bytes, or a file object opened for reading bytes. A file object is
-            read from its start, or from its current position if it can't seek.
+            picture or video without a header, its bytes, a `MediaFile`, or a file object opened for reading bytes. A
+            file object is read from its start, or from its current position if it can't seek.
         max_bytes: the maximum size of anything except a local file.
         error: the exception raised if the source can't be read, with one line that names it.
     """
+    if isinstance(source, MediaFile):
+        return io.BytesIO(source.data)
     if isinstance(source, bytes | bytearray | memoryview):
         return io.BytesIO(_media_bytes(bytes(source), describe(source), max_bytes, error))
     if hasattr(source, "read"):
@@ -49,17 +78,9 @@ def decode_base64(text: str) -> bytes:
     Raises:
         ValueError: any other character, letters of both alphabets, or an impossible length.
     """
-    letters = _base64_letters(text)
-    padding = len(letters) - len(letters.rstrip("="))
-    if padding not in (0, -(len(letters) - padding) % 4) or (
-        ("-" in letters or "_" in letters) and ("+" in letters or "/" in letters)
-    ):
-        raise ValueError("not valid base64")
-    letters = letters.rstrip("=").replace("-", "+").replace("_", "/")
-    try:
-        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
-    except ValueError:  # binascii.Error is one
-        raise ValueError("not valid base64") from None
+    content = _decode_letters(text)
+    assert content is not None  # it may have any size
+    return content
 
 
 def looks_like_media(first_bytes: bytes) -> bool:
@@ -129,8 +150,15 @@ def is_array(value: object) -> bool:
     return not isinstance(value, type) and (hasattr(value, "__array__") or _is_torch(value))
 
 
+def is_file(source: object) -> bool:
+    """Whether `open_source` reads `source`."""
+    return isinstance(source, str | os.PathLike | bytes | bytearray | memoryview | MediaFile) or hasattr(source, "read")
+
+
 def describe(source: object) -> str:
     """Returns a short one-line name of a source for messages; a long data URI is truncated."""
+    if isinstance(source, MediaFile):
+        return f"file of {len(source.data)} bytes"
     if isinstance(source, io.BytesIO):
         return f"file of {len(source.getbuffer())} bytes"
     if isinstance(source, bytes | bytearray | memoryview):
@@ -197,19 +225,17 @@ def _bare_base64(text: str, max_bytes: int, error: type[ValueError]) -> bytes | 
             return None
     except ValueError:
         return None
-    return _decode_bounded(text, describe(text), max_bytes, error)
+    return _decode_bounded(text, 0, describe(text), max_bytes, error)
 
 
 def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes:
-    header, comma, payload = uri.partition(",")
-    name = describe(uri)
-    if not comma:
+    comma, name = uri.find(","), describe(uri)
+    if comma < 0:
         raise error(f"{name} has no comma after its header: write data:image/png;base64,...")
-    parameters = [parameter.strip().lower() for parameter in header[5:].split(";")]
+    parameters = [parameter.strip().lower() for parameter in uri[5:comma].split(";")]
     if "base64" in parameters:
-        for escape, letter in _ESCAPES:
-            payload = payload.replace(escape, letter)
-        return _decode_bounded(payload, name, max_bytes, error)
+        return _decode_bounded(uri, comma + 1, name, max_bytes, error)
+    payload = uri[comma + 1 :]
     if len(payload) - 2 * payload.count("%") > 2 * max_bytes + SNIFFED_BYTES:  # twice: it may be base64
         raise error(_too_long(name, max_bytes))
     if payload.count("%") > _MAX_ESCAPES:
@@ -219,10 +245,10 @@ def _decode_data_uri(uri: str, max_bytes: int, error: type[ValueError]) -> bytes
     return _bounded(content if decoded is None else decoded, name, max_bytes, error)
 
 
-def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
+def _decode_bounded(text: str, start: int, name: str, max_bytes: int, error: type[ValueError]) -> bytes:
+    """Decodes the base64 that starts at `start`, behind the header of a data URI if there is one."""
     try:
-        letters = _base64_letters(text)
-        content = decode_base64(text) if 3 * len(letters.rstrip("=")) // 4 <= max_bytes else None
+        content = _decode_letters(text, start, max_bytes, escaped=start > 0)
     except ValueError:
         raise error(f"{name} is not valid base64: encode the file's bytes again") from None
     if content is None:
@@ -230,20 +256,69 @@ def _decode_bounded(text: str, name: str, max_bytes: int, error: type[ValueError
     return content
 
 
+def _decode_letters(text: str, start: int = 0, max_bytes: int = sys.maxsize, escaped: bool = False) -> bytes | None:
+    """Decodes base64, perhaps escaped as in a URI, from `start` on; None if it has more than `max_bytes`.
+
+    It goes piece by piece, because other threads can't run while one piece is read.
+
+    Raises:
+        ValueError: it isn't valid.
+    """
+    if 3 * sum(len(piece.rstrip("=")) for piece in _pieces(text, start, escaped)) // 4 > max_bytes:
+        return None
+    decoded, rest, padding = io.BytesIO(), "", 0
+    web = plain = False  # which alphabet the letters are of
+    for letters in _pieces(text, start, escaped):
+        digits = letters.rstrip("=")
+        web, plain = web or "-" in digits or "_" in digits, plain or "+" in digits or "/" in digits
+        if "=" in digits or (web and plain) or (padding and digits):
+            raise ValueError("not valid base64")
+        padding += len(letters) - len(digits)
+        digits = rest + digits.replace("-", "+").replace("_", "/")
+        whole = len(digits) // 4 * 4
+        rest = digits[whole:]
+        decoded.write(_decode_whole(digits[:whole]))
+    if padding not in (0, -len(rest) % 4):
+        raise ValueError("not valid base64")
+    decoded.write(_decode_whole(rest + "=" * (-len(rest) % 4)))
+    return decoded.getvalue()
+
+
+def _decode_whole(letters: str) -> bytes:
+    try:
+        return base64.b64decode(letters, validate=True)
+    except ValueError:  # binascii.Error is one
+        raise ValueError("not valid base64") from None
+
+
+def _pieces(text: str, start: int, escaped: bool) -> Iterator[str]:
+    """The letters of base64 from `start` on, in pieces; none of them is cut inside an escape."""
+    while start < len(text):
+        end = start + _PIECE_CHARACTERS
+        end += next((i for i in (2, 1) if escaped and text[end + i - 3 : end + i] in _LETTER_OF), 0)
+        piece = text[start:end]
+        if escaped and "%" in piece:
+            for escape, letter in _LETTER_OF.items():
+                piece = piece.replace(escape, letter)
+        yield _base64_letters(piece)
+        start = end
+
+
 def _base64_letters(text: str) -> str:
-    """Returns `text` without line breaks and the white space around lines.
+    """Returns a piece of base64 without line breaks and the white space around lines.
 
     White space inside a line is refused, because a web form may have turned each "+" into a space.
     """
     if (" " in text or "\t" in text) and re.search(r"\S[ \t]++\S", text):
         raise ValueError("not valid base64")
-    return text.translate(_WHITE_SPACE)
+    return text.translate(_WHITE_SPACE) if any(space in text for space in " \t\r\n") else text
 
 
+_PIECE_CHARACTERS = 1 << 20
 _WHITE_SPACE = dict.fromkeys(map(ord, " \t\r\n"))
 # what tools escape in base64; unquoting every %XX of a large text would take many times its memory
 _ESCAPED = ("2B", "2b", "2F", "2f", "3D", "3d", "2D", "2d", "5F", "5f", "0A", "0a", "0D", "0d", "09", "20")
-_ESCAPES = [("%" + code, chr(int(code, 16))) for code in _ESCAPED]
+_LETTER_OF = {"%" + code: chr(int(code, 16)) for code in _ESCAPED}
 _MAX_ESCAPES = 1 << 20
 
 

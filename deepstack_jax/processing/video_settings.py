@@ -4,13 +4,14 @@ The names, meanings and defaults are those of transformers' Qwen3VLVideoProcesso
 the checkpoint's file turns it on, as in transformers 5.23, which announces a different default for later versions.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from deepstack_jax.config import VisionConfig
+from deepstack_jax.config_values import MAX_NUMBER
+from deepstack_jax.errors import short
 from deepstack_jax.processing.images import (
     MAX_IMAGE_PIXELS,
     ImageSettings,
@@ -135,20 +136,23 @@ def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
     for key in ("do_sample_frames", "cap_pixels_per_frame"):
         if key in raw:
             if not isinstance(raw[key], bool):
-                raise VideoError(f"{key} {raw[key]!r} of {raw.file} must be true or false")
+                raise VideoError(f"{key} {short(raw[key])} of {raw.file} must be true or false")
             chosen[key] = raw[key]
     for key, least in _LEAST.items():
         if key in raw:
             if not _is_number(raw[key]) or raw[key] != int(raw[key]) or not least <= raw[key] <= MAX_FRAMES:
-                raise VideoError(f"{key} {raw[key]!r} of {raw.file} must be a whole number, {least} to {MAX_FRAMES}")
+                raise VideoError(
+                    f"{key} {short(raw[key])} of {raw.file} must be a whole number, {least} to {MAX_FRAMES}"
+                )
             chosen[key] = int(raw[key])
     if "fps" in raw:
         if not _is_number(raw["fps"]) or raw["fps"] < 0:
-            raise VideoError(f"fps {raw['fps']!r} of {raw.file} must be a number, 0 or more")
+            raise VideoError(f"fps {short(raw['fps'])} of {raw.file} must be a number, 0 or more")
         chosen["fps"] = float(raw["fps"])
         if "num_frames" in raw:
             raise VideoError(
-                f"fps {raw['fps']} and num_frames {raw['num_frames']} of {raw.file} can't both be given: drop one"
+                f"fps {short(raw['fps'])} and num_frames {raw['num_frames']} of {raw.file} can't both be given: "
+                "drop one"
             )
     # for these two, transformers distinguishes null from an absent key
     read_as = {"fps": None, "do_sample_frames": False}
@@ -156,4 +160,4 @@ def _sampling(raw: ProcessorConfig) -> dict[str, Any]:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_NUMBER

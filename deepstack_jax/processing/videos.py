@@ -7,7 +7,6 @@ the same arrays bit for bit.
 
 import io
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -30,11 +29,13 @@ from deepstack_jax.processing.images import (
 )
 from deepstack_jax.processing.moving_pictures import DEFAULT_FPS, VideoError, VideoProbe, decode, no_frames, probe
 from deepstack_jax.processing.sources import (
+    MediaFile,
     MediaSource,
     decode_base64,
     describe,
     host_array,
     is_array,
+    is_file,
     open_source,
 )
 from deepstack_jax.processing.video_settings import (
@@ -105,7 +106,7 @@ def load_video(source: VideoSource, settings: VideoSettings, options: VideoOptio
     if (frames := jpeg_frames(source)) is not None:
         options = replace(options, do_sample_frames=options.do_sample_frames or False)
         return _load_frames(frames, settings, options, JPEG_FRAMES_FPS)
-    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(source, "read"):
+    if is_file(source):
         return _load_file(cast(MediaSource, source), settings, options)
     return _load_frames(_frames(source), settings, options, DEFAULT_FPS)
 
@@ -138,7 +139,7 @@ def preprocess_videos(videos: Sequence[Video], settings: VideoSettings) -> tuple
         count, height, width, _ = video.frames.shape
         steps = cdiv(count, settings.temporal_patch_size)
         grids.append((steps, height // settings.patch_size, width // settings.patch_size))
-    return np.concatenate(rows), np.array(grids, np.int64)
+    return rows[0] if len(rows) == 1 else np.concatenate(rows), np.array(grids, np.int64)
 
 
 def sample_frames(total: int, video_fps: float, settings: VideoSettings, fps: float | None = None) -> np.ndarray:
@@ -185,8 +186,25 @@ def _in_force(settings: VideoSettings, options: VideoOptions) -> VideoSettings:
     return replace(settings, **given)
 
 
+def _sampling(settings: VideoSettings, options: VideoOptions) -> VideoSettings:
+    """Returns the settings by which a file is sampled; `fps` says what a list of frames has, and what a file gets."""
+    settings = _in_force(settings, options)
+    return replace(settings, fps=options.fps, num_frames=None) if options.fps else settings
+
+
 def _indices(total: int, video_fps: float, settings: VideoSettings) -> np.ndarray:
     return sample_frames(total, video_fps, settings) if settings.do_sample_frames else np.arange(total)
+
+
+def prepared_pixels(video: MediaFile, settings: VideoSettings, options: VideoOptions) -> int:
+    """Returns about how many pixels a video's sampled, resized frames will have together, by what its header says."""
+    settings = _sampling(settings, options)
+    if video.fps:
+        count = len(_indices(video.frames, video.fps, settings))
+    else:
+        count = max(video.frames, settings.num_frames or 0)
+    height, width = _fitted_size(count, video.height, video.width, settings, options)
+    return cdiv(count, settings.temporal_patch_size) * settings.temporal_patch_size * height * width
 
 
 # ---- files
@@ -194,9 +212,7 @@ def _indices(total: int, video_fps: float, settings: VideoSettings) -> np.ndarra
 
 def _load_file(source: MediaSource, settings: VideoSettings, options: VideoOptions) -> Video:
     name = describe(source)
-    settings = _in_force(settings, options)
-    if options.fps:
-        settings = replace(settings, fps=options.fps, num_frames=None)
+    settings = _sampling(settings, options)
     file = open_source(source, MAX_VIDEO_BYTES, VideoError)
     found = probe(file, name)
     total = found.frames
@@ -227,7 +243,7 @@ def _decode(
     for frame in decode(file, found, wanted, name):
         decoded += 1
         if frame is not None:
-            size = size or _target_size(count, frame, settings, options)
+            size = size or _fitted_size(count, frame.shape[0], frame.shape[1], settings, options)
             frames.append(_resized(frame, *size, settings))
         if decoded > last:
             break
@@ -250,7 +266,7 @@ def _load_frames(
     resized: list[np.ndarray] = []
     size: tuple[int, int] | None = None
     for number, frame in enumerate(_loaded(frames)):
-        size = size or _target_size(len(indices), frame, settings, options)
+        size = size or _fitted_size(len(indices), frame.shape[0], frame.shape[1], settings, options)
         if number in wanted:
             resized.append(_resized(frame, *size, settings))
     return Video(np.stack(resized)[places], fps, tuple(indices.tolist()), len(frames))
@@ -313,6 +329,8 @@ def _text_of(source: object) -> tuple[str, Callable[[], str]]:
     """Returns the start of a source that is or holds text, and a function that returns the whole text."""
     if isinstance(source, str):
         return source[:200], lambda: source
+    if isinstance(source, MediaFile):
+        source = source.data
     if isinstance(source, io.BytesIO):
         source = source.getbuffer()
     if isinstance(source, bytes | bytearray | memoryview):
@@ -324,8 +342,10 @@ def _text_of(source: object) -> tuple[str, Callable[[], str]]:
 # ---- sizes
 
 
-def _target_size(num_frames: int, frame: np.ndarray, settings: VideoSettings, options: VideoOptions) -> tuple[int, int]:
-    height, width = frame.shape[:2]
+def _fitted_size(
+    num_frames: int, height: int, width: int, settings: VideoSettings, options: VideoOptions
+) -> tuple[int, int]:
+    """Returns the (height, width) to which each of `num_frames` sampled frames of a size is resized."""
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
         raise VideoError(
             f"video frames of {width}x{height} have an aspect ratio above {MAX_ASPECT_RATIO}: crop or pad them"
