@@ -16,7 +16,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import io
 import os
 import statistics
 import tempfile
@@ -30,7 +29,6 @@ import jax
 from decode import CONFIG
 from first_token import random_image
 from measured import chip_name
-from PIL import Image
 from rich.console import Console
 
 import deepstack_jax as dsj
@@ -42,6 +40,7 @@ from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.request import GenerationPlan
 from deepstack_jax.engine.runner import Chunk, Runner
 from deepstack_jax.generation import plan_generation
+from deepstack_jax.processing.sources import MediaFile
 from deepstack_jax.programs import PromptArrays
 from deepstack_jax.serving.remote_rows import RemoteRows
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
@@ -145,8 +144,8 @@ def report(seconds: dict[str, list[float]], spans: dict[str, list[Span]], images
     )
 
 
-def picture(side: int, seed: int) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(random_image(side, seed).partition(",")[2])))
+def picture(side: int, seed: int) -> MediaFile:
+    return MediaFile(base64.b64decode(random_image(side, seed).partition(",")[2]), "PNG")
 
 
 if __name__ == "__main__":

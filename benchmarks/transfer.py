@@ -2,10 +2,11 @@
 
     python benchmarks/transfer.py [--tokens 256 1024 4096 16384] [--rounds 7] [--pool-blocks N] [--json FILE]
 
-The bridge's time extends from rows on the sender's device (CPU backend) to rows on the receiver's, including checksums
-and grants. Plain writes send the same bytes in large segments from the rows' own memory to one buffer. The benchmark
-waits for them both with the engine's blocking call and by polling, as the bridge does. Runs alternate, and figures are
-medians.
+The bridge's time extends from rows on the sender's device (the CPU, unless JAX_PLATFORMS says otherwise) to rows on the
+receiver's, including checksums and grants. Plain writes send the same bytes in large segments from the rows' own memory
+to one buffer. The benchmark waits for them both with the engine's blocking call and by polling, as the bridge does. The
+line below the figures has the bridge with a key: with a tag in place of the checksum, and encrypted. Runs alternate,
+and figures are medians.
 
 "hidden" is the share of the stages' times that overlap hides from the wall time. "work" is the time for which all cores
 together were busy, in milliseconds of one core, including the kernel. Linux counts it in steps of 10 ms, so it is not
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two processes share a GPU
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,7 @@ from deepstack_jax.disagg.language.incoming import BlockCopy, IncomingRequest
 from deepstack_jax.disagg.transports import WriteSegment
 from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
 from deepstack_jax.disagg.wire.layout import BufferLayout, checksum
+from deepstack_jax.disagg.wire.seals import BlockSeal
 from deepstack_jax.models.vision import VisualRows, separate_deepstack_embeds
 from deepstack_jax.rounding import cdiv
 
@@ -75,7 +78,10 @@ def main() -> None:
     print("    device     sums     wire  copying     wall   hidden   bridge  polled")
     command = [sys.executable, __file__, *sys.argv[1:], "--receive"]
     figures = []
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+    # a TPU belongs to one process
+    environment = os.environ | ({"JAX_PLATFORMS": "cpu"} if jax.default_backend() == "tpu" else {})
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment}
+    with subprocess.Popen(command, text=True, **pipes) as child:
         sender = Sender(child)
         for tokens in options.tokens:
             figures.append(measure(sender, tokens, options.rounds))
@@ -96,7 +102,10 @@ class Sender:
         self.session, self.raw = ready["session"], ready["raw"]
         self.transport = MooncakeTransport("127.0.0.1")
         self.layout = BufferLayout(BLOCK, *map(tuple, ready["infos"]))
-        self.bridge = SendBridge(self.transport, self.session, self.layout)
+        self.bridges = {
+            name: SendBridge(self.transport, self.session, self.layout, seal=seal)
+            for name, seal in block_seals().items()
+        }
 
     def tell(self, message: dict[str, Any]) -> None:
         with self._write_lock:
@@ -108,18 +117,20 @@ class Sender:
         assert self.child.stdout
         return json.loads(self.child.stdout.readline())
 
-    def send(self, request: OutgoingRequest) -> float:
+    def send(self, request: OutgoingRequest, seal: str = "checksum") -> float:
         """Sends a request as pool blocks become free; returns the receiver's copying time once the rows are there."""
 
         def written(blocks: list[BlockWrite]) -> None:
             self.tell({"written": [(b.token_block, b.pool_block, b.checksum.hex(), b.num_bytes) for b in blocks]})
 
         tokens = len(request.fill_ids)
-        self.tell({"expect": tokens})
+        self.tell({"expect": tokens, "seal": seal})
         blocks = range(cdiv(tokens, BLOCK))
         seconds = 0.0
         for start in range(0, len(blocks), self.layout.num_blocks):  # one round if the pool holds the whole prompt
-            self.bridge.write(request, list(zip(blocks[start:], range(self.layout.num_blocks), strict=False)), written)
+            self.bridges[seal].write(
+                request, list(zip(blocks[start:], range(self.layout.num_blocks), strict=False)), written
+            )
             answer = self.answer()
             if "error" in answer:
                 raise RuntimeError(answer["error"])
@@ -146,7 +157,8 @@ class Sender:
         return segments
 
     def close(self) -> None:
-        self.bridge.close()
+        for bridge in self.bridges.values():
+            bridge.close()
         self.tell({"stop": True})
         self.child.wait()
         self.transport.close()
@@ -171,16 +183,18 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
         "bridge": lambda: sender.send(request),
         "blocking": lambda: sender.write_blocking(host),
         "polled": lambda: sender.write_polled(host),
+        "tag": lambda: sender.send(request, "tag"),
+        "encryption": lambda: sender.send(request, "encryption"),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     busy_s = dict.fromkeys(ways, 0.0)
     stages: list[list[float]] = []
     for round in range(rounds + 1):
         for name, run in ways.items():
-            times = sender.bridge.times
+            times = sender.bridges.get(name, sender.bridges["checksum"]).times
             before = times.device, times.host, times.wire
             busy, started = core_seconds(), time.perf_counter()
-            received = run()
+            received: float | None = run()
             took, busy = time.perf_counter() - started, core_seconds() - busy
             if received is not None:
                 sender.tell({"digest": True})
@@ -188,7 +202,7 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
             if round:  # the first round is a warm-up
                 seconds[name].append(took)
                 busy_s[name] += busy / rounds
-                if received is not None:
+                if name == "bridge" and received is not None:
                     after = (times.device, times.host, times.wire)
                     stages.append([*(end - start for end, start in zip(after, before, strict=True)), received, took])
     median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -210,6 +224,10 @@ def measure(sender: Sender, tokens: int, rounds: int) -> dict[str, Any]:
         f" {figures['hidden']:8.0%} {busy_s['bridge'] * 1e3:8.0f} {busy_s['polled'] * 1e3:7.0f}",
         flush=True,
     )
+    print("  with a key:", end="")
+    for name in ("tag", "encryption"):
+        print(f"  {name} {figures[f'{name}_gb_s']:.2f} GB/s, {median['bridge'] / median[name]:.0%}", end="")
+    print(" of the bridge with checksums")
     return figures
 
 
@@ -230,7 +248,8 @@ def receive(num_blocks: int, raw_bytes: int) -> None:
     """The receiving half: a pool and a bridge, which read messages from stdin and answer on stdout."""
     transport = MooncakeTransport("127.0.0.1")
     pool = MultimodalDataBuffers(num_blocks, BLOCK, HIDDEN, LEVELS, ml_dtypes.bfloat16)
-    bridge = ReceiveBridge(transport, pool)
+    bridge, seals = ReceiveBridge(transport, pool), block_seals()
+    seal = seals["checksum"]
     raw = np.zeros(raw_bytes, np.uint8)
     raw.fill(1)
     transport.register(raw)
@@ -262,6 +281,7 @@ def receive(num_blocks: int, raw_bytes: int) -> None:
     for line in sys.stdin:
         message = json.loads(line)
         if "expect" in message:
+            seal = seals[message["seal"]]
             request = None  # so that its memory is reused
             rows.clear()
             before, num_copied = bridge.times.host, 0
@@ -270,7 +290,7 @@ def receive(num_blocks: int, raw_bytes: int) -> None:
             assert request
             for token_block, pool_block, checksum, num_bytes in message["written"]:
                 expected = BlockCopy(bytes.fromhex(checksum), num_bytes)
-                copy = bridge.copy_out(request, token_block, pool_block, expected)
+                copy = bridge.copy_out(request, token_block, pool_block, expected, seal)
                 copy.add_done_callback(partial(copied, token_block, expected))
         elif "digest" in message:
             answer({"digest": digest([np.asarray(array) for buffer in zip(*rows, strict=True) for array in buffer])})
@@ -278,6 +298,11 @@ def receive(num_blocks: int, raw_bytes: int) -> None:
             break
     bridge.close()
     transport.close()
+
+
+def block_seals() -> dict[str, BlockSeal]:
+    """What stands for the bytes of a block: a checksum, or with a key a tag over the block or over its ciphertext."""
+    return {"checksum": BlockSeal(), "tag": BlockSeal(bytes(32)), "encryption": BlockSeal(bytes(32), encrypts=True)}
 
 
 def digest(rows: list[np.ndarray]) -> str:

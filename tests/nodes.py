@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import httpx
 import psutil
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load_file, save_file
 
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
@@ -141,6 +142,21 @@ class ServeNode:
             time.sleep(0.1)
         assert response.status_code == 200, response.text
         return response.json()
+
+    def metrics(self) -> dict[str, float]:
+        """Our own metrics by name without the prefix; those with labels are added up."""
+        totals: dict[str, float] = {}
+        for family in text_string_to_metric_families(self.client.get("/metrics").text):
+            for sample in family.samples:
+                name = sample.name.removeprefix("deepstack_jax_")
+                if name != sample.name:
+                    totals[name] = totals.get(name, 0) + sample.value
+        return totals
+
+    def decoders(self) -> list[psutil.Process]:
+        """The processes that decode this node's images and videos."""
+        children = psutil.Process(self.process.pid).children()
+        return [child for child in children if "decoder_process" in " ".join(child.cmdline())]
 
     def terminate(self) -> tuple[int, str]:
         """Sends SIGTERM; returns the exit code and standard error. No child process may be left."""

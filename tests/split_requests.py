@@ -50,7 +50,7 @@ class SplitRequest:
     def __init__(self, model: dsj.Model, question: Question, arrives: int, rng: random.Random):
         self.encoders: set[int] = set()
         known, *encoders = _what_is_sent(model, question)
-        self.request = engine_request(known, question.plan, float("inf"))
+        self.request = engine_request(known, question.plan)
         lost = arrives + rng.randint(1, 8)  # the turn at which the first encode node is gone
         again = lost + rng.randint(0, 6)
         self._deliveries = []

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from deepstack_jax.disagg.encode import bridge as bridge_module
 from deepstack_jax.disagg.encode.bridge import BlockWrite, SendBridge, WriteSkippedError
 from deepstack_jax.disagg.encode.outgoing import OutgoingRequest
 from deepstack_jax.disagg.language.incoming import BlockCopy
-from deepstack_jax.disagg.transports import TransferError, Transport, WriteSegment
+from deepstack_jax.disagg.transports import TransferError, Transport, WriteSegment, mooncake
 from deepstack_jax.disagg.transports.mooncake import MooncakeTransport
 from deepstack_jax.disagg.wire.device_rows import HostMemory, HostRows, rows_per_step, to_device
 from deepstack_jax.models.vision import VisualRows
@@ -380,11 +381,51 @@ def test_an_encoder_that_failed_fails_its_blocks_and_not_the_bridge(transport, s
     bridge.close()
 
 
+def test_a_slot_is_given_back_once_when_a_checksum_fails_during_its_write(transport, shared_peers, monkeypatch):
+    """The write reads the slot until it ends, so only its end may give the slot back."""
+    receiver = shared_peers["bfloat16"]
+    request = make_request("iiii", 24, 3, ml_dtypes.bfloat16)
+    bridge = SendBridge(transport, receiver.session, receiver.layout)
+    free = bridge._free.qsize()
+    with monkeypatch.context() as patched:
+        patched.setattr(bridge._seal, "seal", lambda *_: 1 / 0)
+        assert isinstance(send(bridge, request, [(0, 0)])[0].error, ZeroDivisionError)
+    until(lambda: bridge._free.qsize() == free)
+    assert send(bridge, request, [(0, 0)])[0].error is None
+    until(lambda: bridge._free.qsize() == free)
+    bridge.close()
+
+
 def test_a_closed_transport_refuses(shared_peers):
     mooncake = MooncakeTransport("127.0.0.1")
     mooncake.close()
     with pytest.raises(TransferError, match="the transport is closed"):
         mooncake.submit(shared_peers["float32"].session, [WriteSegment(0, 0, 1)]).result(WAIT_S)
+
+
+def test_thirty_peers_come_and_go_and_leave_no_descriptors(monkeypatch):
+    monkeypatch.setattr(mooncake, "IDLE_TIMEOUT_S", 0.2)
+    sender, source = MooncakeTransport("127.0.0.1"), np.arange(4096, dtype=np.uint8)
+
+    def come_and_go(count: int) -> int:
+        """The descriptors of this process once the peers are gone; they are in it too."""
+        peers = [MooncakeTransport("127.0.0.1") for _ in range(count)]
+        pools = [np.zeros(4096, np.uint8) for _ in peers]
+        for one, pool in zip(peers, pools, strict=True):
+            one.register(pool)
+        for one, pool in zip(peers, pools, strict=True):
+            segments = [WriteSegment(source.ctypes.data + 64 * i, pool.ctypes.data + 64 * i, 64) for i in range(64)]
+            sender.submit(one.session, segments).result(WAIT_S)
+        assert all(np.array_equal(pool, source) for pool in pools)
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(MooncakeTransport.close, peers))
+        until(lambda: sender.num_engines == 1)
+        return len(os.listdir("/proc/self/fd"))
+
+    before = come_and_go(1)  # the first use opens some for good
+    assert come_and_go(30) <= before
+    sender.close()
+    assert sender.num_engines == 0
 
 
 def test_ipv6(tmp_path):

@@ -7,8 +7,10 @@ import asyncio
 import os
 import signal
 import stat
+import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -21,18 +23,13 @@ import zmq.asyncio
 import deepstack_jax as dsj
 from deepstack_jax.disagg.encode import server as encode_node
 from deepstack_jax.disagg.encode.server import EncodeServer
+from deepstack_jax.disagg.keys.files import ClusterKey, make_key, read_key, users_key
+from deepstack_jax.disagg.language import link
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.language.fetch import TransferFailedError
 from deepstack_jax.disagg.language.link import HEARTBEAT_TIMEOUT_S
 from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
-from deepstack_jax.disagg.wire.control import (
-    ClusterKey,
-    Connection,
-    Listener,
-    check_endpoint,
-    make_key,
-    read_key,
-)
+from deepstack_jax.disagg.wire.control import Connection, Listener, check_endpoint
 from deepstack_jax.disagg.wire.messages import (
     PROTOCOL,
     Abort,
@@ -50,7 +47,7 @@ from deepstack_jax.disagg.wire.messages import (
     pack_message,
     unpack_message,
 )
-from deepstack_jax.disagg.wire.payload import pack
+from deepstack_jax.disagg.wire.payload import pack, unpack
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.faults import inject_message_faults
 from tests.media import media
@@ -167,6 +164,35 @@ class TestKeys:
         with pytest.raises(ValueError, match=r"can be read by others: chmod 600 .*cluster.key"):
             read_key(path)
 
+    def test_links_and_other_kinds_of_files_are_refused(self, tmp_path: Path):
+        path, link, pipe = tmp_path / "cluster.key", tmp_path / "link.key", tmp_path / "pipe.key"
+        make_key(path)
+        link.symlink_to(path)
+        with pytest.raises(ValueError, match=r"link\.key is a link: give the file that it leads to"):
+            read_key(link)
+        os.mkfifo(pipe, 0o600)
+        with pytest.raises(ValueError, match=r"pipe\.key is not a regular file"):
+            read_key(pipe)
+        assert [each.name for each in sorted(tmp_path.iterdir())] == ["cluster.key", "link.key", "pipe.key"]
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+    def test_a_key_file_of_another_user_is_refused(self, tmp_path: Path):
+        path = tmp_path / "cluster.key"
+        make_key(path)
+        os.chown(path, 12345, 12345)
+        with pytest.raises(ValueError, match="belongs to another user: chown 0 "):
+            read_key(path)
+
+    def test_nodes_of_one_user_that_start_at_once_make_one_key(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        with ThreadPoolExecutor(8) as pool:
+            keys = set(pool.map(lambda _: users_key(), range(8)))
+        assert len(keys) == 1
+        folder = tmp_path / "config" / "deepstack-jax"
+        assert [each.name for each in folder.iterdir()] == ["cluster.key"]
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert keys == {read_key(folder / "cluster.key"), users_key()}
+
     @pytest.mark.parametrize("content", ["", "{}", "[]", '{"public": 1, "secret": 2}', "mixed", "no text"])
     def test_other_files_are_refused_as_key_files(self, tmp_path: Path, content: str):
         path = tmp_path / "cluster.key"
@@ -210,7 +236,10 @@ class TestKeys:
                 for stranger in strangers.values():
                     await stranger.socket.send(pack_message(a_hello(server)))
                 member = BareSocket(endpoint, key.public, own)
-                assert isinstance(await member.ask(pack_message(a_hello(server))), Welcome)
+                answer = await member.ask(pack_message(a_hello(server)))
+                assert isinstance(answer, Refused)
+                assert "gives no key for its blocks" in answer.reason
+                assert isinstance(await member.ask(pack_message(a_hello(server, block_key=bytes(32)))), Welcome)
                 await asyncio.sleep(0.5)
                 for name, stranger in strangers.items():
                     assert await stranger.answer(0.1) is None, name
@@ -278,6 +307,11 @@ class TestConnecting:
             ({"block_size": 32}, "start both with the same block size"),
             ({"role": "encode"}, "expected role language"),
             ({"session": ""}, "the pool needs a session"),
+            ({"encrypt_blocks": True}, "start both with --encrypt-blocks, or neither"),
+            ({"block_key": b"short"}, "a key of 5 bytes for blocks"),
+            ({"http_url": "http://10.0.0.1:80@evil:80"}, "is not of the form http://host:port"),
+            ({"http_url": "http://10.0.0.1:80/path?"}, "is not of the form http://host:port"),
+            ({"http_url": "file:///etc/passwd"}, "is not of the form http://host:port"),
         ],
     )
     def test_a_node_that_does_not_fit_is_refused_with_the_reason(
@@ -294,6 +328,25 @@ class TestConnecting:
                 answer = await bare.ask(pack_message(Submit("r", 1, 1000, b"")))
                 assert answer == Goodbye("send Hello first")
                 bare.close()
+
+        asyncio.run(work())
+
+    def test_more_language_nodes_than_allowed_are_refused_until_one_leaves(self, model: dsj.Model):
+        async def work() -> None:
+            async with serving(model, max_peers=2) as server:
+                nodes = [BareSocket(server.listener.endpoint) for _ in range(3)]
+                hellos = [pack_message(a_hello(server, incarnation=f"bare{number}")) for number in range(3)]
+                for node, hello in zip(nodes[:2], hellos, strict=False):
+                    assert isinstance(await node.ask(hello), Welcome)
+                answer = await nodes[2].ask(hellos[2])
+                assert isinstance(answer, Refused)
+                assert "has 2 language nodes: start it with a higher --max-peers" in answer.reason
+                assert isinstance(await nodes[0].ask(hellos[0]), Welcome)  # one that is known may repeat its Hello
+                await nodes[1].socket.send(pack_message(Goodbye()))
+                await until(lambda: len(server.peers) == 1)
+                assert isinstance(await nodes[2].ask(hellos[2]), Welcome)
+                for node in nodes:
+                    node.close()
 
         asyncio.run(work())
 
@@ -352,6 +405,77 @@ class TestConnecting:
 
 
 class TestLiving:
+    @pytest.mark.parametrize(("which", "name"), [("_listen", "listener"), ("_run_timers", "timers")])
+    def test_a_task_that_dies_makes_the_encode_node_unhealthy_at_once(
+        self, model: dsj.Model, monkeypatch: pytest.MonkeyPatch, which: str, name: str
+    ):
+        fatal = asyncio.Event()
+
+        async def dies(_: EncodeServer) -> None:
+            await fatal.wait()
+            raise RuntimeError("a bug")
+
+        async def work() -> None:
+            monkeypatch.setattr(EncodeServer, which, dies)
+            async with serving(model) as server:
+                assert server.failure is None
+                fatal.set()
+                await until(lambda: server.failure is not None, 5)
+                assert name in str(server.failure)
+                assert str(server.failure).endswith(" failed (RuntimeError): restart the node")
+
+        asyncio.run(work())
+
+    def test_a_link_that_dies_makes_the_language_node_unhealthy(self, model: dsj.Model):
+        async def work() -> None:
+            async with serving(model) as server, connected(model, [server.listener.endpoint]) as encoders:
+                await until(lambda: encoders.num_encoders == 1)
+                assert encoders.failure is None
+                for link in encoders._links:
+                    link.connection._socket.close(linger=0)
+                await until(lambda: encoders.failure is not None, 5)
+                assert "encoder 0" in str(encoders.failure)
+                assert "127.0.0.1" not in str(encoders.failure)
+
+        asyncio.run(work())
+
+    def test_a_stuck_preparation_is_told_of_and_other_encoders_are_preferred(
+        self, model: dsj.Model, monkeypatch: pytest.MonkeyPatch
+    ):
+        """The request is cancelled, but its thread goes on."""
+        monkeypatch.setattr(link, "PREPARATION_SLOW_S", 0.2)
+        stuck, began, goes_on = [], threading.Event(), threading.Event()
+
+        def hang(payload: bytes) -> Any:
+            if payload:
+                return unpack(payload)
+            began.set()
+            goes_on.wait(60)
+            raise ValueError("it has ended")
+
+        async def work() -> None:
+            async with serving(model) as one, serving(model) as other:
+                monkeypatch.setattr(encode_node, "unpack", hang)
+                async with connected(model, [one.listener.endpoint, other.listener.endpoint]) as encoders:
+                    await until(lambda: encoders.num_encoders == 2)
+                    first = next(peer for peer in encoders.receiver.peers if peer.startswith("encoder 0/"))
+                    encoders.receiver.peers = dict.fromkeys([first, *encoders.receiver.peers])
+                    assert one.preparing_seconds == 0
+                    stuck.append(asyncio.create_task(fetch(encoders, "r", b"", time.monotonic() + 60)))
+                    await until(began.is_set)
+                    stuck[0].cancel()
+                    await until(lambda: encoders.receiver.slow == {first})
+                    assert one.preparing_seconds > 0.2
+                    request = asyncio.create_task(fetch(encoders, "s", b"junk", time.monotonic() + 60))
+                    with pytest.raises(TransferFailedError, match="can't read the request"):
+                        await request
+                    assert not one.sender.outgoing
+                    goes_on.set()
+                    await until(lambda: not encoders.receiver.slow)
+                    assert one.preparing_seconds == 0
+
+        asyncio.run(work())
+
     def test_a_stopped_encoder_is_detected_in_time_and_reconnects(self, model: dsj.Model, process: EncodeProcess):
         async def work() -> None:
             async with connected(model, [process.endpoint]) as encoders:

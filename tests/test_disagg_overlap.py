@@ -28,6 +28,7 @@ from deepstack_jax.engine.request import GenerationPlan
 from deepstack_jax.engine.runner import Chunk, Runner
 from deepstack_jax.generation import plan_generation
 from deepstack_jax.processing.batch import VisionInput, prepare_batch
+from deepstack_jax.processing.sources import MediaFile
 from deepstack_jax.programs import PromptArrays, decode_loop, prefill_chunk, write_rows
 from deepstack_jax.serving.remote_rows import RemoteRows
 from tests.nodes import write_image_sensitive_checkpoint
@@ -66,14 +67,14 @@ def text_only(model: dsj.Model) -> dsj.Model:
     return dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
 
 
-def picture(seed: int) -> Image.Image:
+def picture(seed: int) -> MediaFile:
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8).repeat(16, 0).repeat(16, 1)
     Image.fromarray(pixels).save(file, "PNG")
-    return Image.open(file)
+    return MediaFile(file.getvalue(), "PNG")
 
 
-def asked(seeds: tuple[int, ...], question: str = "What are these?") -> tuple[list[dict[str, Any]], list[Image.Image]]:
+def asked(seeds: tuple[int, ...], question: str = "What are these?") -> tuple[list[dict[str, Any]], list[MediaFile]]:
     """A prompt with a story, then pictures with a few words between them, then a question."""
     parts = [part for number in range(len(seeds)) for part in (f"Number {number}:", {"type": "image"})]
     return [{"role": "user", "content": [STORY, *parts, question]}], [picture(seed) for seed in seeds]

@@ -31,6 +31,7 @@ from deepstack_jax.disagg.wire.transfer import (
     Send,
     StartWrite,
     State,
+    Wipe,
 )
 from tests.disagg_model import NETWORK_FAULTS, Case, Violation, explore
 
@@ -418,6 +419,7 @@ class TestReceiver:
         ready(made, "r", 9)
         arrive(made, "r")
         abort, submit = sent(made.peer_down("a", "a is dead", 5))
+        assert made.failovers == 1
         assert abort == Abort("r", 1, "a is dead")
         assert submit == Submit("r", 2, 55000, b"payload")
         assert prepared(made, "r", 9, "b") == [Send("b", Want("r", 2, 1, ((2, 5),)))]
@@ -446,8 +448,20 @@ class TestReceiver:
         assert sent(made.tick(3)) == [Abort("r", 1)]
         made.tick(11.9)
         assert made.pool.num_quarantined == 2
-        made.receive("a", Aborted("r", 1), 11.9) if confirmed else made.tick(12)
+        actions = made.receive("a", Aborted("r", 1), 11.9) if confirmed else made.tick(12)
+        assert actions == [Wipe((0, 1))]  # what has been written and was never copied
         assert made.pool.num_free == 4
+
+    def test_blocks_are_wiped_before_they_are_granted_again(self):
+        made = receiver(num_blocks=2)
+        for name in ("r", "s"):
+            made.submit(name, b"", 60, 0)
+            ready(made, name, 4, peer=made.requests[name].peer)
+        made.abort("r", "the client has gone", 2)
+        wipe, grant = made.receive("a", Aborted("r", 1), 3)
+        assert isinstance(wipe, Wipe)
+        assert isinstance(grant.message, Grant)
+        assert {block for _, block in grant.message.blocks} <= {*wipe.pool_blocks}
 
     def test_a_bad_request_ends_immediately_and_a_failing_encoder_is_replaced(self):
         made = receiver()
@@ -475,6 +489,22 @@ class TestReceiver:
         made.receive("a", Error("r", 2, 503, "busy"), 1)
         made.tick(2)
         assert made.receive("a", Error("r", 3, 503, "busy"), 2)[-1].status == 503
+
+    def test_a_slow_encoder_gets_requests_only_if_there_is_no_other(self):
+        made = receiver()
+        made.peer_up("b", 0)
+        made.set_slow("a", True)
+        made.set_slow("unknown", True)
+        for number in range(3):
+            made.submit(f"r{number}", b"", 9, 0)
+            assert made.requests[f"r{number}"].peer == "b"
+        made.peer_down("b", "gone", 0)
+        assert {request.peer for request in made.requests.values()} == {"a"}
+        made.peer_up("b", 0)
+        made.set_slow("a", False)
+        made.submit("r4", b"", 9, 0)
+        made.peer_down("a", "gone", 0)
+        assert not made.slow
 
     def test_a_request_that_fails_on_every_encoder_reports_their_reason(self):
         made = receiver()

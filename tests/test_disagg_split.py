@@ -21,6 +21,7 @@ from deepstack_jax.engine.core import NewTokens
 from deepstack_jax.engine.request import GenerationPlan, Request
 from deepstack_jax.generation import encode_prompt, engine_for, plan_generation
 from deepstack_jax.processing.batch import prepare_batch
+from deepstack_jax.processing.sources import MediaFile
 from deepstack_jax.programs import PromptArrays, all_logits
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.media import CASES, IMAGES, VIDEOS, media, opened
@@ -136,7 +137,7 @@ def test_one_image_is_encoded_once_and_the_cache_keeps_its_bound(checkpoint: Pat
         for side in range(64, 1000, 64):  # more than the one megabyte of the process's cache
             file = io.BytesIO()
             Image.new("RGB", (side, 96), (side % 255, 0, 0)).save(file, "PNG")
-            fetch_all(model, process, [pack("What is this?", [Image.open(file)], [])])
+            fetch_all(model, process, [pack("What is this?", [opened(file.getvalue())], [])])
             assert process.command()["cached_bytes"] <= 1 << 20
         assert process.command()["cached_bytes"] > (1 << 20) - 400 * row
 
@@ -197,7 +198,7 @@ def test_an_invalid_request_fails_with_the_reason(pair: tuple[dsj.Model, EncodeP
     assert error.value.status == 400
 
 
-Asked = tuple[Any, list[Image.Image], list[Any], dict[str, Any]]
+Asked = tuple[Any, list[MediaFile], list[Any], dict[str, Any]]
 
 
 def requests_of_many_kinds() -> dict[str, Asked]:
@@ -208,7 +209,7 @@ def requests_of_many_kinds() -> dict[str, Asked]:
     messages = [{"role": "user", "content": [part, {"type": "image"}, question]}]
     return {
         **{name: (question, [opened(IMAGES[name]())], [], {}) for name in SENT_IMAGES},
-        **{name: (question, [], [io.BytesIO(VIDEOS[name]())], {}) for name in SENT_VIDEOS},
+        **{name: (question, [], [MediaFile(VIDEOS[name]())], {}) for name in SENT_VIDEOS},
         "frames": (question, [], [frames()], {}),
         "frames in a message": (messages, [opened(IMAGES["MPO"]())], [], {"max_pixels": 4096}),
     }
@@ -244,7 +245,7 @@ def test_invalid_requests_do_not_affect_others(pair: tuple[dsj.Model, EncodeProc
     good = pack("What is this?", [opened(IMAGES["MPO"]())], [])
     cut = pack("What is this?", [opened(IMAGES["MPO"]()[:3000])], [])
     unknown = good.replace(b"MPO     ", b"HEIF    ")
-    reasons = {cut: "truncated", unknown: "format HEIF are not supported", b"junk": "can't read the request"}
+    reasons = {cut: "truncated", unknown: "format HEIF are not supported here", b"junk": "can't read the request"}
     text_only = dsj.Model(model.config, model.text_params, model.path, model.eos_token_ids, model.pad_token_id)
     encoders = open_encoder_pool(text_only, [process.endpoint], block_size=BLOCK)
 
@@ -276,7 +277,9 @@ def test_a_failure_inside_the_encoder_is_reported_with_its_reason(checkpoint: Pa
         finally:
             await server.close()
 
-    with pytest.raises(TransferFailedError, match=r": encoding the images and videos failed \(\w+\): ") as error:
+    with pytest.raises(
+        TransferFailedError, match=r"^encoder 0: encoding .* failed \(\w+\): see the encode node's log$"
+    ) as error:
         asyncio.run(work())
     assert error.value.status == 500
     assert "no encoder" not in str(error.value)

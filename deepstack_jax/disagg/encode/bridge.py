@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,9 +33,9 @@ from deepstack_jax.disagg.wire.layout import (
     ROW_BUFFERS,
     BufferLayout,
     Span,
-    checksum,
 )
-from deepstack_jax.disagg.wire.rows import StageTimes, block_runs, copy_in_parts, first_row
+from deepstack_jax.disagg.wire.rows import StageTimes, block_runs, first_row
+from deepstack_jax.disagg.wire.seals import NO_PURPOSE, BlockSeal, Purpose
 from deepstack_jax.rounding import cdiv
 
 _log = logging.getLogger(__name__)
@@ -69,9 +69,15 @@ class SendBridge:
     """
 
     def __init__(
-        self, transport: Transport, session: str, layout: BufferLayout, slot_bytes: int = SLOT_BYTES, slots: int = SLOTS
+        self,
+        transport: Transport,
+        session: str,
+        layout: BufferLayout,
+        slot_bytes: int = SLOT_BYTES,
+        slots: int = SLOTS,
+        seal: BlockSeal | None = None,
     ):
-        """`session` and `layout` are the peer's; up to `slots` groups of `slot_bytes` are in flight."""
+        """`session`, `layout` and `seal` are the peer's; up to `slots` groups of `slot_bytes` are in flight."""
         self.times = StageTimes()
         self._transport = transport
         self._session = session
@@ -79,7 +85,9 @@ class SendBridge:
         self._widths = [length // layout.block_size for length in layout.item_lens]  # bytes per token
         self._widths[AUX_DATAS] = 4  # bytes per integer
         row_bytes = self._widths[INPUT_EMBEDDINGS] + sum(self._widths[DEEPSTACK_EMBEDDINGS:])
-        self._staged = transport.needs_registered_sources
+        self._seal = seal or BlockSeal()
+        # encryption has to write somewhere
+        self._staged = transport.needs_registered_sources or self._seal.encrypts
         self._slot_rows = max(layout.block_size, slot_bytes // row_bytes)
         self._slot_tokens = max(layout.block_size, slot_bytes // 128)
         staged_rows = self._slot_rows if self._staged else 0
@@ -105,12 +113,14 @@ class SendBridge:
         blocks: Sequence[tuple[int, int]],
         on_end: OnWritten,
         should_write: Callable[[], bool] = lambda: True,
+        purpose: Purpose = NO_PURPOSE,
     ) -> None:
         """Starts writing `blocks`, pairs (token block, pool block), and returns immediately.
 
         `on_end` receives every block once, in this order and several per call, when no part of them is in flight.
         `should_write` is called just before a group is read; if it returns False, the group's blocks end with
-        `WriteSkippedError`. Both run in threads of the bridge and the transport, so they must be short.
+        `WriteSkippedError`. Both run in threads of the bridge and the transport, so they must be short. The peer opens
+        blocks with the same `purpose`.
 
         Raises:
             ValueError: the prompt or the peer's pool has no such block; nothing has been written.
@@ -121,10 +131,15 @@ class SendBridge:
                 raise ValueError(f"token block {token_block} is outside the prompt of {count} blocks")
             if not 0 <= pool_block < self._layout.num_blocks:
                 raise ValueError(f"block {pool_block} is outside the pool of {self._layout.num_blocks} blocks")
-        for group in self._group_blocks(_WriteCall(request, on_end, should_write), blocks):
+        for group in self._group_blocks(_WriteCall(request, on_end, should_write, purpose), blocks):
             self._groups.put(group)
         if self._closed and not self._thread.is_alive():
             self._skip_all()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, which it does until `close`."""
+        return self._closed or self._thread.is_alive()
 
     def close(self) -> None:
         """Fails the blocks that are waiting. Writes in flight end by themselves, and their memory lives until then."""
@@ -180,6 +195,8 @@ class SendBridge:
                 raise WriteSkippedError(f"not written to {self._session}: the request no longer needs it")
             self._send(group, slot)
         except Exception as error:  # an encoder's failure surfaces here, when its rows are read
+            if slot is not None:
+                self._wipe(group, slot)
             self._free.put(slot)
             group.end(None, error)
         return True
@@ -187,24 +204,44 @@ class SendBridge:
     def _send(self, group: "_Group", slot: list[np.ndarray]) -> None:
         started, waited = time.perf_counter(), self.times.device
         segments, parts = self._build_segments(group, slot)
-        sums = list(map(_checksum, parts)) if self._staged else None  # this also fills the copies
-        write = self._submit(segments)
-        sums = sums or list(map(_checksum, parts))  # without copies, this overlaps with the write
-        blocks = [
-            BlockWrite(block.token_block, block.pool_block, digest, sum(part.target.nbytes for part in of_block), None)
-            for block, digest, of_block in zip(group.blocks, sums, parts, strict=True)
-        ]
+        sums = self._seals(group, parts) if self._staged else None  # this also fills the copies
+        write, failure, blocks = self._submit(segments), None, None
+        try:  # the write reads the slot from here on, so that only its end may give the slot back
+            sums = sums or self._seals(group, parts)  # without copies, this overlaps with the write
+            blocks = [
+                BlockWrite(block.token_block, block.pool_block, digest, sum(each.target.nbytes for each in own), None)
+                for block, digest, own in zip(group.blocks, sums, parts, strict=True)
+            ]
+        except Exception as error:
+            failure = error
         self.times.host += time.perf_counter() - started - (self.times.device - waited)
 
         def ended(write: "Future[None]") -> None:
-            error = write.exception()
+            error = write.exception() or failure
             if error and not self._staged:  # the engine may still read the sources
                 self._held.append((time.monotonic(), parts))
+            self._wipe(group, slot)
             self._free.put(slot)
             self._unregister_when_idle()
             group.end(blocks, error)
 
         write.add_done_callback(ended)
+
+    def _wipe(self, group: "_Group", slot: list[np.ndarray]) -> None:
+        """With a key, leaves nothing in the clear in the ring, which others may read."""
+        if not self._seal.has_key or self._seal.encrypts:
+            return
+        tokens = max(len(group.blocks) * self._layout.block_size, AUX_LENGTH)
+        rows = sum(block.num_rows for block in group.blocks)
+        for buffer, area in enumerate(slot):
+            area[: rows if buffer in ROW_BUFFERS else tokens] = 0
+
+    def _seals(self, group: "_Group", parts: list[list["_Part"]]) -> list[bytes]:
+        """Fills the targets of each block's parts, and returns its seal."""
+        return [
+            self._seal.seal(group.call.purpose, block.token_block, block.pool_block, own)
+            for block, own in zip(group.blocks, parts, strict=True)
+        ]
 
     def _build_segments(
         self, group: "_Group", slot: list[np.ndarray]
@@ -303,8 +340,8 @@ class _Block:
 class _WriteCall:
     """The blocks of one call of `write`; reports their outcomes in order."""
 
-    def __init__(self, request: OutgoingRequest, on_end: OnWritten, should_write: Callable[[], bool]):
-        self.request, self.should_write = request, should_write
+    def __init__(self, request: OutgoingRequest, on_end: OnWritten, should_write: Callable[[], bool], purpose: Purpose):
+        self.request, self.should_write, self.purpose = request, should_write, purpose
         self._on_end = on_end
         self._lock = threading.Lock()
         self._ended: dict[int, list[BlockWrite]] = {}  # by group number; reported once all earlier groups have ended
@@ -326,15 +363,6 @@ class _Part(NamedTuple):
 
     source: np.ndarray
     target: np.ndarray
-
-
-def _checksum(parts: Iterable[_Part]) -> bytes:
-    """Computes the checksum of a block and fills the targets of its parts."""
-    return checksum(
-        chunk
-        for source, target in parts
-        for chunk in ((target,) if target is source else copy_in_parts(source, target))
-    )
 
 
 @dataclass

@@ -46,7 +46,7 @@ def images_of(batch: Batch, block_size: int) -> tuple[np.ndarray, list[OutgoingI
     in_order = np.where(index >= 0, np.cumsum(index >= 0) - 1, -1).astype(np.int32)
     images = [
         OutgoingImage(
-            visual, visual.digest(), int(in_order[tokens[0]]), len(tokens), frozenset((tokens // block_size).tolist())
+            visual, visual.digest, int(in_order[tokens[0]]), len(tokens), frozenset((tokens // block_size).tolist())
         )
         for visual, tokens in zip(batch.visuals, tokens_of, strict=True)
     ]

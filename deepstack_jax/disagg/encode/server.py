@@ -1,8 +1,8 @@
 """The encode node: answers language nodes' requests with rows of visual tokens.
 
-`sender.Sender` decides what to do, and this module does it: control messages run in the event loop, preparation in a
-pool of threads, the encoder in its own thread, and writes in one bridge per language node. Images are encoded one after
-another, and the rows of each are written while the next one is encoded.
+`sender.Sender` decides what to do, and this module does it: control messages run in the event loop, preparation in
+decoders and threads, the encoder in its own thread, and writes in one bridge per language node. Images are encoded one
+after another, and the rows of each are written while the next one is encoded.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from deepstack_jax.disagg.encode.images import OutgoingImage, images_of
 from deepstack_jax.disagg.encode.outgoing import OutgoingRequest
 from deepstack_jax.disagg.encode.sender import Sender, SenderSettings
 from deepstack_jax.disagg.encode.worker import EncodedImage, EncodeWorker
+from deepstack_jax.disagg.tasks import Tasks
 from deepstack_jax.disagg.transports import TransferError, Transport
 from deepstack_jax.disagg.wire.control import Listener
 from deepstack_jax.disagg.wire.layout import (
@@ -35,6 +36,7 @@ from deepstack_jax.disagg.wire.layout import (
     fingerprint,
 )
 from deepstack_jax.disagg.wire.messages import (
+    MAX_MILLISECONDS,
     MAX_REASON,
     Accepted,
     Goodbye,
@@ -51,6 +53,7 @@ from deepstack_jax.disagg.wire.messages import (
 )
 from deepstack_jax.disagg.wire.payload import unpack
 from deepstack_jax.disagg.wire.prompt import pack_prompt
+from deepstack_jax.disagg.wire.seals import BlockSeal, Purpose
 from deepstack_jax.disagg.wire.transfer import (
     Action,
     AttemptKey,
@@ -63,11 +66,13 @@ from deepstack_jax.disagg.wire.transfer import (
 )
 from deepstack_jax.errors import one_line
 from deepstack_jax.processing.batch import prepare_batch
+from deepstack_jax.processing.media import MediaError
+from deepstack_jax.processing.preparation import Preparation, Release
 
+MAX_PEERS = 16  # language nodes; each has a thread and memory here
 PEER_TIMEOUT_S = 10.0  # a language node counts as gone after this long without a message
 POLL_INTERVAL_S = 1.0  # maximum interval between two checks of timers and peers
 REMINDER_INTERVAL_S = 5.0  # interval between two messages about an attempt that waits for its language node
-NUM_PREPARE_THREADS = 2  # they decode images and tokenize
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +86,11 @@ class _Peer:
     hello: Hello
     bridge: SendBridge
     last_heard: float
+    gone: "asyncio.Future[None]"  # ends when it leaves or is silent for too long
+
+    @property
+    def http_url(self) -> str:
+        return self.hello.http_url
 
 
 @dataclass
@@ -92,40 +102,73 @@ class _Attempt:
     images: list[OutgoingImage] = field(default_factory=list)
     encoding: "dict[int, Future[EncodedImage]]" = field(default_factory=dict)  # by the image's first row
     encode_seconds: float = 0.0
+    release: Release = lambda: None  # gives back the memory of pixels
 
 
 class EncodeServer:
     """Serves language nodes until it is closed. All methods must be called from the event loop's thread."""
 
-    def __init__(self, model: Model, hello: Hello, listener: Listener, transport: Transport, worker: EncodeWorker):
+    def __init__(
+        self,
+        model: Model,
+        hello: Hello,
+        listener: Listener,
+        transport: Transport,
+        worker: EncodeWorker,
+        preparation: Preparation,
+        max_peers: int = MAX_PEERS,
+    ):
         """
         Args:
             model: provides the vision parameters; no others are used.
             hello: introduces this node, with role "encode".
-            listener, transport, worker: `close` closes them.
+            listener, transport, worker, preparation: `close` closes them.
+            max_peers: language nodes that may be connected at once; more are refused.
         """
         self.hello, self.listener, self.worker = hello, listener, worker
+        self._max_peers = max_peers
         self.sender = Sender(SenderSettings(hello.block_size))
         self.peers: dict[bytes, _Peer] = {}  # by connection
-        self._model, self._transport = model, transport
+        self.blocks_written = self.bytes_written = 0
+        self._model, self.transport = model, transport
         self._names: dict[str, _Peer] = {}
         self._attempts: dict[AttemptKey, _Attempt] = {}
-        self._pool = ThreadPoolExecutor(NUM_PREPARE_THREADS, thread_name_prefix="prepare")
+        self._preparation = preparation
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._closing_bridges: set[asyncio.Future[None]] = set()
+        self._tasks, self._preparing, self._closing_bridges = Tasks(), Tasks(), Tasks()
 
     async def start(self) -> None:
         """Loads the tokenizer, then starts serving."""
         self._loop = asyncio.get_running_loop()
         # load it here, because two preparing threads can't import it at once
         await asyncio.to_thread(lambda: self._model.processor.tokenizer)
-        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._run_timers())]
+        await self._preparation.decoders.start()
+        self._tasks.keep("the listener for language nodes", self._listen())
+        self._tasks.keep("the timers of transfers", self._run_timers())
+        if self.listener.has_key:
+            self._tasks.keep("the check of keys", self.listener.check_keys())
+        if self.listener.node is not None:
+            self._tasks.keep("the check of certificates", self.listener.introduce())
+            self.listener.node.revoked.watch(self._drop_revoked)
 
     @property
     def num_attempts(self) -> int:
         """The number of attempts that are being prepared or whose rows are kept."""
         return len(self._attempts)
+
+    @property
+    def failure(self) -> str | None:
+        """Why this node can't go on, None if it can: a task or a thread has ended that nothing restarts."""
+        if not self.worker.alive:
+            return "the encoder's thread has ended: restart the node"
+        if not all(peer.bridge.alive for peer in self.peers.values()):
+            return "a thread that sends rows has ended: restart the node"
+        return self._tasks.failure
+
+    @property
+    def preparing_seconds(self) -> float:
+        """How long the oldest preparation that runs in a thread has run, cancelled ones included; 0 if none does."""
+        return self._preparation.busy_seconds
 
     @property
     def num_closing_bridges(self) -> int:
@@ -137,15 +180,15 @@ class EncodeServer:
         for peer in self.peers.values():
             self.listener.send(peer.connection, Goodbye("the encode node is stopping"))
         await asyncio.sleep(0)
-        for task in [*self._tasks, *(attempt.task for attempt in self._attempts.values() if attempt.task)]:
-            task.cancel()
+        await self._tasks.cancel()
+        await self._preparing.cancel()
         for connection in list(self.peers):
             self._disconnect(connection)
-        await asyncio.gather(*self._closing_bridges, return_exceptions=True)
+        await self._closing_bridges.join()
         self.listener.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._preparation.close()
         await asyncio.to_thread(self.worker.close)
-        await asyncio.to_thread(self._transport.close)
+        await asyncio.to_thread(self.transport.close)
 
     # incoming messages
 
@@ -166,8 +209,9 @@ class EncodeServer:
             return
         peer.last_heard = time.monotonic()
         if isinstance(message, Heartbeat):
-            busy_ms = int(self.worker.busy_seconds * 1000)
-            reply = HeartbeatReply(message.sequence, self.hello.incarnation, busy_ms)
+            busy_ms = min(int(self.worker.busy_seconds * 1000), MAX_MILLISECONDS)
+            preparing_ms = min(int(self.preparing_seconds * 1000), MAX_MILLISECONDS)
+            reply = HeartbeatReply(message.sequence, self.hello.incarnation, busy_ms, preparing_ms)
             self.listener.send(connection, reply)
         elif isinstance(message, Goodbye):
             self._disconnect(connection)
@@ -175,26 +219,38 @@ class EncodeServer:
             self._perform(self.sender.receive(peer.name, message, time.monotonic()))
 
     def _receive_hello(self, connection: bytes, hello: Hello) -> None:
-        name = f"{hello.node_id}/{hello.incarnation}"
+        certificate = self.listener.node_of(connection)
+        # a node can't take the place of another one: what it says of itself only tells its own incarnations apart
+        node = hello.node_id if certificate is None else f"{certificate.name}-{certificate.serial}"
+        name = f"{node}/{hello.incarnation}"
         known = self.peers.get(connection)
         if known is not None and known.name == name and known.hello == hello:
             known.last_heard = time.monotonic()
             self.listener.send(connection, Welcome(self.hello))
             return
-        if reason := refusal(hello, self.hello):
+        reason = refusal(hello, self.hello)
+        if self.listener.has_key and not hello.block_key:
+            reason = "the language node gives no key for its blocks: start it with --key"
+        if reason:
             self.listener.send(connection, Refused(reason[:MAX_REASON]))
             return
         for former in [c for c, peer in self.peers.items() if c == connection or peer.name == name]:
             self._disconnect(former)
+        if len(self.peers) >= self._max_peers:
+            reason = f"the encode node has {len(self.peers)} language nodes: start it with a higher --max-peers"
+            self.listener.send(connection, Refused(reason))
+            return
         try:
-            bridge = SendBridge(self._transport, hello.session, hello.layout)
+            seal = BlockSeal(hello.block_key, hello.encrypt_blocks)
+            bridge = SendBridge(self.transport, hello.session, hello.layout, seal=seal)
         except (TransferError, MemoryError) as error:
             _log.exception("a bridge to %s could not be opened", name)
-            self.listener.send(
-                connection, Refused(f"the encode node can't allocate memory for another peer: {error}"[:MAX_REASON])
-            )
+            kind = type(error).__name__
+            self.listener.send(connection, Refused(f"the encode node can't allocate memory for another peer ({kind})"))
             return
-        self.peers[connection] = peer = _Peer(name, connection, hello, bridge, time.monotonic())
+        self.peers[connection] = peer = _Peer(
+            name, connection, hello, bridge, time.monotonic(), self._loop.create_future()
+        )
         self._names[name] = peer
         self._perform(self.sender.peer_up(name, hello.layout.num_blocks, time.monotonic()))
         self.listener.send(connection, Welcome(self.hello))
@@ -202,11 +258,16 @@ class EncodeServer:
     def _disconnect(self, connection: bytes) -> None:
         peer = self.peers.pop(connection)
         self._names.pop(peer.name, None)
+        peer.gone.set_result(None)
         self._perform(self.sender.peer_down(peer.name, time.monotonic()))
         # in a thread, because it waits for the group that is being sent
-        closing = asyncio.ensure_future(asyncio.to_thread(peer.bridge.close))
-        self._closing_bridges.add(closing)
-        closing.add_done_callback(self._closing_bridges.discard)
+        self._closing_bridges.run(f"closing the bridge to {peer.name}", asyncio.to_thread(peer.bridge.close))
+
+    def _drop_revoked(self) -> None:
+        """Ends everything that is done for nodes that are revoked by now."""
+        self.listener.drop_revoked()
+        for connection in [each for each in self.peers if self.listener.node_of(each) is None]:
+            self._disconnect(connection)
 
     async def _run_timers(self) -> None:
         """Handles the timers of `Sender`, disconnects silent peers and sends reminders, until it is cancelled."""
@@ -257,7 +318,7 @@ class EncodeServer:
                     self.listener.send(connected.connection, message)
             case Prepare(key):
                 self._attempts[key] = attempt = _Attempt()
-                attempt.task = asyncio.create_task(self._prepare(action))
+                attempt.task = self._preparing.run("preparing a request", self._prepare(action))
             case EncodeBlocks(key, blocks):
                 self._encode(key, blocks)
             case StartWrite(key, round, blocks):
@@ -270,6 +331,7 @@ class EncodeServer:
                     self._perform(self.sender.write_skipped(key, round, [block for block, _ in blocks], now))
             case Forget(key):
                 if attempt := self._attempts.pop(key, None):
+                    attempt.release()
                     for future in attempt.encoding.values():
                         future.cancel()
                     if attempt.task:
@@ -279,11 +341,17 @@ class EncodeServer:
         """Prepares one request. A failure is reported for this request only."""
         key, started = action.key, time.monotonic()
         try:
-            request, images = await self._loop.run_in_executor(self._pool, self._prepare_inputs, action.payload)
+            parts = await self._preparation.in_thread(lambda: unpack(action.payload))
+            arrays, release = await self._preparation.prepare(self._model.processor, *parts)
             if (attempt := self._attempts.get(key)) is None:
+                release()
                 return
+            attempt.release = release
+            request, images = await self._preparation.in_thread(lambda: self._outgoing(arrays))
             attempt.request, attempt.images = request, images
             prepared = self._describe(key, request, images, time.monotonic() - started)
+        except MediaError as error:
+            self._perform(self.sender.failed(key, error.status, one_line(error), time.monotonic()))
         except ValueError as error:  # only here does a ValueError mean that the request is invalid
             self._perform(self.sender.failed(key, 400, one_line(error), time.monotonic()))
         except Exception as error:
@@ -291,10 +359,8 @@ class EncodeServer:
         else:
             self._perform(self.sender.prepared(key, prepared, time.monotonic()))
 
-    def _prepare_inputs(self, payload: bytes) -> tuple[OutgoingRequest, list[OutgoingImage]]:
+    def _outgoing(self, arrays: dict[str, np.ndarray]) -> tuple[OutgoingRequest, list[OutgoingImage]]:
         """Returns a request whose rows are still to be added, and its images and videos."""
-        prompt, images, videos, options = unpack(payload)
-        arrays = self._model.processor.prepare(prompt, images=images, videos=videos, **options)
         batch = prepare_batch(self._model.config, **arrays)
         count = int(batch.lengths[0])
         aux = np.zeros(AUX_LENGTH, np.int32)
@@ -346,6 +412,8 @@ class EncodeServer:
             return
         attempt.request.add_rows(image.first_row, image.rows, rows)
         attempt.images.remove(image)  # its pixels are no longer needed
+        if not attempt.images:
+            attempt.release()
         attempt.encode_seconds += seconds
         incomplete = {block for other in attempt.images for block in other.blocks}
         now, encode_us = time.monotonic(), int(attempt.encode_seconds * 1e6)
@@ -353,7 +421,7 @@ class EncodeServer:
 
     def _report_failure(self, key: AttemptKey, stage: str, error: BaseException) -> None:
         _log.error("%s failed", stage, exc_info=error)
-        reason = f"{stage} failed ({type(error).__name__}): {one_line(error)[:300]}"
+        reason = f"{stage} failed ({type(error).__name__}): see the encode node's log"  # clients get the reason
         self._perform(self.sender.failed(key, 500, reason, time.monotonic()))
 
     def _in_loop(self, call: Callable[..., None], *args: Any) -> None:
@@ -375,18 +443,23 @@ class EncodeServer:
             self._in_loop(self._written, key, round, blocks)
 
         # the bridge's thread calls `may_write`, which only reads a dictionary and a clock
-        peer.bridge.write(attempt.request, action.blocks, ended, lambda: self.sender.may_write(key, time.monotonic()))
+        may_write = lambda: self.sender.may_write(key, time.monotonic())  # noqa: E731
+        peer.bridge.write(attempt.request, action.blocks, ended, may_write, Purpose(key.request_id, key.attempt, round))
 
     def _written(self, key: AttemptKey, round: int, blocks: list[BlockWrite]) -> None:
         """Reports the outcome of one group; all of its blocks share it."""
         now, token_blocks, error = time.monotonic(), [block.token_block for block in blocks], blocks[0].error
         if error is None:
             done = [WrittenBlock(block.token_block, block.checksum, block.num_bytes) for block in blocks]
+            self.blocks_written += len(done)
+            self.bytes_written += sum(block.num_bytes for block in done)
             self._perform(self.sender.written(key, round, done, now))
         elif isinstance(error, WriteSkippedError):
             self._perform(self.sender.write_skipped(key, round, token_blocks, now))
         else:
-            self._perform(self.sender.write_failed(key, round, token_blocks, one_line(error), now))
+            _log.warning("a write to %s failed: %s", key.peer, one_line(error))
+            reason = f"a write failed ({type(error).__name__}): see the encode node's log"
+            self._perform(self.sender.write_failed(key, round, token_blocks, reason, now))
 
 
 def new_incarnation() -> str:

@@ -41,6 +41,7 @@ class EncodeWorker:
     Attributes:
         num_encoded: images and videos that went through the encoder so far.
         num_cached: images and videos whose rows were cached.
+        num_batches, encode_seconds: runs of the encoder, and what they took.
         last_run: time.monotonic() when the device last returned rows, None before the first.
         error: the latest failure in one line, None if the latest image succeeded.
     """
@@ -49,7 +50,8 @@ class EncodeWorker:
         """`model` needs only its vision parameters."""
         # rows by digest; only the worker's thread uses it
         self.cache: LRUCache[Any, jax.Array] = LRUCache(cache_bytes, getsizeof=lambda rows: rows.nbytes)
-        self.num_encoded = self.num_cached = 0
+        self.num_encoded = self.num_cached = self.num_batches = 0
+        self.encode_seconds = 0.0
         self.last_run: float | None = None
         self.error: str | None = None
         self._model = model
@@ -63,6 +65,16 @@ class EncodeWorker:
         """How long the current program has run on the device; 0 when the device is idle."""
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def queued(self) -> int:
+        """Images and videos in line, cancelled ones included."""
+        return self._queue.qsize()
 
     def submit(self, visual: VisionInput, key: bytes | None = None) -> "Future[EncodedImage]":
         """Queues an image or video. Cancelling the future removes it from the queue.
@@ -131,12 +143,15 @@ class EncodeWorker:
         names = [each if each.key is None else each.key for each in requests]
         found = {name: self.cache[name] for name in names if name in self.cache}
         new = {name: each for name, each in zip(names, requests, strict=True) if name not in found}
-        encoded = encode_images(self._model, [each.visual for each in new.values()])
+        started = time.monotonic()
+        encoded = jax.block_until_ready(encode_images(self._model, [each.visual for each in new.values()]))
+        self.num_batches += bool(new)
+        self.encode_seconds += time.monotonic() - started
         for (name, request), joined in zip(new.items(), encoded, strict=True):
             found[name] = joined
             if request.key is not None:
                 self.num_encoded += 1
-                if jax.block_until_ready(joined).nbytes <= self.cache.maxsize:
+                if joined.nbytes <= self.cache.maxsize:
                     self.cache[request.key] = joined
         self.num_cached += len(requests) - len(new)
         levels = self._model.config.num_deepstack_levels

@@ -12,6 +12,7 @@ from deepstack_jax.disagg.transports import Transport
 from deepstack_jax.disagg.wire.buffers import MultimodalDataBuffers
 from deepstack_jax.disagg.wire.device_rows import HostMemory
 from deepstack_jax.disagg.wire.rows import StageTimes
+from deepstack_jax.disagg.wire.seals import NO_PURPOSE, BlockSeal, Purpose
 
 
 class ReceiveBridge:
@@ -31,18 +32,28 @@ class ReceiveBridge:
         return IncomingRequest(self._pool, input_ids, mrope_positions, visual_ids, self._sharding, self._memory)
 
     def copy_out(
-        self, request: IncomingRequest, token_block: int, pool_block: int, expected: BlockCopy
+        self,
+        request: IncomingRequest,
+        token_block: int,
+        pool_block: int,
+        expected: BlockCopy,
+        seal: BlockSeal | None = None,
+        purpose: Purpose = NO_PURPOSE,
     ) -> "Future[BlockCopy]":
         """Runs `IncomingRequest.copy_out` in the bridge's thread."""
 
         def run() -> BlockCopy:
             started = time.perf_counter()
-            copy = request.copy_out(token_block, pool_block, expected)
+            copy = request.copy_out(token_block, pool_block, expected, seal, purpose)
             self.times.host += time.perf_counter() - started
             self.times.num_bytes += copy.num_bytes
             return copy
 
         return self._worker.submit(run)
+
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Overwrites blocks of the pool that nobody copies or is allowed to write to."""
+        self._pool.wipe(blocks)
 
     @property
     def spare_bytes(self) -> int:

@@ -7,20 +7,24 @@ loop, and copies rows in the bridge's thread.
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
 
 import msgspec
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.disagg.keys.certificates import NodeKey
+from deepstack_jax.disagg.keys.files import Key
 from deepstack_jax.disagg.language.bridge import ReceiveBridge
 from deepstack_jax.disagg.language.fetch import Fetch, NoEncoderError, OnRows, TransferFailedError
 from deepstack_jax.disagg.language.incoming import BlockCopy
 from deepstack_jax.disagg.language.link import Link
 from deepstack_jax.disagg.language.pending import ReceiverSettings
 from deepstack_jax.disagg.language.receiver import Receiver
+from deepstack_jax.disagg.tasks import Tasks
 from deepstack_jax.disagg.transports import Transport
-from deepstack_jax.disagg.wire.control import ClusterKey, Connection
+from deepstack_jax.disagg.wire.control import Connection
 from deepstack_jax.disagg.wire.messages import (
     Abort,
     Accepted,
@@ -33,7 +37,8 @@ from deepstack_jax.disagg.wire.messages import (
     Written,
 )
 from deepstack_jax.disagg.wire.prompt import unpack_prompt
-from deepstack_jax.disagg.wire.transfer import Action, CopyOut, EncodeLocally, Ended, PromptKnown, Send, State
+from deepstack_jax.disagg.wire.seals import KEY_BYTES, Purpose
+from deepstack_jax.disagg.wire.transfer import Action, CopyOut, EncodeLocally, Ended, PromptKnown, Send, State, Wipe
 
 REPLY_MARGIN_S = 0.1  # a fetch ends this long before its deadline, so that the caller can still report why
 TIMER_RETRY_S = 1.0  # after a failure, timers are checked again after this long
@@ -55,7 +60,7 @@ class EncoderPool:
         transport: Transport,
         settings: ReceiverSettings,
         endpoints: Iterable[str],
-        key: ClusterKey | None = None,
+        key: Key | None = None,
     ):
         """
         Args:
@@ -64,7 +69,7 @@ class EncoderPool:
             bridge, transport: the receive pool's; `close` closes them.
             settings: of the receiver.
             endpoints: tcp://host:port of each encode node's control socket.
-            key: the cluster's key.
+            key: of the cluster or of this node.
 
         Raises:
             ValueError: an endpoint can't be used.
@@ -77,24 +82,31 @@ class EncoderPool:
             # one incarnation per link: an encoder that is reached under two addresses sees two distinct nodes
             Link(
                 self,
-                msgspec.structs.replace(hello, incarnation=f"{hello.incarnation}.{number}"),
+                msgspec.structs.replace(
+                    hello,
+                    incarnation=f"{hello.incarnation}.{number}",
+                    block_key=b"" if key is None else secrets.token_bytes(KEY_BYTES),  # no other encoder can use it
+                ),
                 Connection(endpoint, key),
+                f"encoder {number}",
             )
             for number, endpoint in enumerate(dict.fromkeys(endpoints))
         ]
+        if isinstance(key, NodeKey):
+            key.revoked.watch(self._drop_revoked)
         self._by_peer: dict[str, Link] = {}
         self._fetches: dict[str, Fetch] = {}
         self._changed = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks = Tasks()
         self._closed = False
 
     async def start(self) -> None:
         """Connects to all encode nodes, and reconnects until `close`."""
         self._loop = asyncio.get_running_loop()
-        self._tasks = [asyncio.create_task(self._run_timers())]
-        self._tasks += [
-            asyncio.create_task(task) for link in self._links for task in (link.listen(), link.keep_alive())
-        ]
+        self._tasks.keep("the timers of transfers", self._run_timers())
+        for link in self._links:
+            self._tasks.keep(f"the listener for {link.name}", link.listen())
+            self._tasks.keep(f"the heartbeat of {link.name}", link.keep_alive())
 
     async def close(self) -> None:
         """Fails the fetches in progress, says Goodbye to all encode nodes and closes the bridge and the transport."""
@@ -102,15 +114,18 @@ class EncoderPool:
         for request_id in list(self._fetches):
             self._fail(request_id, TransferFailedError(503, "the server is stopping: try again later"))
             self._perform(self.receiver.abort(request_id, "the server is stopping", time.monotonic()))
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
         for link in self._links:
             link.connection.send(Goodbye("the language node is stopping"))
         for link in self._links:
             link.connection.close()
         await asyncio.to_thread(self._bridge.close)
         await asyncio.to_thread(self._transport.close)
+
+    @property
+    def failure(self) -> str | None:
+        """Why this node can't go on, None if it can: a task has ended that nothing restarts."""
+        return self._tasks.failure
 
     @property
     def num_encoders(self) -> int:
@@ -185,6 +200,8 @@ class EncoderPool:
                 self._know_prompt(request_id, prepared)
             case CopyOut():
                 self._copy_out(action)
+            case Wipe(blocks):
+                self._bridge.wipe(blocks)
             case EncodeLocally(request_id, reason):
                 self._fail(request_id, NoEncoderError(reason))
             case Ended(request_id, State.SUCCESS):
@@ -212,7 +229,9 @@ class EncoderPool:
         incoming = fetch.incoming
         assert incoming is not None
         expected = BlockCopy(action.checksum, action.num_bytes)
-        copy = self._bridge.copy_out(incoming, action.token_block, action.pool_block, expected)
+        seal = self._by_peer[self.receiver.requests[action.request_id].peer].seal
+        purpose = Purpose(action.request_id, action.attempt, action.round)
+        copy = self._bridge.copy_out(incoming, action.token_block, action.pool_block, expected, seal, purpose)
 
         def ended(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed
@@ -243,17 +262,28 @@ class EncoderPool:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), None if due is None else max(due - time.monotonic(), 0))
 
+    def _drop_revoked(self) -> None:
+        for link in self._links:
+            link.drop_revoked()
+
     # events of links
 
     def peer_up(self, link: Link, peer: str) -> None:
+        _log.info("%s, %s, is connected", link.name, link.connection.endpoint)
         self._by_peer[peer] = link
         self.refused.pop(link.connection.endpoint, None)
         self._perform(self.receiver.peer_up(peer, time.monotonic()))
 
+    def peer_slow(self, peer: str, slow: bool) -> None:
+        self.receiver.set_slow(peer, slow)
+
     def peer_refused(self, link: Link, reason: str) -> None:
+        if self.refused.get(link.connection.endpoint) != reason:
+            _log.warning("%s, %s, is not used: %s", link.name, link.connection.endpoint, reason)
         self.refused[link.connection.endpoint] = reason
 
     def peer_down(self, peer: str, reason: str) -> None:
+        _log.info("%s", reason)
         self._perform(self.receiver.peer_down(peer, reason, time.monotonic()))
         self._by_peer.pop(peer, None)
 

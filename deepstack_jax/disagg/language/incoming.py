@@ -15,9 +15,9 @@ from deepstack_jax.disagg.wire.layout import (
     FILL_IDS,
     MROPE_POSITIONS,
     ROW_BUFFERS,
-    checksum,
 )
-from deepstack_jax.disagg.wire.rows import block_runs, copy_in_parts, first_row
+from deepstack_jax.disagg.wire.rows import block_runs, first_row
+from deepstack_jax.disagg.wire.seals import NO_PURPOSE, BlockSeal, Purpose
 from deepstack_jax.models.vision import VisualRows
 
 
@@ -81,8 +81,18 @@ class IncomingRequest:
         self.blocks = self._find_blocks()
         self._arrived: dict[int, VisualRows | None] = {}  # None once they are taken
 
-    def copy_out(self, token_block: int, pool_block: int, expected: BlockCopy) -> BlockCopy:
+    def copy_out(
+        self,
+        token_block: int,
+        pool_block: int,
+        expected: BlockCopy,
+        seal: BlockSeal | None = None,
+        purpose: Purpose = NO_PURPOSE,
+    ) -> BlockCopy:
         """Copies a block out of the pool, and counts it if the copy matches `expected`.
+
+        `seal` and `purpose` are those with which it was written. With a key the block is wiped in the pool, where
+        others may read it.
 
         Raises:
             ValueError: the block does not exist, or its ids or positions are not those of the prompt.
@@ -92,12 +102,20 @@ class IncomingRequest:
             raise ValueError(f"token block {token_block} is outside the prompt of {len(self.input_ids)} tokens")
         if not 0 <= pool_block < self._pool.num_blocks:
             raise ValueError(f"block {pool_block} is outside the pool of {self._pool.num_blocks} blocks")
-        if token_block in self._arrived:
-            return expected  # it has matched before
+        seal = seal or BlockSeal()
+        if token_block in self._arrived:  # it has matched before
+            if seal.has_key:
+                self._pool.wipe([pool_block])
+            return expected
         tokens = slice(token_block * size, min((token_block + 1) * size, len(self.input_ids)))
         # read these copies from here on: a late write may change the pool at any time
-        small, rows = self._copy_small(token_block, pool_block, tokens), self._take_memory()
-        copy = self._copy_rows(small, rows, tokens, pool_block)
+        sources, rows = self._small(token_block, pool_block, tokens), self._take_memory()
+        small = [np.empty_like(source) for source in sources]
+        parts = [*zip(sources, small, strict=True), *self._row_parts(rows, tokens, pool_block)]
+        opened = seal.open(purpose, token_block, pool_block, parts, expected.checksum)
+        copy = BlockCopy(opened, sum(target.nbytes for _, target in parts))
+        for source, _ in parts if seal.has_key else ():
+            source.fill(0)
         if copy == expected:
             if not (
                 np.array_equal(small[0], self.input_ids[tokens]) and np.array_equal(small[1], self._positions[tokens])
@@ -124,10 +142,11 @@ class IncomingRequest:
             blocks[int(of_block[0]) // size] = BlockRows(first, stop - first, int(of_block[0]), int(of_block[-1]) + 1)
         return blocks
 
-    def _copy_small(self, token_block: int, pool_block: int, tokens: slice) -> list[np.ndarray]:
+    def _small(self, token_block: int, pool_block: int, tokens: slice) -> list[np.ndarray]:
+        """The block's ids, positions and aux_datas in the pool."""
         count, arrays = tokens.stop - tokens.start, self._pool.arrays
-        small = [arrays[buffer][pool_block][:count].copy() for buffer in (FILL_IDS, MROPE_POSITIONS)]
-        return small if token_block else [*small, arrays[AUX_DATAS][pool_block][:AUX_LENGTH].copy()]
+        small = [arrays[buffer][pool_block][:count] for buffer in (FILL_IDS, MROPE_POSITIONS)]
+        return small if token_block else [*small, arrays[AUX_DATAS][pool_block][:AUX_LENGTH]]
 
     def _take_memory(self) -> list[np.ndarray]:
         """Memory for the rows of one block: embeddings, then deepstack embeddings if the model has any."""
@@ -139,18 +158,15 @@ class IncomingRequest:
     def _row_buffers(self) -> tuple[int, ...]:
         return ROW_BUFFERS[: 2 if self._pool.num_deepstack_embeddings else 1]
 
-    def _copy_rows(self, small: list[np.ndarray], rows: list[np.ndarray], tokens: slice, pool_block: int) -> BlockCopy:
+    def _row_parts(
+        self, rows: list[np.ndarray], tokens: slice, pool_block: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The block's rows in the pool, with their places in `rows`, whose remaining rows become zero."""
         runs = block_runs(self._visual[tokens])
         first, count = first_row(runs) if runs else 0, sum(stop - start for start, stop in runs)
-
-        def parts() -> Iterator[np.ndarray]:
-            yield from small
-            for buffer, target in zip(self._row_buffers, rows, strict=True):
-                target[count:] = 0
-                yield from copy_in_parts(self._pool.arrays[buffer][pool_block][first : first + count], target[:count])
-
-        num_bytes = sum(part.nbytes for part in small) + sum(array[:count].nbytes for array in rows)
-        return BlockCopy(checksum(parts()), num_bytes)
+        for buffer, target in zip(self._row_buffers, rows, strict=True):
+            target[count:] = 0
+            yield self._pool.arrays[buffer][pool_block][first : first + count], target[:count]
 
 
 def _bounds(numbers: np.ndarray) -> tuple[list[int], list[int]]:

@@ -40,7 +40,9 @@ from deepstack_jax.disagg.wire.transfer import (
     PromptKnown,
     Send,
     State,
+    Wipe,
     from_ranges,
+    name_of,
     to_ranges,
 )
 from deepstack_jax.rounding import cdiv
@@ -55,9 +57,11 @@ class Receiver:
         self.settings = settings
         self.pool = BlockAllocator(settings.num_blocks, settings.block_size)
         self.peers: dict[str, None] = {}  # in order of connection
+        self.slow: set[str] = set()  # peers that get new requests only if all are among them
         self.requests: dict[str, PendingRequest] = {}  # in order of submission
         self.abandoned: dict[tuple[str, int], AbandonedAttempt] = {}
         self.attempts = 0  # numbers are never reused, so (request_id, attempt) is unique even if an id is reused
+        self.failovers = 0  # attempts after the first of their request
         self.ignored: Counter[str] = Counter()  # messages that were ignored, by type
 
     # events of this node
@@ -124,7 +128,8 @@ class Receiver:
         else:
             request.num_damaged += 1
             if request.num_damaged > self.settings.max_damaged:
-                reason = f"{request.num_damaged} blocks arrived damaged from {request.peer}: check the network"
+                who = name_of(request.peer)
+                reason = f"{request.num_damaged} blocks arrived damaged from {who}: check the network"
                 return self._fail(request_id, 502, reason, now) + self._grant(now)
         return self._end_if_complete(request_id, request) + self._grant(now)
 
@@ -138,9 +143,14 @@ class Receiver:
     def peer_down(self, peer: str, reason: str, now: float) -> list[Action]:
         """An encoder is gone or seems to be: its requests continue with other encoders."""
         self.peers.pop(peer, None)
+        self.slow.discard(peer)
         affected = [request_id for request_id, request in self.requests.items() if request.peer == peer]
         actions = [action for request_id in affected for action in self._next_attempt(request_id, reason, now)]
         return actions + self._grant(now)
+
+    def set_slow(self, peer: str, slow: bool) -> None:
+        """An encoder's preparation seems stuck, or goes on again: requests prefer the others."""
+        (self.slow.add if slow and peer in self.peers else self.slow.discard)(peer)
 
     def receive(self, peer: str, message: Message, now: float) -> list[Action]:
         """A message has arrived from `peer`."""
@@ -164,7 +174,7 @@ class Receiver:
                     case Error(request_id, _, status, reason) if status < 500:
                         actions = self._fail(request_id, status, reason, now)
                     case Error(request_id, _, status, reason):
-                        reason = f"{peer}: {reason}"
+                        reason = f"{name_of(peer)}: {reason}"
                         request.failure = reason if status == 500 else request.failure
                         actions = self._next_attempt(request_id, reason, now, status)
         if actions is None:
@@ -185,7 +195,7 @@ class Receiver:
             if request.deadline <= now:
                 actions += self._fail(request_id, 504, f"deadline passed {self._describe_wait(request)}", now)
             elif self._awaits_writes(request) and request.stall_deadline <= now:
-                actions += self._next_attempt(request_id, f"{request.peer} stopped writing", now)
+                actions += self._next_attempt(request_id, f"{name_of(request.peer)} stopped writing", now)
             elif request.waits_for_peer and request.resend_at <= now:
                 actions += self._send_unanswered(request_id, request, now)
         return actions + self._grant(now)
@@ -202,8 +212,9 @@ class Receiver:
     # attempts
 
     def _next_attempt(self, request_id: str, reason: str, now: float, status: int | None = None) -> list[Action]:
-        """Abandons the current attempt, if any, and starts one with the encoder tried least often, then the least busy.
+        """Abandons the current attempt, if any, and starts one with the best encoder.
 
+        That is the one that the request has tried least often, then one that isn't slow, then the least busy.
         `status` is the one that the encoder reported, if it reported one.
         """
         request = self.requests[request_id]
@@ -218,7 +229,9 @@ class Receiver:
                 reason = f"no encoder is left: {reason}"
             return actions + self._fail(request_id, status or 503, reason, now)
         busy = Counter(other.peer for other in self.requests.values())
-        peer = min(self.peers, key=lambda peer: (request.attempts_by_peer.get(peer, 0), busy[peer]))
+        tried = request.attempts_by_peer
+        peer = min(self.peers, key=lambda peer: (tried.get(peer, 0), peer in self.slow, busy[peer]))
+        self.failovers += bool(request.attempts_by_peer)
         is_retry = peer in request.attempts_by_peer
         request.attempts_by_peer[peer] = request.attempts_by_peer.get(peer, 0) + 1
         self.attempts += 1
@@ -245,9 +258,10 @@ class Receiver:
         return [Send(peer, Abort(request_id, request.attempt, reason[:MAX_REASON]))]
 
     def _release(self, attempt: tuple[str, int]) -> list[Action]:
-        for block in self.abandoned.pop(attempt).blocks:
+        blocks = self.abandoned.pop(attempt).blocks
+        for block in blocks:
             self.pool.release(block)
-        return []
+        return [Wipe(tuple(blocks))]
 
     def _fail(self, request_id: str, status: int, reason: str, now: float) -> list[Action]:
         request = self.requests[request_id]
@@ -298,12 +312,14 @@ class Receiver:
             reason = f"the prompt has {message.total_tokens} tokens: expected up to {limit}"
             return self._fail(message.request_id, 400, reason, now)
         if message.visual_rows > message.total_tokens:
-            reason = f"{request.peer} announced {message.visual_rows} visual rows for {message.total_tokens} tokens"
+            rows, tokens = message.visual_rows, message.total_tokens
+            reason = f"{name_of(request.peer)} announced {rows} visual rows for {tokens} tokens"
             return self._next_attempt(message.request_id, reason, now)
         known = request.fingerprint, request.total_tokens
         if request.fingerprint and known != (message.fingerprint, message.total_tokens):
             # the engine has the first prompt, and may have computed a part of it
-            reason = f"{request.peer} prepared another prompt than the encoder before it: install one release on all"
+            who = name_of(request.peer)
+            reason = f"{who} prepared another prompt than the encoder before it: install one release on all"
             return self._next_attempt(message.request_id, reason, now, 502)
         request.accepted = request.prepared = True
         request.state = max(request.state, State.WAITING_FOR_INPUT)
@@ -359,12 +375,13 @@ class Receiver:
         return len(request.written) < len(request.granted)
 
     def _describe_wait(self, request: PendingRequest) -> str:
+        peer = name_of(request.peer)
         if not request.prepared:
-            return f"while {request.peer} prepared the request"
+            return f"while {peer} prepared the request"
         if not request.admitted:
             return "while the request waited for the engine"
         if not request.granted and request.waits_for_rows:
-            return f"while {request.peer} encoded the images and videos"
+            return f"while {peer} encoded the images and videos"
         if request.waits_for_blocks:
             return "while the request waited for receive blocks"
-        return f"during the transfer from {request.peer}"
+        return f"during the transfer from {peer}"

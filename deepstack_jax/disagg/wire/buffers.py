@@ -178,6 +178,11 @@ class MultimodalDataBuffers:
             deepstack_embeddings=copy_of(DEEPSTACK_EMBEDDINGS) if self.num_deepstack_embeddings else None,
         )
 
+    def wipe(self, block_indices: Sequence[int]) -> None:
+        """Overwrites blocks with zeros."""
+        for array in self.arrays:
+            array[list(block_indices)] = 0
+
     def _checked_blocks(self, block_indices: Sequence[int]) -> list[int]:
         blocks = [operator.index(block) for block in block_indices]
         for block in blocks:

@@ -7,6 +7,7 @@ import numpy as np
 import xxhash
 
 from deepstack_jax.checkpoint import Model, load
+from deepstack_jax.errors import naming
 
 # These parameters are small and exist in every checkpoint. Both sides read them from disk.
 _SAMPLED = ("visual.merger.norm.", "language_model.model.norm.")
@@ -24,7 +25,8 @@ def identity_of(model: Model) -> str:
     digest = xxhash.xxh3_128(json.dumps(asdict(model.config), sort_keys=True, default=str).encode())
     for name in _FILES:
         file = model.path / name
-        digest.update(file.read_bytes() if file.exists() else b"")
+        with naming(file):
+            digest.update(file.read_bytes() if file.exists() else b"")
     sampled = load(model.path, "float32", parts=_SAMPLED).params
     for path in sorted(sampled):
         digest.update(np.ascontiguousarray(sampled[path]).data)

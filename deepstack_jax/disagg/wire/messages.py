@@ -3,6 +3,7 @@
 Every field is bounded, so an unpacked message has a known maximum size. The receiver checks its meaning.
 """
 
+import re
 from typing import Annotated, Literal
 
 import msgspec
@@ -10,13 +11,14 @@ from msgspec import Meta
 
 from deepstack_jax.disagg.wire.layout import BufferLayout
 
-PROTOCOL = 3  # version of these messages and of the payload of Submit
+PROTOCOL = 4  # version of these messages and of the payload of Submit
 MAX_PAYLOAD = 128 << 20  # bytes per request, images and videos included
 MAX_MESSAGE = MAX_PAYLOAD + (1 << 20)
 MAX_TOKENS = 1 << 20  # per prompt
 MAX_BLOCKS = 1 << 20  # per pool
 MAX_LIST = 4096  # items per list in a message
 MAX_REASON = 500  # characters
+MAX_MILLISECONDS = 24 * 3600 * 1000
 
 NAME_PATTERN = r"\A[!-~]{1,64}\Z"  # of ids
 
@@ -26,7 +28,7 @@ Counter = Annotated[int, Meta(ge=0, le=2**53)]
 Tokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 TokenBlock = Annotated[int, Meta(ge=0, lt=MAX_TOKENS)]
 PoolBlock = Annotated[int, Meta(ge=0, lt=MAX_BLOCKS)]
-Milliseconds = Annotated[int, Meta(ge=0, le=24 * 3600 * 1000)]
+Milliseconds = Annotated[int, Meta(ge=0, le=MAX_MILLISECONDS)]
 Status = Annotated[int, Meta(ge=400, le=599)]
 Digest = Annotated[bytes, Meta(min_length=8, max_length=64)]
 Sha256 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -54,6 +56,8 @@ class Hello(Message, frozen=True, forbid_unknown_fields=False):
     total_lens: Sizes = ()
     item_lens: Sizes = ()
     http_url: Annotated[str, Meta(max_length=300)] = ""  # URL of a language node's HTTP server
+    block_key: Annotated[bytes, Meta(max_length=32)] = b""  # of the language node, for the seals of its blocks
+    encrypt_blocks: bool = False
     protocol: Annotated[int, Meta(ge=0, le=255)] = PROTOCOL
 
     @property
@@ -86,6 +90,7 @@ class HeartbeatReply(Message, frozen=True):
     sequence: Counter
     incarnation: Name
     work_age_ms: Milliseconds  # how long the worker has run its current program, 0 when idle
+    preparing_ms: Milliseconds = 0  # how long the oldest request that is being prepared has been, 0 when none is
 
 
 class Goodbye(Message, frozen=True):
@@ -163,10 +168,10 @@ class Grant(Message, frozen=True):
 
 
 class WrittenBlock(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One token block, as the sender wrote it."""
+    """One token block, as the sender wrote it. `checksum` is its seal (see `seals`)."""
 
     token_block: TokenBlock
-    checksum: Annotated[bytes, Meta(min_length=8, max_length=8)]
+    checksum: Annotated[bytes, Meta(min_length=8, max_length=64)]
     num_bytes: Annotated[int, Meta(ge=1, le=2**40)]
 
 
@@ -256,11 +261,19 @@ def refusal(language: Hello, encode: Hello) -> str | None:
         ("hidden_size", "load the same checkpoint on both"),
         ("num_deepstack_embeddings", "load the same checkpoint on both"),
         ("block_size", "start both with the same block size"),
+        ("encrypt_blocks", "start both with --encrypt-blocks, or neither"),
     ):
         ours, theirs = getattr(language, name), getattr(encode, name)
         if ours != theirs:
             return f"{name} is {ours!r} on the language node and {theirs!r} on the encode node: {remedy}"
+    if language.http_url and not _HTTP_URL.fullmatch(language.http_url):
+        return f"the URL {language.http_url[:100]!r} is not of the form http://host:port or https://host:port"
+    if len(language.block_key) not in (0, 32) or (language.encrypt_blocks and not language.block_key):
+        return f"a key of {len(language.block_key)} bytes for blocks: expected 32, or none and no encryption"
     return _broken_pool(language)
+
+
+_HTTP_URL = re.compile(r"https?://(\[[0-9a-fA-F:.]+(%\w+)?\]|[\w.-]+):\d{1,5}", re.ASCII)
 
 
 def _broken_pool(hello: Hello) -> str | None:

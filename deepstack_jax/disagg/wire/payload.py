@@ -4,24 +4,24 @@ Images and videos are sent as their original files, and integers that msgpack ca
 this format must change `messages.PROTOCOL` too, so that nodes of different releases refuse each other at connect time.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
-from PIL import Image
 
 from deepstack_jax.errors import one_line
+from deepstack_jax.processing.sources import MediaFile
 
 UserPrompt = str | list[dict[str, Any]]
-Video = io.BytesIO | list[Image.Image]
+Video = MediaFile | list[MediaFile]
 
 _IMAGE, _VIDEO, _INTEGER = 1, 2, 3  # msgpack extension types
+_FORMAT_BYTES = 8  # of the name of an image's format, before its data
 
 
 def pack(
     prompt: UserPrompt,
-    images: Sequence[Image.Image],
+    images: Sequence[MediaFile],
     videos: Sequence[Video],
     options: Mapping[str, Any] | None = None,
 ) -> bytes:
@@ -29,7 +29,7 @@ def pack(
 
     Args:
         prompt: text, or messages whose parts may contain images and videos of the kinds below.
-        images: opened from an io.BytesIO and not yet decoded, because their files are sent.
+        images: files whose format is known.
         videos: files of any container, or lists of images.
         options: keyword arguments of `processor.prepare`.
 
@@ -47,27 +47,24 @@ def pack(
         raise ValueError("the request is nested too deeply: send flatter messages, tools and options") from None
 
 
-def unpack(data: bytes) -> tuple[UserPrompt, list[Image.Image], list[Video], dict[str, Any]]:
+def unpack(data: bytes) -> tuple[UserPrompt, list[MediaFile], list[Video], dict[str, Any]]:
     """Returns the arguments that `pack` received.
 
     Raises:
-        ValueError: the bytes are not a request, or contain an image that this node's Pillow can't read.
+        ValueError: the bytes are not a request.
     """
     try:
         return _DECODER.decode(data)
-    except Exception as error:  # Pillow's plugins raise many types
+    except Exception as error:
         raise ValueError(f"the encode node can't read the request: {one_line(error)[:300]}") from None
 
 
 def _to_ext(value: object) -> msgspec.msgpack.Ext:
-    if isinstance(value, Image.Image):
-        file = getattr(value, "fp", None)
-        if not isinstance(file, io.BytesIO) or value.format is None:
-            raise TypeError("an image that is already decoded can't be sent: open it from its bytes")
-        return msgspec.msgpack.Ext(_IMAGE, value.format.encode().ljust(8) + file.getvalue())
-    if isinstance(value, io.BytesIO):
-        return msgspec.msgpack.Ext(_VIDEO, value.getvalue())
-    raise TypeError(f"a value of type {type(value).__name__} can't be sent to an encode node")
+    if not isinstance(value, MediaFile):
+        raise TypeError(f"a value of type {type(value).__name__} can't be sent to an encode node")
+    if value.format is None:
+        return msgspec.msgpack.Ext(_VIDEO, value.data)
+    return msgspec.msgpack.Ext(_IMAGE, value.format.encode().ljust(_FORMAT_BYTES) + value.data)
 
 
 def _with_large_integers(value: Any) -> Any:
@@ -80,28 +77,14 @@ def _with_large_integers(value: Any) -> Any:
     return value
 
 
-def _from_ext(code: int, data: memoryview) -> Image.Image | io.BytesIO | int:
+def _from_ext(code: int, data: memoryview) -> MediaFile | int:
     if code == _VIDEO:
-        return io.BytesIO(data)
+        return MediaFile(bytes(data))
     if code == _IMAGE:
-        return _open(bytes(data[:8]).decode("ascii", "replace").strip(), io.BytesIO(data[8:]))
+        return MediaFile(bytes(data[_FORMAT_BYTES:]), bytes(data[:_FORMAT_BYTES]).decode("ascii", "replace").strip())
     if code == _INTEGER:
         return int.from_bytes(data, "big", signed=True)
     raise ValueError(f"extension type {code} is unknown")
-
-
-def _open(name: str, file: io.BytesIO) -> Image.Image:
-    """Opens an image with the format that it was admitted as, and with no other that would also accept its bytes."""
-    Image.init()
-    # Pillow has no opener for MPO: its JPEG opener recognises it
-    opener = "JPEG" if name == "MPO" else name
-    if opener not in Image.OPEN:
-        raise ValueError(f"images of format {name} are not supported by the encode node: send a PNG or JPEG")
-    try:
-        return Image.open(file, formats=[opener])
-    except Exception as error:  # a codec is missing or has a different version
-        reason = "it is not supported" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
-        raise ValueError(f"an image of format {name} can't be opened ({reason}): send a PNG or JPEG") from None
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_to_ext)

@@ -22,8 +22,8 @@ class StageTimes:
 
 
 def copy_in_parts(source: np.ndarray, target: np.ndarray) -> Iterator[np.ndarray]:
-    """Copies rows [n, W] to contiguous memory, and yields each part while it is still in the CPU's cache."""
-    step = max(1, PART_BYTES // (source.shape[1] * source.itemsize))
+    """Copies rows [n, ...] to contiguous memory, and yields each part while it is still in the CPU's cache."""
+    step = max(1, PART_BYTES // max(1, source[:1].nbytes))
     for start in range(0, len(source), step):
         part = target[start : start + step]
         part[...] = source[start : start + step]

@@ -58,6 +58,13 @@ class CopyOut:
 
 
 @dataclass(frozen=True)
+class Wipe:
+    """Overwrite blocks that a peer may have written to and that nobody has copied, before others are granted them."""
+
+    pool_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class EncodeLocally:
     """No encoder is left for the request, and the receiver has forgotten it: encode it on this node."""
 
@@ -126,7 +133,12 @@ class Forget:
     key: AttemptKey
 
 
-Action = Send | PromptKnown | CopyOut | EncodeLocally | Ended | Prepare | EncodeBlocks | StartWrite | Forget
+Action = Send | PromptKnown | CopyOut | Wipe | EncodeLocally | Ended | Prepare | EncodeBlocks | StartWrite | Forget
+
+
+def name_of(peer: str) -> str:
+    """The part of a peer's name that errors show to clients: what is before its incarnation."""
+    return peer.partition("/")[0]
 
 
 def to_ranges(blocks: Iterable[int]) -> tuple[tuple[int, int], ...]:
