@@ -253,7 +253,7 @@ def step_seconds(engine: Engine) -> float:
 def with_image(model: Model) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Token ids [SHARED] with an image of 448 x 448, and its arrays."""
     grid = np.asarray([[1, 28, 28]])
-    pixels = np.random.default_rng(0).standard_normal((grid.prod(), 3 * 2 * 16 * 16), np.float32)
+    pixels = np.random.default_rng(0).standard_normal((int(grid.prod()), 3 * 2 * 16 * 16), np.float32)
     ids = prompt_ids(1, SHARED)[0].copy()
     rows = len(pixels) // 4
     ids[100], ids[101 : 101 + rows], ids[101 + rows] = (
@@ -265,7 +265,7 @@ def with_image(model: Model) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def programs() -> int:
-    return prefill_chunk._cache_size() + decode_loop._cache_size()
+    return prefill_chunk._cache_size() + decode_loop._cache_size()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def alternate[T](rounds: int, ours: Callable[[], T], theirs: Callable[[], T]) -> tuple[list[T], list[T]]:

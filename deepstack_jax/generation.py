@@ -39,6 +39,10 @@ class GenerateOutput:
     tokens: np.ndarray  # int32 [B, max_new_tokens], padded with the pad token
     lengths: np.ndarray  # int32 [B]: tokens per answer, including its end token
     timings: dict[str, float] = field(default_factory=dict)  # seconds of encode, prefill, decode
+    # with top_logprobs k: of each token, and of the k likeliest in its place; -inf and -1 after an answer's end
+    logprobs: np.ndarray | None = None  # float32 [B, max_new_tokens]
+    top_token_ids: np.ndarray | None = None  # int32 [B, max_new_tokens, k]
+    top_logprobs: np.ndarray | None = None  # float32 [B, max_new_tokens, k]
 
 
 def prepare(
@@ -129,6 +133,9 @@ def generate(
     frequency_penalty: float = 0.0,
     seed: int | Sequence[int] = 0,
     eos_token_id: int | Sequence[int] | None = None,
+    min_tokens: int = 0,
+    logit_bias: Mapping[int, float] | None = None,
+    top_logprobs: int | None = None,
     sampling: SamplingOptions | None = None,
     slots: int | None = None,
     chunk: int | None = None,
@@ -138,6 +145,7 @@ def generate(
     Args:
         max_new_tokens, temperature, top_k, top_p, min_p, seed, eos_token_id: see `SamplingOptions`.
         repetition_penalty, presence_penalty, frequency_penalty: see `SamplingOptions`.
+        min_tokens, logit_bias, top_logprobs: see `SamplingOptions`.
         sampling: all of these options together, instead of single ones.
         slots: the number of rows of the decode program. Bits depend on it: with a server's number, they equal the
             server's. None takes the smallest of 1, 2, 4, ... 64 that holds the prompts; more than 64 take turns.
@@ -161,6 +169,9 @@ def generate(
         frequency_penalty=frequency_penalty,
         seed=seed,
         eos_token_id=eos_token_id,
+        min_tokens=min_tokens,
+        logit_bias=logit_bias,
+        top_logprobs=top_logprobs,
     )
     options = _one_of(sampling, options)
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
@@ -169,11 +180,19 @@ def generate(
     tokens = np.full((len(requests), options.max_new_tokens), model.pad_token_id, np.int32)
     lengths = np.zeros(len(requests), np.int32)
     engine = engine_for(model, requests, slots, chunk)
+    likeliest = *tokens.shape, options.top_logprobs or 0
+    top_ids, top_values = np.full(likeliest, -1, np.int32), np.full(likeliest, -np.inf, np.float32)
+    logprobs = np.full(tokens.shape, -np.inf, np.float32)
     for row, event in _run(engine, requests):
         end = lengths[row] + len(event.tokens)
         tokens[row, lengths[row] : end] = event.tokens
+        for place, (logprob, top) in enumerate(event.logprobs, lengths[row]):
+            logprobs[row, place] = logprob
+            if top:
+                top_ids[row, place], top_values[row, place] = zip(*top, strict=True)
         lengths[row] = end
-    return GenerateOutput(tokens, lengths, _timings(engine, requests))
+    wanted = () if options.top_logprobs is None else (logprobs, top_ids, top_values)
+    return GenerateOutput(tokens, lengths, _timings(engine, requests), *wanted)
 
 
 def stream(
@@ -191,10 +210,12 @@ def stream(
     `stream(model, inputs)`. It runs the same programs as `generate` and yields the same tokens.
 
     Raises:
-        ValueError, TypeError: as in `generate`, at the call rather than at the first token.
+        ValueError, TypeError: as in `generate`, at the call rather than at the first token; also for top_logprobs.
     """
     names = [field.name for field in fields(SamplingOptions)]
     options = _one_of(sampling, SamplingOptions(**{name: named.pop(name) for name in names if name in named}))
+    if options.top_logprobs is not None:
+        raise ValueError(f"top_logprobs {options.top_logprobs}: a stream yields tokens only: take generate")
     batch = prepare_batch(model.config, **(inputs or {}), **named)
     requests = _requests(model, batch, options)
 
@@ -249,11 +270,14 @@ def plan_generation(model: Model, prompt: Batch | PromptArrays, options: Samplin
     """Checks the options against the model and a prompt, before any work on the device.
 
     Raises:
-        ValueError: the number of seeds differs from the number of rows, or prompt and answer exceed the model's
-            positions.
+        ValueError: the number of seeds differs from the number of rows, prompt and answer exceed the model's
+            positions, or logit_bias names tokens that the model doesn't have.
     """
     named = options.eos_token_id
     ends = model.eos_token_ids if named is None else (named,) if isinstance(named, int) else named
+    vocabulary, highest = model.config.text.vocab_size, max(options.logit_bias or (0,))
+    if highest >= vocabulary:
+        raise ValueError(f"logit_bias of token {highest}: the model's tokens are 0 to {vocabulary - 1}")
     rows = len(np.asarray(prompt.lengths))
     sampling = SamplingParams.of(rows, options, end_token_ids=ends, pad_token_id=model.pad_token_id)
     _check_context(model, prompt, options.max_new_tokens)

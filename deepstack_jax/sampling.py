@@ -1,7 +1,9 @@
 """Chooses the next token: greedily, or sampled after penalties, temperature, top-k, top-p and min-p, in that order.
 
 The order and meaning of the parameters are those of transformers' logits processors; presence_penalty and
-frequency_penalty are OpenAI's. Every parameter is an array over rows, so one program serves any mixture of them.
+frequency_penalty are OpenAI's. logit_bias comes before the penalties, as in vLLM; masks and min_tokens come after them,
+which gives the same as before them, because what is forbidden stays at -inf. Every parameter is an array over rows, so
+one program serves any mixture of them.
 
 Extreme values behave like their limits for logits of any size: a temperature near 0 gives the most likely token
 (sampled if there are several), and a huge one samples uniformly from the tokens that top-k, top-p and min-p keep. Equal
@@ -11,14 +13,15 @@ gives the pad token.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from deepstack_jax.rounding import cdiv
-from deepstack_jax.sampling_options import SamplingOptions
+from deepstack_jax.sampling_options import MAX_LOGIT_BIASES, MAX_TOP_LOGPROBS, SamplingOptions
 
 # `seen` of a token: IN_PROMPT if the prompt has it, and GENERATED for each time that the answer has it
 IN_PROMPT, GENERATED = 1, 2
@@ -45,6 +48,10 @@ class SamplingParams:
     seed: np.ndarray  # uint32 [B]
     end_token_ids: np.ndarray  # int32 [B, E], padded with -1
     pad_token_id: np.ndarray  # int32 [B]
+    bias_token_ids: np.ndarray  # int32 [B, 300], padded with -1
+    bias_values: np.ndarray  # float32 [B, 300], added to these tokens' logits
+    min_tokens: np.ndarray  # int32 [B], end tokens can't be drawn before the answer has so many tokens
+    top_logprobs: np.ndarray  # int32 [B], -1 for no log probabilities
 
     @staticmethod
     def of(
@@ -70,24 +77,66 @@ class SamplingParams:
             return np.full(batch, value, dtype)
 
         numbers = {name: getattr(options, name) for name in _NUMBERS}
+        biases = options.logit_bias or {}
+        bias_ids, bias_values = np.full(MAX_LOGIT_BIASES, -1, np.int32), np.zeros(MAX_LOGIT_BIASES, np.float32)
+        bias_ids[: len(biases)], bias_values[: len(biases)] = list(biases), list(biases.values())
         return SamplingParams(
             **{name: rows(max(x, _SMALLEST) if x > 0 else x, np.float32) for name, x in numbers.items()},
             top_k=rows(min(options.top_k, np.iinfo(np.int32).max), np.int32),
             seed=np.array(options.seeds(batch), np.uint32),
             end_token_ids=np.tile(np.asarray(ends, np.int32), (batch, 1)),
             pad_token_id=rows(pad_token_id, np.int32),
+            bias_token_ids=np.tile(bias_ids, (batch, 1)),
+            bias_values=np.tile(bias_values, (batch, 1)),
+            min_tokens=rows(options.min_tokens, np.int32),
+            top_logprobs=rows(-1 if options.top_logprobs is None else options.top_logprobs, np.int32),
         )
 
 
+class TokenMask(NamedTuple):
+    """Which tokens B rows may draw; those of rows that are not named may draw any."""
+
+    rows: jax.Array | np.ndarray  # bool [B]
+    allowed: jax.Array | np.ndarray  # int32 [B, W], bit t % 32 of word t // 32 is set for each allowed token t
+
+    @staticmethod
+    def none(batch: int, vocabulary: int) -> "TokenMask":
+        """Returns the mask of rows that may draw any token."""
+        return TokenMask(jnp.zeros(batch, bool), jnp.zeros((batch, cdiv(vocabulary, 32)), jnp.int32))
+
+
+class Logprobs(NamedTuple):
+    """Log probabilities of drawn tokens and of the likeliest ones, on the device. Zeros where nobody wants them."""
+
+    chosen: Float[Array, "*B"]
+    top_ids: Int32[Array, "*B 20"]  # the likeliest first
+    top_values: Float[Array, "*B 20"]
+
+
+class TokenLogprobs(NamedTuple):
+    """The log probability of a token of an answer, and the likeliest tokens in its place with theirs, in order."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@jax.named_scope("sample")
 def sample(
-    logits: Float[Array, "B V"], seen: Int32[Array, "B V"], params: SamplingParams, step: Int[Array, "*B"]
+    logits: Float[Array, "B V"],
+    seen: Int32[Array, "B V"],
+    params: SamplingParams,
+    step: Int[Array, "*B"],
+    live: Bool[Array, "B"] | None = None,
+    mask: TokenMask | None = None,
 ) -> Int[Array, "B"]:
     """Returns the token of every row at `step` of its answer, int32 [B].
 
-    A row's token depends only on its own logits, `seen`, options, seed and step. `step` is one for all rows or one per
-    row.
+    A row's token depends only on its own logits, `seen`, options, seed, step and mask. `step` is one for all rows or
+    one per row. The tokens of rows that are not `live` have no meaning. min_tokens yields where a mask leaves nothing
+    but end tokens.
     """
-    logits, unit = _penalise(logits, seen, params)
+    steps = jnp.broadcast_to(step, len(logits))
+    logits, unit = _adjust(logits, seen, params, steps, jnp.ones(len(logits), bool) if live is None else live, mask)
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     highest = jnp.take_along_axis(logits, greedy[:, None], axis=-1)
 
@@ -96,7 +145,6 @@ def sample(
         scale = _scaling(highest, jnp.maximum(temperature * unit, _SMALLEST))
         truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
         kept = jax.lax.cond(jnp.any(truncates), lambda: _truncate(logits, scale, params), lambda: scale(logits))
-        steps = jnp.broadcast_to(step, len(logits))
         keys = jax.vmap(lambda seed, step: jax.random.fold_in(jax.random.key(seed), step))(params.seed, steps)
         drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
         return jnp.where(temperature[:, 0] > 0, drawn, greedy)
@@ -111,11 +159,76 @@ def count_tokens(seen: Int32[Array, "B V"], tokens: Int[Array, "B T"]) -> Int32[
     return seen.at[rows, jnp.where(tokens < 0, seen.shape[1], tokens)].add(GENERATED, mode="drop")
 
 
-def _penalise(logits: jax.Array, seen: jax.Array, params: SamplingParams) -> tuple[jax.Array, jax.Array]:
-    """Returns (float32 logits [B, V] after the penalties, `unit` [B, 1]); logits are multiplied by the unit.
+def wants_logprobs(params: SamplingParams, live: Bool[Array, "B"]) -> Bool[Array, ""]:
+    """Returns whether any live row does."""
+    return jnp.any((jnp.asarray(params.top_logprobs) >= 0) & live)
 
-    The unit keeps logits from overflowing. It is a power of two, so the digits equal those of the plain products, also
-    after division by a temperature in the same unit.
+
+def log_probabilities(logits: Float[Array, "B V"], tokens: Int[Array, "B"], wanted: Bool[Array, ""]) -> Logprobs:
+    """Returns those of the model's own logits, in float32, without bias, penalties, temperature and masks.
+
+    A logit of NaN counts as -inf. Of equal tokens, the one with the lowest id comes first.
+    """
+    batch, count = len(logits), min(MAX_TOP_LOGPROBS, logits.shape[-1])
+
+    def computed() -> Logprobs:
+        known = jnp.where(jnp.isnan(logits), -jnp.inf, logits).astype(jnp.float32)
+        # the barrier keeps XLA from fusing the sort, as in `_truncate`
+        top, ids = jax.lax.top_k(jax.lax.optimization_barrier(known), count)
+        total = jax.nn.logsumexp(known, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(known, tokens[:, None], axis=-1) - total
+        padding = [(0, 0), (0, MAX_TOP_LOGPROBS - count)]
+        values = jnp.pad(top - total, padding, constant_values=-jnp.inf)
+        return Logprobs(chosen[:, 0], jnp.pad(ids.astype(jnp.int32), padding, constant_values=-1), values)
+
+    return jax.lax.cond(wanted, computed, lambda: no_logprobs(batch))
+
+
+def no_logprobs(*shape: int) -> Logprobs:
+    """Returns zeros."""
+    top = (*shape, MAX_TOP_LOGPROBS)
+    return Logprobs(jnp.zeros(shape, jnp.float32), jnp.zeros(top, jnp.int32), jnp.zeros(top, jnp.float32))
+
+
+def _adjust(
+    logits: jax.Array,
+    seen: jax.Array,
+    params: SamplingParams,
+    steps: jax.Array,
+    live: jax.Array,
+    mask: TokenMask | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (float32 logits [B, V] after bias, penalties and masks, `unit` [B, 1]); logits are in this unit."""
+    bias_ids, ends = jnp.asarray(params.bias_token_ids), jnp.asarray(params.end_token_ids)
+    biased, early = live & jnp.any(bias_ids >= 0, axis=1), live & (steps < jnp.asarray(params.min_tokens))
+    masked = jnp.zeros_like(live) if mask is None else live & jnp.asarray(mask.rows)
+    rows, vocabulary = jnp.arange(len(logits))[:, None], logits.shape[-1]
+    penalise, unit = _penalties(seen, params)
+
+    def adjusted() -> jax.Array:
+        places = jnp.where(bias_ids >= 0, bias_ids, vocabulary)
+        moved = penalise(logits.astype(jnp.float32).at[rows, places].add(params.bias_values, mode="drop"))
+        if mask is not None:
+            # row by row: a TPU, whose tiles have 128 columns, keeps 32 columns in the space of 128
+            allowed = jax.lax.map(lambda row: _bits(row)[:vocabulary], jnp.asarray(mask.allowed))
+            moved = jnp.where(allowed | ~masked[:, None], moved, -jnp.inf)
+        at_end = jnp.any(jnp.arange(vocabulary)[:, None] == ends[:, None], axis=-1) & early[:, None]
+        others = jnp.any(~at_end & (moved > -jnp.inf), axis=1, keepdims=True)
+        return jnp.where(at_end & others, -jnp.inf, moved)
+
+    return jax.lax.cond(jnp.any(biased | early | masked), adjusted, lambda: penalise(logits)), unit
+
+
+def _bits(words: jax.Array) -> jax.Array:
+    """Returns the bits of int32 [W], the lowest of each word first: bool [32 * W]."""
+    return (((words[:, None] >> jnp.arange(32)) & 1) > 0).reshape(-1)
+
+
+def _penalties(seen: jax.Array, params: SamplingParams) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """Returns (a function of logits to float32 logits [B, V] after the penalties, `unit` [B, 1]).
+
+    The function's results are multiplied by the unit, which keeps them from overflowing. It is a power of two, so the
+    digits equal those of the plain products, also after division by a temperature in the same unit.
     """
     factor, presence, frequency = (
         jnp.asarray(penalty)[:, None]
@@ -123,11 +236,15 @@ def _penalise(logits: jax.Array, seen: jax.Array, params: SamplingParams) -> tup
     )
     # an eighth of the unit that keeps logits in range, because two logits may be subtracted, each after two penalties
     unit = _power_of_two(jnp.minimum(factor, 1 / factor)) / 8
-    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits).astype(jnp.float32) * unit
-    repeated = jnp.where(logits > 0, logits / factor, logits * factor)
-    logits = jnp.where(seen > 0, repeated, logits)
-    count = seen // GENERATED
-    return logits - jnp.where(count > 0, presence * unit + count * (frequency * unit), 0), unit
+
+    def penalise(logits: jax.Array) -> jax.Array:
+        logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits).astype(jnp.float32) * unit
+        repeated = jnp.where(logits > 0, logits / factor, logits * factor)
+        logits = jnp.where(seen > 0, repeated, logits)
+        count = seen // GENERATED
+        return logits - jnp.where(count > 0, presence * unit + count * (frequency * unit), 0)
+
+    return penalise, unit
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:

@@ -1,12 +1,15 @@
 """The options of `generate` and `stream`: how answers are sampled and where they end. All checks are here."""
 
 import reprlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
+MAX_LOGIT_BIASES = 300  # entries of logit_bias, as in OpenAI's API
+MAX_TOP_LOGPROBS = 20
 _LARGEST = 3.4028234663852886e38  # of float32
+_TOKEN_ID = "a token id"
 _SEEDS = "a whole number"
 
 # for each number, a check of its range and the range in words
@@ -20,8 +23,9 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "repetition_penalty": (lambda x: 1e-12 <= x <= 1e12, "positive (1 for none), from 1e-12 to 1e12"),
     "presence_penalty": (lambda x: abs(x) <= _LARGEST, "finite (0 for none), at most 3.4e38"),
     "frequency_penalty": (lambda x: abs(x) <= 1e30, "finite (0 for none), at most 1e30"),  # times a token's count
+    "min_tokens": (lambda x: x >= 0 and _is_whole(x), "0 or more"),
 }
-_WHOLE = ("max_new_tokens", "top_k")
+_WHOLE = ("max_new_tokens", "top_k", "min_tokens")
 
 
 class SamplingOptionError(ValueError):
@@ -45,6 +49,11 @@ class SamplingOptions:
         frequency_penalty: the same, multiplied by how often the answer has the token (OpenAI's rule).
         seed: any whole number, taken modulo 2**32 (row r draws with seed + r), or one per row.
         eos_token_id: end tokens; None takes those of the checkpoint, and an empty list means none.
+        min_tokens: end tokens can't be drawn before the answer has so many tokens; at most max_new_tokens.
+        logit_bias: from -100 to 100 for at most 300 token ids, added to their logits before anything else is done to
+            them (OpenAI's and vLLM's rule).
+        top_logprobs: with each token, its log probability and those of so many of the likeliest tokens, 0 to 20. They
+            are log_softmax in float32 of the model's own logits, before bias, penalties, temperature and masks.
 
     Raises:
         SamplingOptionError: an option is not valid; this ValueError names it, its value and what is expected.
@@ -60,6 +69,9 @@ class SamplingOptions:
     frequency_penalty: float = 0.0
     seed: int | Sequence[int] = 0
     eos_token_id: int | Sequence[int] | None = None
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    top_logprobs: int | None = None
 
     def __post_init__(self):
         defaults = {field.name: field.default for field in fields(self)}
@@ -69,8 +81,19 @@ class SamplingOptions:
         self._set("top_k", max(self.top_k, 0))
         self._set("seed", _whole_numbers("seed", 0 if self.seed is None else self.seed))
         if self.eos_token_id is not None:
-            ends = _whole_numbers("eos_token_id", self.eos_token_id, "a token id", -(2**31), 2**31)
+            ends = _whole_numbers("eos_token_id", self.eos_token_id, _TOKEN_ID, -(2**31), 2**31)
             self._set("eos_token_id", (ends,) if isinstance(ends, int) else ends)
+        if self.min_tokens > self.max_new_tokens:
+            expected = f"expected at most max_new_tokens {self.max_new_tokens}"
+            raise SamplingOptionError("min_tokens", self.min_tokens, "is out of range", expected)
+        if self.logit_bias is not None:
+            self._set("logit_bias", _biases(self.logit_bias))
+        if self.top_logprobs is not None:
+            most = MAX_TOP_LOGPROBS
+            count = _checked(
+                "top_logprobs", self.top_logprobs, 0, lambda x: 0 <= x <= most and _is_whole(x), f"0 to {most}"
+            )
+            self._set("top_logprobs", int(count))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
@@ -85,6 +108,21 @@ class SamplingOptions:
         if len(seeds) != batch:
             raise ValueError(f"{len(seeds)} seeds for a batch of {batch}: give one integer or one per row")
         return [seed % 2**32 for seed in seeds]
+
+
+def _biases(given: Any) -> dict[int, float] | None:
+    if not isinstance(given, Mapping):
+        raise SamplingOptionError("logit_bias", given, "is not a mapping", "give numbers by token id")
+    if len(given) > MAX_LOGIT_BIASES:
+        problem = f"has {len(given)} entries"
+        raise SamplingOptionError("logit_bias", given, problem, f"expected at most {MAX_LOGIT_BIASES}")
+    biases = {
+        int(_checked("logit_bias of token", token, 0, lambda x: _is_whole(x) and 0 <= x < 2**31, _TOKEN_ID)): float(
+            _checked(f"logit_bias[{token}]", bias, 0, lambda x: abs(x) <= 100, "-100 to 100")
+        )
+        for token, bias in given.items()
+    }
+    return biases or None
 
 
 def _whole_numbers(

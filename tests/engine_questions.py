@@ -1,6 +1,6 @@
 """Prompts with their options, and what each of them gets when it has an engine to itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,8 +16,10 @@ from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.generation import encode_prompt, plan_generation
 from deepstack_jax.processing.batch import Batch, prepare_batch
 from deepstack_jax.programs import PromptArrays
+from deepstack_jax.sampling import TokenLogprobs
 from deepstack_jax.testing.random_checkpoint import tiny_config
 from tests.cases import IMAGE, VIDEO, Row, batch_of
+from tests.counting_grammar import CountingGrammar
 
 Inputs = dict[str, np.ndarray]
 
@@ -39,6 +41,7 @@ class Question:
     plan: GenerationPlan
     prompt: PromptArrays  # with visual rows
     rows: tuple[jax.Array, ...]  # of each image of the batch
+    grammar: Callable[[], CountingGrammar | None] = lambda: None
 
     @property
     def has_images(self) -> bool:
@@ -47,10 +50,11 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """Tokens, and the bits of keys and values of the prompt and of all tokens but the last: uint8 [2 L, T, K * h * n]
-    of numbers of n bytes."""
+    """Tokens, their log probabilities if asked for, and the bits of keys and values of the prompt and of all tokens but
+    the last: uint8 [2 L, T, K * h * n] of numbers of n bytes."""
 
     tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
     kv_bits: np.ndarray
 
 
@@ -83,10 +87,11 @@ def ask_batch(model: dsj.Model, batch: Batch, **options: Any) -> Question:
 
 def alone(model: dsj.Model, shape: EngineShape, num_pages: int, question: Question) -> Answer:
     """The answer from a new engine without a prefix cache."""
-    request = Request.of_row(question.batch, question.plan)
+    request = Request.of_row(question.batch, question.plan, grammar=question.grammar())
     engine = Engine(model, shape, num_pages, prefix_cache=False)
     engine.add(request)
     tokens: list[int] = []
+    logprobs: tuple[TokenLogprobs, ...] = ()
     held: tuple[int, ...] = ()
     while not engine.idle:
         for event in engine.step():
@@ -94,8 +99,9 @@ def alone(model: dsj.Model, shape: EngineShape, num_pages: int, question: Questi
                 raise event.error
             assert not isinstance(event, Stopped)
             tokens += event.tokens
+            logprobs += event.logprobs
         held = next((pages_of(engine, entry) for entry in engine.scheduler.running.values()), held)
-    return Answer(tuple(tokens), read_kv_bits(engine, held, request.length + len(tokens) - 1))
+    return Answer(tuple(tokens), logprobs, read_kv_bits(engine, held, request.length + len(tokens) - 1))
 
 
 def pages_of(engine: Engine, entry: Running) -> tuple[int, ...]:
@@ -135,6 +141,7 @@ def small_bench(model: dsj.Model, shape: EngineShape = SHAPE) -> Bench:
     """The questions of the random schedules over a model of CONFIG."""
     bench = Bench(model, shape, [])
     bench.questions = [*_texts(model), *_pictures(model), *(ask_batch(model, each) for each in two_halves(model))]
+    bench.questions += [replace(bench.questions[place], grammar=CountingGrammar) for place in (3, 4, 13, 14)]
     bench.questions += [
         ending_at(bench, bench.questions[0], 0),
         ending_at(bench, bench.questions[6], 2),
@@ -175,8 +182,9 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"max_new_tokens": 5},
     {"max_new_tokens": 7, "temperature": 1.0, "seed": 3},
     {"max_new_tokens": 1},
-    {"max_new_tokens": 4, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 11},
-    {"max_new_tokens": 6, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25},
+    {"max_new_tokens": 4, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 11, "top_logprobs": 3},
+    {"max_new_tokens": 6, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    | {"logit_bias": {5: 2.0, 9: 1.5, 70: -20}, "min_tokens": 3, "eos_token_id": [5, 9], "top_logprobs": 0},
     {"max_new_tokens": 2, "temperature": 2.0, "min_p": 0.05, "repetition_penalty": 0.8, "seed": 2**32 - 1},
 )
 

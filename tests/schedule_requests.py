@@ -70,9 +70,10 @@ def draw_request(rng: random.Random, id: int, shape: EngineShape, tenants: int) 
         keys.append(key)
     arrives, never_whole = rng.randint(0, 24), rng.random() < 0.05
     ready = prompt if rng.random() < 0.5 else rng.randint(0, prompt)
+    stepwise = rng.random() < 0.2
     deadline = arrives + rng.randint(0, 30) if never_whole or rng.random() < 0.15 else math.inf
     return Request(
-        Job(id, prompt, limit, deadline, f"tenant {rng.randrange(tenants)}", tuple(keys), ready),
+        Job(id, prompt, limit, deadline, f"tenant {rng.randrange(tenants)}", tuple(keys), ready, stepwise),
         arrives,
         length=rng.randint(1, limit) if rng.random() < 0.4 else limit,
         speed=0 if never_whole else rng.choice((1, shape.chunk)),

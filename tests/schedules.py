@@ -305,6 +305,7 @@ class Simulation:
         """Checks that every row that can decode does, with the steps that the rules say, and runs the call."""
         shape = self.shape
         ready = [r for r in self.running if not r.over and not r.next_count and r.rest > 0]
+        ready = [r for r in ready if not (r.job.stepwise and r.unreported)]
         if turn.decode is None:
             waits = turn.prefill is not None and not shape.steps_beside_prefill
             require(not ready or waits, "nothing decodes though", ready, "could")
@@ -313,6 +314,7 @@ class Simulation:
         require(list(decode.rows) == sorted((r.slot, r.job.id) for r in ready), "rows", decode.rows, "of", ready)
         limit = min(shape.decode_steps, max(r.rest for r in ready))
         limit = min(limit, shape.steps_beside_prefill) if turn.prefill else limit
+        limit = min(limit, 1) if any(r.job.stepwise for r in ready) else limit
         require(decode.steps == limit, "steps", decode.steps, "instead of", limit)
         require(decode.leave_on_end == bool(self.line), "leaves when a row ends:", decode.leave_on_end)
         for request in ready:

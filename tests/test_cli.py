@@ -18,7 +18,18 @@ from deepstack_jax.programs import EngineState
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.jpg"
-COMMANDS = ("convert", "export", "verify", "inspect", "generate", "serve", "keygen", "demo")
+COMMANDS = (
+    "convert",
+    "export",
+    "verify",
+    "inspect",
+    "generate",
+    "serve",
+    "bench serve",
+    "bench decode",
+    "keygen",
+    "demo",
+)
 
 
 def deepstack(*args: object) -> subprocess.CompletedProcess[str]:
@@ -48,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command: str):
-    done = deepstack(command, "--help")
+    done = deepstack(*command.split(), "--help")
     assert done.returncode == 0
     assert f"Example: deepstack-jax {command}" in done.stdout
 
@@ -185,6 +196,7 @@ def test_debug_shows_the_traceback():
     assert "no config.json in nowhere" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_answers_the_same_whole_and_split():
     done = deepstack("demo", "--json", "--seed", 5, "--max-new-tokens", 12)
     assert done.returncode == 0, done.stderr
@@ -211,6 +223,7 @@ def test_the_demo_answers_the_same_whole_and_split():
     assert {"prepare", "encode", "transfer", "prefill", "decode", "e2e"} <= shown["timings"]["split"].keys()
 
 
+@pytest.mark.slow
 def test_the_demo_shows_ones_own_picture_and_a_timeline():
     done = deepstack("demo", "--image", PHOTO, "--prompt", "What is this?", "--max-new-tokens", 4)
     assert done.returncode == 0, done.stderr
@@ -218,6 +231,7 @@ def test_the_demo_shows_ones_own_picture_and_a_timeline():
         assert words in done.stdout
 
 
+@pytest.mark.slow
 def test_the_demo_runs_whole_where_mooncake_and_pytorch_are_missing():
     args = ["demo", "--seed=5", "--max-new-tokens=12"]
     hide = "import sys; sys.modules['mooncake'] = sys.modules['torch'] = None"

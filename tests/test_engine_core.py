@@ -1,17 +1,21 @@
 """The engine turn by turn: what it refuses, how failures stay with their request, and where prompts and answers end."""
 
 import asyncio
+import json
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
 
 import deepstack_jax as dsj
+from deepstack_jax.engine import followers
 from deepstack_jax.engine.core import Engine, Event, Failed, NewTokens, Stopped
 from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.request import Request
@@ -21,6 +25,7 @@ from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.programs import decode_loop, prefill_chunk
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import IMAGE, VIDEO, batch_of
+from tests.counting_grammar import CountingGrammar
 from tests.engine_questions import CONFIG, SHAPE, Inputs, Question, ask, first_tokens, inputs_of, with_one_pixel_changed
 
 PAGES = 21
@@ -194,6 +199,173 @@ class TestAnswers:
         assert len(tokens_of(events)) == limit
 
 
+class TestLogprobs:
+    def test_they_are_those_of_forward_and_only_where_asked_for(self, model: dsj.Model):
+        """Beside sampled, biased and masked rows, whatever comes after the model's own logits."""
+        prompts = [inputs_of(9), inputs_of(40, seed=1), inputs_of(5, seed=2)]
+        options = {"temperature": 2.0, "logit_bias": {3: 20.0, 8: 20.0}, "repetition_penalty": 1.5, "seed": 4}
+        questions = [
+            ask(model, prompts[0], top_logprobs=4, **options),
+            ask(model, prompts[1], **options),
+            ask(model, prompts[2], top_logprobs=0),
+        ]
+        events = run_all(engine_of(model), questions)
+        told = [[each for event in of if isinstance(event, NewTokens) for each in event.logprobs] for of in events]
+        assert [len(each) for each in told] == [5, 0, 5]
+        for row, count in ((0, 4), (2, 0)):
+            tokens = tokens_of(events[row])
+            ids = np.concatenate([prompts[row]["input_ids"], [tokens]], axis=1)
+            logits = np.asarray(dsj.forward(model, input_ids=ids), np.float64)[0, -6:-1]
+            exact = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+            for place, (logprob, top) in enumerate(told[row]):
+                assert abs(logprob - exact[place, tokens[place]]) < 1e-4
+                likeliest = np.argsort(-exact[place])[:count]
+                assert [token for token, _ in top] == likeliest.tolist()
+                np.testing.assert_allclose([value for _, value in top], exact[place, likeliest], atol=1e-4)
+        assert any(tokens_of(events[0])[place] != told[0][place].top[0][0] for place in range(5))
+
+    def test_generate_gives_them_in_arrays(self, model: dsj.Model):
+        inputs = batch_of(CONFIG, [[9], [12]], seed=3)
+        free = dsj.generate(model, **inputs, max_new_tokens=6, eos_token_id=[])
+        assert free.logprobs is None
+        end = int(free.tokens[1, 2])
+        out = dsj.generate(model, **inputs, max_new_tokens=6, eos_token_id=[end], top_logprobs=3)
+        np.testing.assert_array_equal(out.lengths, [first_of(row, end) for row in free.tokens])
+        for row, length in enumerate(out.lengths):
+            np.testing.assert_array_equal(out.top_token_ids[row, :length, 0], out.tokens[row, :length])  # greedy
+            np.testing.assert_array_equal(out.top_logprobs[row, :length, 0], out.logprobs[row, :length])
+            assert (out.top_token_ids[row, length:] == -1).all()
+            assert (out.logprobs[row, length:] == -np.inf).all()
+        with pytest.raises(ValueError, match="top_logprobs 3: a stream yields tokens only"):
+            dsj.stream(model, inputs, top_logprobs=3)
+
+    def test_a_bias_of_a_token_that_does_not_exist(self, model: dsj.Model):
+        size = CONFIG["text_config"]["vocab_size"]
+        with pytest.raises(ValueError, match=f"logit_bias of token {size}: the model's tokens are 0 to {size - 1}"):
+            ask(model, inputs_of(4), logit_bias={3: 1.0, size: 2.0})
+
+    def test_an_answer_has_its_least_tokens(self, model: dsj.Model):
+        ends = list(range(CONFIG["text_config"]["vocab_size"] - 40, CONFIG["text_config"]["vocab_size"] - 24))
+        bias = dict.fromkeys(ends, 50.0)
+        for least in (0, 1, 3, 5):
+            options = {"logit_bias": bias, "eos_token_id": ends, "min_tokens": least}
+            (events,) = run_all(engine_of(model), [ask(model, inputs_of(9), **options)])
+            assert len(tokens_of(events)) == min(least + 1, 5)
+
+
+class TestGrammars:
+    """Rows whose next step depends on their newest token."""
+
+    def masked(self, model: dsj.Model, grammar: CountingGrammar, **options: Any) -> Question:
+        return replace(ask(model, inputs_of(9, seed=3), **options), grammar=lambda: grammar)
+
+    def run(self, engine: Engine, questions: list[Question]) -> list[list[Event]]:
+        requests = [Request.of_row(each.batch, each.plan, grammar=each.grammar()) for each in questions]
+        for request in requests:
+            engine.add(request)
+        events = run(engine)
+        return [events[request] for request in requests]
+
+    @pytest.mark.parametrize("options", [{}, {"temperature": 1.5, "seed": 3}], ids=["greedy", "sampled"])
+    def test_every_token_is_allowed_from_the_first_on(self, model: dsj.Model, options: dict[str, float]):
+        for first in range(3):
+            question = self.masked(model, CountingGrammar(first), max_new_tokens=7, **options)
+            (events,) = self.run(engine_of(model), [question])
+            assert [token % 3 for token in tokens_of(events)] == [(step + first) % 3 for step in range(7)]
+
+    def test_greedy_tokens_are_the_likeliest_allowed_ones(self, model: dsj.Model):
+        inputs, tokens = inputs_of(9, seed=3), []
+        for step in range(5):
+            ids = np.concatenate([inputs["input_ids"], np.asarray([tokens], np.int64).reshape(1, -1)], axis=1)
+            logits = np.asarray(dsj.forward(model, input_ids=ids))[0, -1]
+            tokens.append(max(range(step % 3, len(logits), 3), key=lambda token: logits[token]))
+        (events,) = self.run(engine_of(model), [self.masked(model, CountingGrammar())])
+        assert tokens_of(events) == tokens
+
+    def test_neighbours_keep_their_tokens_and_launch_few_steps_only_beside_it(self, model: dsj.Model):
+        plain = ask(model, inputs_of(20), max_new_tokens=12, temperature=1.0, top_logprobs=2)
+        (alone,) = run_all(engine_of(model), [plain])
+        masked = self.masked(model, CountingGrammar(), max_new_tokens=5)
+        (of_masked,) = self.run(engine_of(model), [masked])
+        masked = self.masked(model, CountingGrammar(), max_new_tokens=5)
+        beside, together = self.run(engine_of(model), [plain, masked])
+        assert tokens_of(beside) == tokens_of(alone)
+        told = [[x for e in events if isinstance(e, NewTokens) for x in e.logprobs] for events in (beside, alone)]
+        assert told[0] == told[1]
+        assert tokens_of(together) == tokens_of(of_masked)
+        assert len(beside) > len(alone)
+
+    @pytest.mark.parametrize("own_ends", [[40], []], ids=["the request's end tokens", "none"])
+    def test_an_answer_ends_where_its_grammar_does(self, model: dsj.Model, own_ends: list[int]):
+        """Also if the request ignores end tokens, or wants more tokens than the grammar has."""
+        for length in (1, 3):
+            grammar = CountingGrammar(length=length, ends=(40,))
+            options = {"max_new_tokens": 9, "eos_token_id": own_ends, "min_tokens": 7}
+            (events,) = self.run(engine_of(model), [self.masked(model, grammar, **options)])
+            tokens = tokens_of(events)
+            assert (len(tokens), tokens[-1]) == (length + 1, 40)
+            assert events[-1].finish_reason == "stop"
+
+    @pytest.mark.parametrize("place", [0, 1, 3])
+    @pytest.mark.parametrize("how", ["fails_after", "empty_after"])
+    def test_an_error_of_a_grammar_ends_its_own_request(self, model: dsj.Model, how: str, place: int):
+        good = ask(model, inputs_of(9), max_new_tokens=8)
+        alone = tokens_of(run_all(engine_of(model), [good])[0])
+        engine = engine_of(model)
+        bad = self.masked(model, CountingGrammar(**{how: place}), max_new_tokens=8)
+        events, failed = self.run(engine, [good, bad])
+        assert tokens_of(events) == alone
+        assert len(tokens_of(failed)) == place
+        assert isinstance(failed[-1], Failed)
+        message = "the grammar fails here" if how == "fails_after" else f"the grammar allows no token after {place}"
+        assert message in str(failed[-1].error)
+        assert engine.prefix_caches[0].ledger.in_use == 0
+        assert engine.free_slots == SHAPE.slots
+
+    def test_a_token_that_the_grammar_refuses_ends_its_own_request(self, model: dsj.Model):
+        class Refuses(CountingGrammar):
+            def accept(self, token: int) -> None:
+                if len(self.taken) == 2:
+                    raise ValueError("not this one")
+                super().accept(token)
+
+        good, engine = ask(model, inputs_of(9), max_new_tokens=8), engine_of(model)
+        events, failed = self.run(engine, [good, self.masked(model, Refuses(), max_new_tokens=8)])
+        assert tokens_of(events) == tokens_of(run_all(engine_of(model), [good])[0])
+        assert str(failed[-1].error) == "not this one"
+        assert engine.free_slots == SHAPE.slots
+
+    def test_cancellation_between_two_tokens(self, model: dsj.Model):
+        engine = engine_of(model)
+        request = Request.of_row(ask(model, inputs_of(9), max_new_tokens=50).batch, ask(model, inputs_of(9)).plan)
+        request.grammar = CountingGrammar()
+        engine.add(request)
+        engine.step()
+        engine.cancel(request)
+        assert isinstance(run(engine)[request][-1], Stopped)
+        assert engine.free_slots == SHAPE.slots
+
+    def test_what_arrives_at_another_process_is_the_same_request(self, model: dsj.Model):
+        question = self.masked(model, CountingGrammar(2, 5, (40,)), top_logprobs=3, logit_bias={4: 1.5}, min_tokens=2)
+        request = Request.of_row(question.batch, question.plan, grammar=question.grammar())
+        engine = engine_of(model)
+        engine.grammar_of = lambda spec: CountingGrammar(*json.loads(spec))
+        sent = msgspec.msgpack.decode(msgspec.msgpack.encode(followers._pack(request)))
+        arrived = followers._unpack(engine, sent)
+        assert arrived.grammar is not request.grammar
+        assert arrived.grammar.spec == request.grammar.spec
+        jax.tree.map(np.testing.assert_array_equal, arrived.plan.sampling, request.plan.sampling)
+        for each in (request, arrived):
+            engine.add(each)
+        events = run(engine)
+        assert tokens_of(events[arrived]) == tokens_of(events[request])
+
+
+def first_of(tokens: np.ndarray, end: int) -> int:
+    """The length of an answer that ends with `end`."""
+    return next((place + 1 for place, token in enumerate(tokens) if token == end), len(tokens))
+
+
 class TestPrefixCache:
     LONG = inputs_of(3, (IMAGE, (1, 4, 8)), 60, seed=1)
 
@@ -320,8 +492,10 @@ class TestPrograms:
         engine = engine_of(model, replace(SHAPE, decode_widths=widths or (SHAPE.slots,)))
         engine.warm_up()
         compiled = prefill_chunk._cache_size(), decode_loop._cache_size()
+        assert TestGrammars().run(engine, [TestGrammars().masked(model, CountingGrammar())])
         lengths = (1, 8, 9, 16, 17, 32, 33, 70)
         options = {"temperature": 0.7, "top_k": 5, "presence_penalty": 0.3, "eos_token_id": [3, 4]}
+        options |= {"logit_bias": {1: 2.0}, "min_tokens": 2, "top_logprobs": 2}
         questions = [ask(model, inputs_of(length), **options) for length in lengths]
         questions += [ask(model, inputs_of(3, (IMAGE, (1, 4, 8)), 40))]
         assert all(run_all(engine, questions))

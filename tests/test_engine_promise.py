@@ -50,12 +50,12 @@ def bench(model: dsj.Model) -> Bench:
 
 
 class TestSmallEngine:
-    @pytest.mark.parametrize("part", range(4))
+    @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
     def test_no_schedule_shows_in_an_answer(self, bench: Bench, part: int):
         seen = simulate_all(bench, range(500 * part, 500 * (part + 1)))
         # they reach what they are for
         often = {"length", "stop", "cancelled", "failed", "late", "cached", "cached with images", "matched again"}
-        often |= {"split", "failed over", "cached in a split"}
+        often |= {"split", "failed over", "cached in a split", "masked"}
         assert {what for what in often if seen[what] < 10} == set()
 
     @pytest.mark.slow
@@ -82,8 +82,8 @@ def _forget_programs() -> None:
         program.clear_cache()
 
 
-def scalar_step(logits: jax.Array, seen: jax.Array, params: Any, step: jax.Array) -> jax.Array:
-    return sample(logits, seen, params, jnp.max(step))
+def scalar_step(logits: jax.Array, seen: jax.Array, params: Any, step: jax.Array, *others: Any) -> jax.Array:
+    return sample(logits, seen, params, jnp.max(step), *others)
 
 
 def one_key_too_many(
@@ -110,7 +110,7 @@ def sparse_moe_without_activity(self: moe.SparseMoE, hidden: jax.Array, active: 
 
 # what the mistakes are made of
 sample, attention, sparse_moe = programs.sample, qwen3_moe.paged_attention, moe.SparseMoE.__call__
-digest, visual_fields = VisionInput.digest, prefix_cache._visual_fields
+digest, visual_fields = VisionInput.digest.func, prefix_cache._visual_fields
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ class TestPlantedMistakes:
 
     def test_a_short_hash_of_images(self, model: dsj.Model, monkeypatch: pytest.MonkeyPatch):
         """One byte of it is equal for two of the pictures."""
-        monkeypatch.setattr(VisionInput, "digest", lambda pixels: digest(pixels)[:1] + bytes(31))
+        monkeypatch.setattr(VisionInput, "digest", property(lambda pixels: digest(pixels)[:1] + bytes(31)))
         inputs = inputs_of(3, (IMAGE, (1, 4, 8)), 45, seed=1)
         changed = (with_one_pixel_changed(inputs, value) for value in range(5000))
         twin = next(each for each in changed if first_byte(model, each) == first_byte(model, inputs))

@@ -30,6 +30,7 @@ def questions_of(model: dsj.Model) -> Iterator[Question]:
         yield ask(model, dsj.prepare(model, "What is in the picture?"), **ends, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_schedule_shows_in_an_answer(dtype: str):
     model = dsj.load("tiny-vl", dtype=jnp.dtype(dtype))

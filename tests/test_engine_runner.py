@@ -25,6 +25,7 @@ from deepstack_jax.generation import encode_prompt, plan_generation
 from deepstack_jax.processing.batch import prepare_batch
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.cases import IMAGE, batch_of
+from tests.waiting import until
 
 CONFIG = tiny_config(text_config={"num_hidden_layers": 1}, vision_config={"depth": 1, "deepstack_visual_indexes": [0]})
 ONE_BY_ONE = EngineOptions(slots=1, decode_steps=1)
@@ -108,6 +109,7 @@ def test_an_end_token_ends_the_answer_and_is_part_of_it(model: dsj.Model, runner
         batch, plan = work_of(model, inputs, eos_token_id=[free[i], 299], max_new_tokens=max_new_tokens, **drawn)
         chunks = asyncio.run(answer(runner, batch, plan))
         assert tokens_of(chunks) == free[: i + 1]
+        until(lambda: runner.engine.free_slots == 4)  # also of what was launched before the end was known
         assert chunks[-1].finish_reason == "stop"
 
 
@@ -294,3 +296,21 @@ def test_stopping_refuses_ends_and_waits(model: dsj.Model):
     for one in events:
         assert isinstance(one.all[-1], Chunk)
         assert one.all[-1].finish_reason == "length"
+
+
+def test_an_error_in_the_thread_itself_fails_all_requests_at_once(model: dsj.Model, monkeypatch: pytest.MonkeyPatch):
+    runner = Runner(model, options=ONE_BY_ONE)
+    running, waiting = Events(), Events()
+    deadline = time.monotonic() + 3600
+    runner.submit(*work_of(model, inputs_of(), max_new_tokens=LONG), deadline, running)
+    runner.submit(*work_of(model, inputs_of()), deadline, waiting)
+    assert running.first.wait(60)
+    monkeypatch.setattr(runner.engine, "step", lambda: [object()])  # an event that nothing expects
+    for events in (running, waiting):
+        assert events.ended.wait(60)
+        assert isinstance(events.all[-1], RequestFailed)
+    assert runner.dead() == "the device's thread has ended"
+    with pytest.raises(StoppingError):
+        runner.submit(*work_of(model, inputs_of()), deadline, waiting)
+    with pytest.raises(ValueError, match="the engine could not start"):
+        runner.warm_up()

@@ -30,8 +30,9 @@ def job(
     ready: int | None = None,
     keys: tuple[bytes, ...] = (),
     deadline: float = FOREVER,
+    stepwise: bool = False,
 ) -> Job:
-    return Job(id, prompt, new, deadline, tenant, keys, prompt if ready is None else ready)
+    return Job(id, prompt, new, deadline, tenant, keys, prompt if ready is None else ready, stepwise)
 
 
 def submitted(jobs: Iterable[Job], it: Scheduler) -> Scheduler:

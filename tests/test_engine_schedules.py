@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -118,6 +119,17 @@ class ForgetsSteps(Scheduler):
         return super()._next_decode(prefills)
 
 
+class RunsAheadOfTokens(Scheduler):
+    def _next_decode(self, prefills):
+        jobs = {id: entry.job for id, entry in self.running.items()}
+        for entry in self.running.values():
+            entry.job = replace(entry.job, stepwise=False)
+        decode = super()._next_decode(prefills)
+        for id, entry in self.running.items():
+            entry.job = jobs[id]
+        return decode
+
+
 class TestPlantedFaults:
     @pytest.mark.parametrize(
         ("parts", "what"),
@@ -135,6 +147,7 @@ class TestPlantedFaults:
             pytest.param(Parts(scheduler=OutrunsArrivals), "width|prefill", id="a chunk runs before its rows"),
             pytest.param(Parts(scheduler=MissesDeadlines), "ended", id="deadlines are missed"),
             pytest.param(Parts(scheduler=ForgetsSteps), "rows|steps", id="issued steps are not counted"),
+            pytest.param(Parts(scheduler=RunsAheadOfTokens), "rows|steps", id="a step is drawn without its mask"),
         ],
     )
     def test_the_simulation_finds_it(self, parts, what):

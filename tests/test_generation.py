@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import deepstack_jax as dsj
 from deepstack_jax.models.parameters import abstract_params
 from deepstack_jax.programs import EngineState, decode_loop, prefill_chunk
+from deepstack_jax.sampling import TokenMask
 from deepstack_jax.testing.random_checkpoint import tiny_config, write_random_checkpoint
 from tests.cases import IMAGE, batch_of
 from tests.torch_reference import load_reference, reference_tokens
@@ -56,7 +57,7 @@ def test_ten_prompts_compile_one_program_per_width_and_a_second_call_none(model:
     assert not compiled
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_temporary_memory_of_decode_does_not_grow_with_the_cache_or_the_experts(model: dsj.Model, dtype: jnp.dtype):
     def memory(num_pages: int, experts: int):
         config = replace(model.config, vision=None, dtype=jnp.dtype(dtype).name)
@@ -64,7 +65,7 @@ def test_temporary_memory_of_decode_does_not_grow_with_the_cache_or_the_experts(
         params = abstract_params(config, dtype)
         state = jax.eval_shape(lambda: EngineState.empty(config, 2, num_pages, 128))
         cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))
-        limits = np.ones(2, bool), np.int32(1), np.bool_(False)
+        limits = np.ones(2, bool), np.int32(1), np.bool_(False), TokenMask.none(2, config.text.vocab_size)
         return decode_loop.lower(config, params, state, *limits).compile().memory_analysis(), cache
 
     (small, _), (long, cache), (many, _) = memory(16, 8), memory(64, 8), memory(16, 64)

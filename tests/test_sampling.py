@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers.generation import logits_process as hf
 
-from deepstack_jax.sampling import GENERATED, IN_PROMPT, SamplingParams, count_tokens, sample
+from deepstack_jax.sampling import (
+    GENERATED,
+    IN_PROMPT,
+    SamplingParams,
+    TokenMask,
+    count_tokens,
+    log_probabilities,
+    sample,
+)
 from deepstack_jax.sampling_options import SamplingOptions
 
 compiled_sample = jax.jit(sample)
@@ -72,14 +80,94 @@ def test_penalties_change_logits_as_transformers_and_openai_say():
         assert counts.max() > 1
         expected[row, tokens] -= 0.8 + 0.35 * counts
 
-    # a row's own likeliest token is lowered until every token has been the likeliest once: compares whole orders
     params = SamplingParams.of(3, SamplingOptions(repetition_penalty=1.7, presence_penalty=0.8, frequency_penalty=0.35))
+    np.testing.assert_array_equal(order_of_draws(logits, seen, params, 0), np.argsort(-expected, axis=1))
+
+
+def order_of_draws(logits: np.ndarray, seen: jax.Array, params: SamplingParams, step: int, *others) -> np.ndarray:
+    """Tokens from the likeliest on: each is lowered until every one has been the likeliest once."""
     masked, order = jnp.asarray(logits), []
-    for _ in range(20):
-        token = compiled_sample(masked, seen, params, 0)
-        order.append(np.asarray(token))
-        masked = masked.at[jnp.arange(3), token].set(-1e30)
-    np.testing.assert_array_equal(np.stack(order, axis=1), np.argsort(-expected, axis=1))
+    for _ in range(logits.shape[1]):
+        order.append(np.asarray(compiled_sample(masked, seen, params, step, *others)))
+        masked = masked.at[jnp.arange(len(logits)), order[-1]].set(-1e30)
+    return np.stack(order, axis=1)
+
+
+@pytest.mark.parametrize("step", [0, 3, 4])
+def test_bias_comes_before_penalties_and_no_answer_ends_early(step: int):
+    """Against transformers' processors, in vLLM's order."""
+    rng = np.random.default_rng(7)
+    logits = rng.normal(0, 3, (2, 20)).astype(np.float32)
+    prompt = np.array([[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]])
+    bias, ends = {2: 5.5, 9: -4.25, 15: 100.0, 17: -100.0, 0: 0.0}, [6, 15, 8]
+    ids = torch.tensor(np.concatenate([prompt, np.ones((2, step), np.int64)], axis=1))
+    expected = torch.tensor(logits)
+    for processor in (
+        hf.SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()]),
+        hf.MinNewTokensLengthLogitsProcessor(6, 4, ends, device="cpu"),
+        hf.RepetitionPenaltyLogitsProcessor(1.7),
+    ):
+        expected = processor(ids, expected)
+    seen = np.zeros((2, 20), np.int32)
+    np.put_along_axis(seen, np.asarray(ids), IN_PROMPT, axis=1)
+    options = SamplingOptions(repetition_penalty=1.7, logit_bias=bias, min_tokens=4)
+    params = SamplingParams.of(2, options, end_token_ids=ends)
+    possible = 20 - (len(ends) if step < 4 else 0)
+    order = order_of_draws(logits, jnp.asarray(seen), params, step)[:, :possible]
+    np.testing.assert_array_equal(order, np.argsort(-expected.numpy(), axis=1, kind="stable")[:, :possible])
+
+
+def mask_of(rows: list[bool], allowed: np.ndarray) -> TokenMask:
+    bits = np.pad(allowed, [(0, 0), (0, -allowed.shape[1] % 32)])
+    return TokenMask(np.array(rows), np.packbits(bits, axis=1, bitorder="little").view(np.int32))
+
+
+def test_masked_rows_draw_allowed_tokens_only():
+    rng = np.random.default_rng(8)
+    logits, allowed = rng.normal(0, 1, (3, 100)).astype(np.float32), rng.random((3, 100)) < 0.3
+    allowed[:, [0, 31, 32, 99]] = True
+    params = SamplingParams.of(3, SamplingOptions(logit_bias={0: 100, 31: 99, 50: 98}, top_logprobs=0))
+    mask = mask_of([True, False, True], allowed)
+    seen = jnp.zeros((3, 100), jnp.int32)
+    order = order_of_draws(logits, seen, params, 0, None, mask)
+    biased = logits.copy()
+    biased[:, [0, 31, 50]] += [100, 99, 98]
+    for row in (0, 2):
+        likeliest = [token for token in np.argsort(-biased[row]) if allowed[row, token]]
+        assert order[row, : len(likeliest)].tolist() == likeliest
+        assert set(order[row]) == set(likeliest)
+    np.testing.assert_array_equal(order[1], order_of_draws(logits, seen, params, 0)[1])
+    sampled = SamplingParams.of(3, SamplingOptions(temperature=50, seed=1))
+    for step in range(20):
+        tokens = compiled_sample(jnp.asarray(logits), seen, sampled, step, None, mask)
+        assert allowed[0, tokens[0]]
+        assert allowed[2, tokens[2]]
+
+
+def test_min_tokens_yields_where_a_mask_leaves_end_tokens_only():
+    params = SamplingParams.of(2, SamplingOptions(min_tokens=5), end_token_ids=[3, 4])
+    allowed = np.zeros((2, 40), bool)
+    allowed[:, 4], allowed[1, 9] = True, True
+    logits = jnp.zeros((2, 40)).at[:, 4].set(2)
+    tokens = compiled_sample(logits, jnp.zeros((2, 40), jnp.int32), params, 0, None, mask_of([True, True], allowed))
+    np.testing.assert_array_equal(tokens, [4, 9])
+
+
+@pytest.mark.parametrize("vocabulary", [7, 20, 500])
+def test_log_probabilities_are_those_of_the_models_own_logits(vocabulary: int):
+    logits = np.random.default_rng(9).normal(0, 5, (3, vocabulary)).astype(np.float32)
+    logits[1] = np.round(logits[1]) + 0.0  # with ties, and without a negative zero
+    tokens = np.array([vocabulary - 1, 0, 3])
+    found = jax.jit(log_probabilities)(jnp.asarray(logits), jnp.asarray(tokens), True)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    count = min(vocabulary, 20)
+    likeliest = np.argsort(-exact, axis=1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(found.top_ids[:, :count], likeliest)
+    # float32 has 24 digits, and the largest number is about 20
+    np.testing.assert_allclose(found.top_values[:, :count], np.take_along_axis(exact, likeliest, axis=1), atol=1e-5)
+    np.testing.assert_allclose(found.chosen, exact[np.arange(3), tokens], atol=1e-5)
+    assert (np.asarray(found.top_values[:, count:]) == -np.inf).all()
 
 
 def test_tokens_are_counted_and_those_below_zero_are_not():
@@ -123,6 +211,16 @@ def test_rows_mix_greedy_and_drawn():
         ({"presence_penalty": -1e39}, "presence_penalty -1e+39 is out of range: expected finite (0 for none)"),
         ({"frequency_penalty": 1e31}, "frequency_penalty 1e+31 is out of range: expected finite (0 for none)"),
         ({"frequency_penalty": float("nan")}, "frequency_penalty nan is out of range"),
+        ({"min_tokens": -1}, "min_tokens -1 is out of range: expected 0 or more"),
+        ({"min_tokens": 65}, "min_tokens 65 is out of range: expected at most max_new_tokens 64"),
+        ({"logit_bias": [1]}, "logit_bias [1] is not a mapping: give numbers by token id"),
+        ({"logit_bias": dict.fromkeys(range(301), 1)}, "has 301 entries: expected at most 300"),
+        ({"logit_bias": {-1: 1}}, "logit_bias of token -1 is out of range: expected a token id"),
+        ({"logit_bias": {"5": 1}}, "logit_bias of token '5' is not a number"),
+        ({"logit_bias": {5: 100.5}}, "logit_bias[5] 100.5 is out of range: expected -100 to 100"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias[5] nan is out of range"),
+        ({"top_logprobs": 21}, "top_logprobs 21 is out of range: expected 0 to 20"),
+        ({"top_logprobs": True}, "top_logprobs True is not a number"),
         ({"seed": [1, 2, 3]}, "3 seeds for a batch of 2: give one integer or one per row"),
         ({"seed": 1.5}, "seed 1.5 is out of range: expected a whole number"),
         ({"seed": "1"}, "seed '1' is not a number"),
@@ -388,11 +486,12 @@ def test_a_row_draws_the_same_beside_rows_with_other_options():
         {"temperature": 0.7, "top_p": 0.6, "presence_penalty": 3e38},
         {"temperature": 0.9, "frequency_penalty": -1e30},
         {},
+        {"temperature": 0.9, "logit_bias": {7: 3.0, 2999: 5.0}, "min_tokens": 4, "repetition_penalty": 1.3},
     ]
     vocabulary = 3000
-    logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (6, vocabulary)), jnp.float32)
+    logits = jnp.asarray(np.random.default_rng(5).normal(0, 2, (7, vocabulary)), jnp.float32)
     logits = logits.at[0].multiply(3e37)
-    seen = jnp.ones((6, vocabulary), jnp.int32) * GENERATED
+    seen = jnp.ones((7, vocabulary), jnp.int32) * GENERATED
     alone = [SamplingParams.of(1, SamplingOptions(seed=row, **options)) for row, options in enumerate(everything)]
     together = jax.tree.map(lambda *rows: np.concatenate(rows), *alone)
     for step in range(6):

@@ -1,9 +1,11 @@
 """The three roles over HTTP: real `deepstack-jax serve` processes, Mooncake between them, a client in front."""
 
+import asyncio
 import base64
 import contextlib
 import io
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import av
+import httpx
 import numpy as np
+import openai
+import psutil
 import pytest
 from PIL import Image
 
 from deepstack_jax.cli import main
+from tests.api_server import client_of
+from tests.films import shared_samples
 from tests.nodes import BLOCK, CONFIG, POOL, TOKENS, ServeNode, serving, write_image_sensitive_checkpoint
 
 MARKED = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -30,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encode(checkpoint: Path) -> Iterator[ServeNode]:
-    with serving(checkpoint, "--role", "encode", *BLOCK) as node:
+    with serving(checkpoint, "--role", "encode", "--decoders", "2", *BLOCK) as node:
         yield node
 
 
@@ -43,7 +50,7 @@ def language(checkpoint: Path, encode: ServeNode) -> Iterator[ServeNode]:
 
 @pytest.fixture(scope="module")
 def unified(checkpoint: Path) -> Iterator[ServeNode]:
-    with serving(checkpoint) as node:
+    with serving(checkpoint, "--decoders", "2") as node:
         yield node
 
 
@@ -99,6 +106,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
         "max_tokens": 12,
         "sampling_params": {"ignore_eos": True},
     },
+    "logprobs": {"text": "What is this?", "image_data": picture(1), "return_logprob": True, "top_logprobs_num": 2},
     "drawn": {
         "text": "What is this?",
         "image_data": picture(2),
@@ -113,7 +121,9 @@ def test_all_roles_give_the_same_answer(unified: ServeNode, language: ServeNode,
     assert split["output_ids"] == whole["output_ids"]
     assert passed["output_ids"] == whole["output_ids"]
     assert split["text"] == passed["text"] == whole["text"]
-    assert split["meta_info"]["prompt_tokens"] == whole["meta_info"]["prompt_tokens"]
+    for figure in ("prompt_tokens", "output_token_logprobs", "output_top_logprobs"):
+        assert split["meta_info"].get(figure) == passed["meta_info"].get(figure) == whole["meta_info"].get(figure)
+    assert len(whole["meta_info"].get("output_top_logprobs", [])) == 12 * (name == "logprobs")
     assert len(whole["output_ids"]) == 12
 
 
@@ -168,11 +178,59 @@ def test_deltas_go_through_the_encode_node(unified: ServeNode, language: ServeNo
     assert "".join(event["text"] for event in events) == whole["text"]
 
 
+def test_openais_api_is_the_same_on_all_roles(unified: ServeNode, language: ServeNode, encode: ServeNode):
+    asked: list[Any] = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image_url", "image_url": {"url": picture(1)}},
+                {"type": "text", "text": "What is this?"},
+            ],
+        }
+    ]
+    answers = []
+    for node in (unified, language, encode):
+        client = client_of(node.url)
+        options: dict[str, Any] = {"model": "tiny", "messages": asked, "max_tokens": 12, "temperature": 0}
+        whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2, extra_body={"regex": "[a-z]*"})
+        events = list(client.chat.completions.create(**options, n=2, stream=True))
+        texts = ["", ""]
+        for event in events:
+            texts[event.choices[0].index] += event.choices[0].delta.content or ""
+        answers.append((whole.choices[0].model_dump(), texts))
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(**options | {"model": "other"})
+    assert answers[0] == answers[1] == answers[2]
+    assert answers[0][1][0] == answers[0][1][1] != ""
+
+
 def test_every_role_is_healthy_and_says_which_it_is(unified: ServeNode, language: ServeNode, encode: ServeNode):
     for node, role in ((unified, "unified"), (language, "language"), (encode, "encode")):
-        response = node.client.get("/health")
-        assert (response.status_code, response.json()) == (200, {"status": "ok", "role": role})
+        for path, status in (("/health", "ok"), ("/ready", "ready"), ("/health_generate", "ok")):
+            response = node.client.get(path)
+            load = {"preparing_seconds": 0.0} if (role, path) == ("encode", "/health") else {}
+            assert (response.status_code, response.json()) == (200, {"status": status, "role": role, **load})
         assert node.client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+def test_both_sides_of_the_split_count_what_goes_between_them(language: ServeNode, encode: ServeNode):
+    before = [node.metrics() for node in (language, encode)]
+    split = language.ask(text="What is this?", image_data=picture(77))["meta_info"]["split"]
+    encode.ask(text="What is this?", image_data=picture(77))
+    gained = [
+        {name: value - old.get(name, 0) for name, value in node.metrics().items()}
+        for node, old in zip((language, encode), before, strict=True)
+    ]
+    received, sent = gained
+    assert received["transfer_rounds_total"] == 2
+    assert received["transfer_bytes_total"] >= split["bytes"]
+    assert sent["written_bytes_total"] == received["transfer_bytes_total"]
+    assert sent["blocks_written_total"] >= 2
+    assert (sent["images_encoded_total"], sent["row_cache_hits_total"]) == (1, 1)
+    assert sent["row_cache_entries"] == 1
+    assert received["requests_total"] == 2
+    assert sent["requests_total"] == 1  # it passed one on
+    assert language.metrics()["encoders_connected"] == encode.metrics()["language_nodes_connected"] == 1
 
 
 @pytest.mark.parametrize(
@@ -195,6 +253,56 @@ def test_refusals_are_the_same_on_all_roles(
         response = node.client.post("/generate", json=body)
         assert response.status_code == status, (node.url, response.text)
         assert words in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("role", ["unified", "language"])
+def test_pictures_are_answered_beside_attackers(unified: ServeNode, language: ServeNode, role: str):
+    """Each sends hours of large frames in a small file."""
+    node = {"unified": unified, "language": language}[role]
+    sample = io.BytesIO()
+    Image.new("L", (4000, 4000)).save(sample, "JPEG")
+    attack = "data:video/quicktime;base64," + base64.b64encode(shared_samples(sample.getvalue(), 7200)).decode()
+    expected = unified.ask(**REQUESTS["images"])["output_ids"]
+    with ThreadPoolExecutor(12) as pool:
+        bodies = [{"text": "a", "video_data": attack}] * 8
+        attackers = [pool.submit(node.client.post, "/generate", json=body) for body in bodies]
+        honest = [pool.submit(node.ask, **REQUESTS["images"]) for _ in range(4)]
+        assert all(future.result()["output_ids"] == expected for future in honest)
+    for future in attackers:
+        assert future.result().status_code == 400
+        assert "share their bytes" in future.result().json()["error"]["message"]
+    assert all(child.memory_info().rss < 300 << 20 for child in node.decoders())
+
+
+@pytest.mark.parametrize("role", ["unified", "encode"])
+def test_a_hung_decoder_holds_up_one_request_only(
+    unified: ServeNode, language: ServeNode, encode: ServeNode, role: str
+):
+    """Of four requests one gets the decoder that is stopped; its client goes away in the end."""
+    node, asked = (unified, unified) if role == "unified" else (encode, language)
+    expected = unified.ask(**REQUESTS["images"])["output_ids"]
+    stopped = node.decoders()[0]
+    stopped.suspend()
+
+    async def work() -> None:
+        async with httpx.AsyncClient(base_url=asked.url, timeout=120) as client:
+
+            async def ask() -> list[int]:
+                response = await client.post("/generate", json={"sampling_params": TOKENS, **REQUESTS["images"]})
+                return response.json()["output_ids"]
+
+            hung = {asyncio.create_task(ask()) for _ in range(4)}
+            while len(hung) > 1:
+                done, hung = await asyncio.wait(hung, return_when=asyncio.FIRST_COMPLETED)
+                assert all(task.result() == expected for task in done)
+            assert await ask() == expected
+            (task,) = hung
+            assert task.cancel()
+            await asyncio.wait(hung)
+            assert not (await asyncio.to_thread(psutil.wait_procs, [stopped], timeout=60))[1]
+            assert [await ask() for _ in range(3)] == [expected] * 3
+
+    asyncio.run(work())
 
 
 def test_an_encoder_that_dies_is_replaced_and_at_last_reported(checkpoint: Path, unified: ServeNode):
@@ -227,11 +335,35 @@ def test_an_encoder_that_dies_is_replaced_and_at_last_reported(checkpoint: Path,
         assert encoders[1].terminate()[0] == 0
         response = node.client.post("/generate", json={"sampling_params": TOKENS, **REQUESTS["image"]})
         assert response.status_code == 503
-        assert response.headers["retry-after"] == "1"
+        assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["message"].startswith("no encoder is ")
+        assert not re.search(r"://|\d:\d|127\.0", response.text)
         assert node.ask(text="Who is there?")["output_ids"] == unified.ask(text="Who is there?")["output_ids"]
         code, errors = node.terminate()
         assert (code, errors) == (0, "")
+
+
+def test_a_language_node_that_dies_ends_its_streams_at_once_and_others_go_on(
+    checkpoint: Path, encode: ServeNode, language: ServeNode
+):
+    body = {"text": "Hello?", "stream": True, "sampling_params": TOKENS | {"max_new_tokens": 1900}}
+    with (
+        serving(checkpoint, "--role", "language", "--encoder", encode.control, *BLOCK, *POOL) as other,
+        contextlib.ExitStack() as stack,
+    ):
+        other.ask_when_connected(**REQUESTS["image"])
+        streams = [stack.enter_context(encode.client.stream("POST", "/generate", json=body)) for _ in range(2)]
+        texts = [stream.iter_lines() for stream in streams]
+        for lines in texts:  # both nodes answer
+            assert json.loads(next(lines).removeprefix("data: "))["meta_info"]["finish_reason"] is None
+        other.process.kill()
+        ends = [[line for line in lines if line] for lines in texts]
+        assert [end[-1] for end in ends] == ["data: [DONE]"] * 2
+        lasts = sorted((json.loads(end[-2].removeprefix("data: ")) for end in ends), key=lambda last: "error" in last)
+        assert lasts[0]["meta_info"]["completion_tokens"] == 1900
+        assert lasts[1]["error"]["message"] == "the language node ended its answer early: try again"
+        for _ in range(4):  # half of them would go to the dead one, which still counts as connected
+            assert len(encode.ask(**REQUESTS["text"])["output_ids"]) == 12
 
 
 def test_a_language_node_with_vision_weights_encodes_when_nobody_else_does(checkpoint: Path, unified: ServeNode):
@@ -251,21 +383,55 @@ def test_texts_are_answered_while_no_encoder_was_ever_there(checkpoint: Path, un
         assert "no encoder is connected" in refused.json()["error"]["message"]
 
 
-def test_an_encode_node_without_a_language_node_says_so_and_all_end_cleanly(checkpoint: Path, tmp_path: Path):
+def test_an_encode_node_without_a_language_node_says_so_and_all_end_cleanly(
+    checkpoint: Path, tmp_path: Path, unified: ServeNode
+):
+    """With a key file, and blocks that are encrypted with it: the rows are the same."""
     key = tmp_path / "cluster.key"
     main_ok(["keygen", str(key)])
-    with serving(checkpoint, "--role", "encode", "--key", str(key), *BLOCK) as node:
+    options = ("--key", str(key), "--encrypt-blocks", "--grace", "1", "--decoders", "1", *BLOCK)
+    with serving(checkpoint, "--role", "encode", *options) as node:
         refused = node.client.post("/generate", json=REQUESTS["text"])
         assert refused.status_code == 503
         assert "no language node is connected" in refused.json()["error"]["message"]
-        with serving(
-            checkpoint, "--role", "language", "--encoder", node.control, "--key", str(key), *BLOCK
-        ) as language:
-            language.ask_when_connected(**REQUESTS["image"])
+        with (
+            serving(checkpoint, "--role", "language", "--encoder", node.control, *options) as language,
+            ThreadPoolExecutor(2) as pool,
+        ):
+            answer = language.ask_when_connected(**REQUESTS["image"])
+            assert answer["output_ids"] == unified.ask(**REQUESTS["image"])["output_ids"]
+            # requests that hang in the decoders of both nodes don't hold up their end
+            for hanging in (node, language):
+                (decoder,) = hanging.decoders()
+                decoder.suspend()
+                pool.submit(language.client.post, "/generate", json=REQUESTS["photograph"])
             code, errors = language.terminate()
             assert (code, errors) == (0, "")
         code, errors = node.terminate()
         assert (code, errors) == (0, "")
+
+
+def test_keys_and_request_ids_go_through_the_encode_node(checkpoint: Path, tmp_path: Path):
+    """The language node asks for a key and the encode node doesn't: clients give it to either."""
+    with (
+        serving(checkpoint, "--role", "encode", *BLOCK) as encode,
+        serving(checkpoint, "--role", "language", "--encoder", encode.control, "--api-key", "sk-1", "--log-json",
+                *BLOCK, *POOL) as language,
+    ):  # fmt: skip
+        language.client.headers["authorization"] = encode.client.headers["authorization"] = "Bearer sk-1"
+        language.ask_when_connected(**REQUESTS["image"])
+        trace = f"00-{'a' * 32}-{'b' * 16}-01"
+        encode.client.headers.update({"x-request-id": "through-both", "traceparent": trace})
+        assert encode.ask_when_connected(**REQUESTS["image"])["meta_info"]["id"] == "through-both"
+        del encode.client.headers["authorization"]
+        refused = encode.client.post("/generate", json=REQUESTS["text"])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        code, errors = language.terminate()
+    assert code == 0
+    lines = [json.loads(line) for line in errors.splitlines()]
+    (line,) = [line for line in lines if line.get("request_id") == "through-both" and line["status"] == 200]
+    assert (line["traceparent"], line["tenant"][:4]) == (trace, "key-")
+    assert "sk-1" not in errors
 
 
 def main_ok(args: list[str]) -> None:

@@ -33,6 +33,7 @@ def programs_in(folder: Path) -> set[str]:
     return {path.name.split("-")[0] for path in folder.rglob("*-cache")}
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_the_programs_of_the_first(tmp_path: Path):
     first = run(*ASK, XDG_CACHE_HOME=str(tmp_path))
     assert first.returncode == 0, first.stderr
@@ -97,7 +98,7 @@ def test_a_directory_that_cannot_be_written_is_one_warning(tmp_path: Path):
 
 @pytest.mark.parametrize("command", COMPILING)
 def test_commands_that_compile_have_the_option(command: str):
-    done = run(command, "--help", COLUMNS="200")
+    done = run(*command.split(), "--help", COLUMNS="200")
     assert "--compile-cache" in done.stdout
     assert "--debug" in done.stdout
 
@@ -114,6 +115,8 @@ def test_commands_that_compile_have_the_option(command: str):
         (["inspect", "nowhere"], "no config.json in nowhere"),
         (["convert", "nowhere", "there"], "no config.json in nowhere"),
         (["export", "nowhere", "there"], "no directory nowhere"),
+        (["bench", "decode", "nowhere"], "no config.json in nowhere"),
+        (["bench", "serve", "--prompts", "none.jsonl"], "[Errno 2] No such file or directory: 'none.jsonl'"),
         (["demo", "--checkpoint", "nowhere"], "no config.json in nowhere"),
         (["demo", "--image", "none.jpg"], "no file none.jpg"),
     ],

@@ -1,4 +1,4 @@
-"""The command line: one module per subcommand, each with a `run` that typer reads."""
+"""The command line: one module per subcommand, with a `run` that typer reads, or several of them in `COMMANDS`."""
 
 import functools
 import os
@@ -10,16 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from deepstack_jax.cli import compile_cache
+from deepstack_jax.cli import compile_cache, preflight
 
-COMMANDS = ("convert", "export", "verify", "inspect", "plan", "generate", "serve", "keygen", "demo")
-COMPILING = ("verify", "generate", "serve", "demo")
+COMMANDS = ("convert", "export", "verify", "inspect", "plan", "generate", "serve", "bench", "keygen", "demo")
+COMPILING = ("verify", "generate", "serve", "demo", "bench decode")
 HELP = "Qwen3-VL-MoE in JAX. Every command has --help with an example; --debug shows a failure's traceback."
 
 
 def main(args: list[str] | None = None) -> None:
     """Runs one command: exit code 0 done, 1 a failure told in one line, 2 a usage error."""
-    if args is None and "verify" not in sys.argv:
+    is_own = args is None  # the whole process is this command
+    if is_own and "verify" not in sys.argv:
         # a process of its own: where PyTorch is installed, transformers would import it, which takes seconds and 600 MB
         sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
     args = list(sys.argv[1:] if args is None else args)
@@ -28,33 +29,67 @@ def main(args: list[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     given = {"debug": False}
     try:
+        if "--help" not in args:
+            preflight.check(_wanted(args))
         _app(args)(args, prog_name="deepstack-jax", obj=given)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is not an Exception
         if given["debug"]:
             raise
-        from deepstack_jax.errors import one_line
-
-        message = one_line(error)
-        expected = isinstance(error, ValueError | OSError)
-        print(f"error: {message if expected else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+        print(f"error: {_line_of(error)}", file=sys.stderr)
+        if is_own:
+            _exit_at_once()
         sys.exit(1)
+
+
+def _exit_at_once() -> None:
+    """Ends the process after a failure: Python's own exit joins threads, and a library's may then wait for ever.
+
+    Returns where no such library was imported, or JAX has to part from the other processes of a mesh.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and hasattr(jax, "distributed") and not jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _line_of(error: BaseException) -> str:
+    from deepstack_jax.errors import REMEDIES, one_line, shortage
+
+    message = one_line(error)
+    if lacking := shortage(error):
+        return f"this process ran out of {lacking} ({message}): {REMEDIES[lacking]}"
+    return message if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {message}"
 
 
 def _app(args: list[str]) -> typer.Typer:
     app = typer.Typer(
         name="deepstack-jax", help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
     )
-    wanted = next((arg for arg in args if not arg.startswith("-")), None)
+    wanted = _wanted(args)
     # only the command that runs is imported: `--help` answers at once
     for name in COMMANDS if wanted not in COMMANDS else (wanted,):
-        app.command(name)(_command(import_module(f"deepstack_jax.cli.{name}").run, name in COMPILING))
+        module = import_module(f"deepstack_jax.cli.{name}")
+        if not hasattr(module, "COMMANDS"):
+            app.command(name)(_command(module.run, name in COMPILING))
+            continue
+        group = typer.Typer(help=module.HELP, no_args_is_help=True)
+        for part, run in module.COMMANDS.items():
+            group.command(part)(_command(run, f"{name} {part}" in COMPILING))
+        app.add_typer(group, name=name)
 
     def options(debug: Debug = False, version: Version = False) -> None: ...
 
     app.callback()(options)  # also keeps the command's name needed when only one is registered
     return app
+
+
+def _wanted(args: list[str]) -> str | None:
+    return next((arg for arg in args if not arg.startswith("-")), None)
 
 
 def _show_debug(context: typer.Context, debug: bool) -> None:

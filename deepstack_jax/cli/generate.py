@@ -11,6 +11,8 @@ import typer
 import deepstack_jax as dsj
 from deepstack_jax.bundled import existing_checkpoint
 from deepstack_jax.cli.mesh import Coordinator, MeshShape, NumProcesses, ProcessId, open_mesh
+from deepstack_jax.cli.profile import ProfileDir, name_programs, traced
+from deepstack_jax.errors import naming
 
 if TYPE_CHECKING:
     from deepstack_jax.checkpoint import Model
@@ -60,6 +62,7 @@ def run(
     coordinator: Coordinator = None,
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
+    profile: ProfileDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of streaming")] = False,
 ) -> None:
     """Answers a prompt and streams the text as it comes.
@@ -102,6 +105,7 @@ def run(
     PromptOptions.of(prompt_options)  # before the weights are read
     stops = StopStrings.of(stop)
     started = time.perf_counter()
+    name_programs(profile)
     placed = open_mesh(mesh, coordinator, num_processes, process_id)
     speaks = is_first()  # of several processes, one prints the answer
     with loading(f"loading {checkpoint}") as progress:
@@ -110,13 +114,18 @@ def run(
     inputs = dsj.prepare(model, question, images=image or (), videos=video or (), **prompt_options)
     prepared = time.perf_counter()
     prompt_tokens = int(inputs["attention_mask"].sum())
-    if as_json and not stop:
-        out = dsj.generate(model, **inputs, sampling=options)
-        tokens, text = out.tokens[0, : out.lengths[0]].tolist(), dsj.decode(model, out)[0]
-        timings = {"load": loaded - started, "prepare": prepared - loaded, **out.timings}
-    else:
-        tokens, text = _stream(model, inputs, options, stops, shown=speaks and not as_json)
-        timings = {"load": loaded - started, "prepare": prepared - loaded, "generate": time.perf_counter() - prepared}
+    timings = {"load": loaded - started, "prepare": prepared - loaded}
+    if profile is not None:  # an answer that compiles comes first
+        dsj.generate(model, **inputs, sampling=options)
+    with traced(profile):
+        begun = time.perf_counter()
+        if as_json and not stop:
+            out = dsj.generate(model, **inputs, sampling=options)
+            tokens, text = out.tokens[0, : out.lengths[0]].tolist(), dsj.decode(model, out)[0]
+            timings |= out.timings
+        else:
+            tokens, text = _stream(model, inputs, options, stops, shown=speaks and not as_json)
+            timings["generate"] = time.perf_counter() - begun
     if not speaks:
         return
     if as_json:
@@ -129,9 +138,8 @@ def run(
         print(json.dumps(answer, ensure_ascii=False))
         return
     seconds = timings["generate"]
-    print(
-        f"{prompt_tokens} prompt tokens, {len(tokens)} new ones in {seconds:.1f} s, compiling included", file=sys.stderr
-    )
+    compiling = "without compiling" if profile else "compiling included"
+    print(f"{prompt_tokens} prompt tokens, {len(tokens)} new ones in {seconds:.1f} s, {compiling}", file=sys.stderr)
 
 
 def _stream(
@@ -186,7 +194,8 @@ def _read_json(value: str, option: str, kind: type) -> Any:
         where = f"{option} {value}"
         if not Path(value).is_file():
             raise ValueError(f"{where}: there is no such file: give an existing one, - or JSON")
-        text = Path(value).read_text(encoding="utf-8")
+        with naming(value):
+            text = Path(value).read_text(encoding="utf-8")
     try:
         found = json.loads(text)
     except ValueError as error:

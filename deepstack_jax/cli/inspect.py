@@ -30,10 +30,29 @@ def run(
         typer.Option(help="order of a Hugging Face checkpoint's expert weights; only needed if shapes are ambiguous"),
     ] = None,
     mesh: MeshShape = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="first read every file of a converted checkpoint and check its checksum")
+    ] = False,
+    accept_edits: Annotated[
+        bool,
+        typer.Option(
+            "--accept-edits",
+            help="take edited configuration, tokenizer and processor files of a converted checkpoint into its list of "
+            "checksums, if all of them are valid and the weights are whole",
+        ),
+    ] = False,
+    digests: Annotated[
+        bool,
+        typer.Option(
+            "--digests",
+            help="print the SHA-256 of each tensor and of the model instead: the same before and after convert",
+        ),
+    ] = False,
 ) -> None:
-    """Prints a checkpoint's configuration, the memory that its KV cache takes, and its parameters. Reads no weights.
+    """Prints a checkpoint's configuration, the memory that its KV cache takes, and its parameters.
 
-    With --mesh, which needs no devices, also what each device would hold.
+    Reads no weights, except with --verify, --accept-edits and --digests. With --mesh, which needs no devices, also what
+    each device would hold.
 
     Example: deepstack-jax inspect ckpt --mesh data=2,tensor=4
     """
@@ -49,6 +68,11 @@ def run(
 
     jax.config.update("jax_platforms", "cpu")  # looking needs no accelerator
     placed = abstract_mesh(mesh) if mesh else None
+    verified = _accept_edits(checkpoint) if accept_edits else []
+    verified += [_verify(checkpoint, expert_layout)] if verify else []
+    if digests:
+        _print_digests(checkpoint, expert_layout)
+        return
     config = read_config(checkpoint)
     kind, dtype, leaves = _leaves(checkpoint, config, expert_layout)
     table = Table("group", "tensors", "parameters", "dtype", "bytes", box=None)
@@ -62,6 +86,8 @@ def run(
         size, nbytes = sum(leaf.size for leaf in members), sum(leaf.nbytes for leaf in members)
         table.add_row(name, str(len(members)), f"{size:,}", dtypes, f"{nbytes:,}")
     console = Console(highlight=False, soft_wrap=True)
+    for line in verified:
+        console.print(line)
     console.print(f"{checkpoint}: {kind}")
     for line in _summary(config):
         console.print(line)
@@ -71,17 +97,93 @@ def run(
     console.print(table)
 
 
+def _verify(checkpoint: Path, expert_layout: str | None) -> str:
+    """Checks all that can be checked and returns what that was, in one line; raises `CheckpointError`."""
+    from deepstack_jax.checkpoints.hf_checkpoint import open_checkpoint
+    from deepstack_jax.checkpoints.hf_folder import SUMS, check_sums
+    from deepstack_jax.checkpoints.manifest import FORMAT_FILE, read_manifest
+    from deepstack_jax.cli.progress import loading
+
+    if not (checkpoint / FORMAT_FILE).exists():
+        summed = check_sums(checkpoint)
+        names = open_checkpoint(checkpoint, expert_layout=expert_layout).files
+        if summed:
+            nbytes = sum((checkpoint / name).stat().st_size for name in summed)
+            return f"OK: checksums of {len(summed)} files, {nbytes:,} bytes, by {SUMS}" + (
+                f"; it does not list {min(names.keys() - summed)}" if names.keys() - summed else ""
+            )
+        nbytes = sum((checkpoint / name).stat().st_size for name in names)
+        return (
+            f"OK: headers and lengths of {len(names)} safetensors files, {nbytes:,} bytes; the format has no "
+            f"checksums and there is no {SUMS}, so damaged values would go unnoticed"
+        )
+    manifest = read_manifest(checkpoint)
+    with loading(f"verifying {checkpoint}") as progress:
+        manifest.check(manifest.files, lambda done: progress(done, manifest.nbytes))
+    if not manifest.has_sums:
+        return (
+            f"OK: lengths of {len(manifest.files)} files, {manifest.nbytes:,} bytes; this checkpoint has no checksums, "
+            "convert again to get them"
+        )
+    return f"OK: checksums of {len(manifest.files)} files, {manifest.nbytes:,} bytes"
+
+
+def _print_digests(checkpoint: Path, expert_layout: str | None) -> None:
+    from deepstack_jax.checkpoints.digests import model_digest, tensor_digests
+    from deepstack_jax.cli.progress import loading
+
+    with loading(f"reading {checkpoint}") as progress:
+        found = list(tensor_digests(checkpoint, expert_layout, progress))
+    for tensor in found:
+        print(tensor)
+    print(f"{model_digest(found)}  the model")
+
+
+def _accept_edits(checkpoint: Path) -> list[str]:
+    """Takes the text files as they are now into the list of checksums. Returns what has changed, one line each.
+
+    Raises `CheckpointError` if another file is damaged, and `ValueError` if a text file is not valid or does not fit.
+    """
+    from converters.hf_to_orbax import check_companions
+    from deepstack_jax.checkpoints.manifest import FORMAT_FILE, read_manifest
+    from deepstack_jax.checkpoints.orbax_checkpoint import check_model, stored_params
+    from deepstack_jax.checkpoints.safetensors_file import CheckpointError
+    from deepstack_jax.cli.progress import loading
+    from deepstack_jax.config import read_sampling_defaults
+    from deepstack_jax.models.registry import read_config
+    from deepstack_jax.processing.processor import Processor
+
+    if not (checkpoint / FORMAT_FILE).exists():
+        raise CheckpointError(
+            f"{checkpoint} has no {FORMAT_FILE}, so its files may be edited: leave --accept-edits out"
+        )
+    manifest = read_manifest(checkpoint)
+    if not manifest.has_sums:
+        raise CheckpointError(
+            f"{checkpoint} has no checksums, so its text files may be edited: leave --accept-edits out"
+        )
+    config = read_config(checkpoint)
+    check_companions(checkpoint, config)
+    read_sampling_defaults(checkpoint)
+    Processor.from_directory(checkpoint, config).check_files()
+    check_model(checkpoint, config, stored_params(checkpoint))
+    stored = [name for name in manifest.files if name not in manifest.copies]
+    with loading(f"verifying {checkpoint}") as progress:
+        manifest.check(stored, lambda done: progress(done, manifest.nbytes))
+    return [f"{line}: accepted" for line in manifest.accept_copies()] or ["no text file was edited"]
+
+
 def _leaves(checkpoint: Path, config: ModelConfig, expert_layout: str | None) -> tuple[str, str, list[_Leaf]]:
     """What the checkpoint is, the dtype that `load` gives the model, and the parameters in order."""
     from deepstack_jax.checkpoints.hf_checkpoint import open_checkpoint
-    from deepstack_jax.checkpoints.mapping import canonical_shapes
-    from deepstack_jax.checkpoints.orbax_checkpoint import FORMAT_FILE, read_format, stored_params
+    from deepstack_jax.checkpoints.manifest import FORMAT_FILE, read_manifest
+    from deepstack_jax.checkpoints.orbax_checkpoint import check_model, stored_params
 
     if (checkpoint / FORMAT_FILE).exists():
         stored = stored_params(checkpoint)
-        source = read_format(checkpoint).get("source", {})
+        order = {path: i for i, path in enumerate(check_model(checkpoint, config, stored))}
+        source = read_manifest(checkpoint).contents.get("source", {})
         kind = f"converted, from expert layout {source.get('expert_layout')} in {len(source.get('files', ()))} files"
-        order = {path: i for i, path in enumerate(canonical_shapes(config))}
         leaves = [_Leaf(p, leaf.size, leaf.dtype.name, leaf.size * leaf.dtype.itemsize) for p, leaf in stored.items()]
         return kind, _most_used(leaves, config), sorted(leaves, key=lambda leaf: order.get(leaf.path, len(order)))
     found = open_checkpoint(checkpoint, config, expert_layout)

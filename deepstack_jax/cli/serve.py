@@ -1,11 +1,10 @@
 """`deepstack-jax serve`: a node that answers over HTTP."""
 
-import asyncio
-import math
-import signal
+import os
 import socket
+import ssl
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 from urllib.parse import quote
@@ -13,15 +12,22 @@ from urllib.parse import quote
 import typer
 
 from deepstack_jax.bundled import existing_checkpoint
+from deepstack_jax.cli.http_server import Tls, bind, in_thread, in_url, is_loopback, serve_node, trusted
 from deepstack_jax.cli.mesh import Coordinator, MeshShape, NumProcesses, ProcessId, open_mesh
+from deepstack_jax.errors import one_line
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from deepstack_jax.checkpoint import Model
+    from deepstack_jax.disagg.keys.files import Key
+    from deepstack_jax.disagg.keys.revocations import Revocations
+    from deepstack_jax.disagg.language.encoder_pool import EncoderPool
     from deepstack_jax.engine.core import Engine
     from deepstack_jax.engine.options import EngineOptions
-    from deepstack_jax.serving.http import Node
+    from deepstack_jax.processing.preparation import Preparation
+    from deepstack_jax.serving.access import Keys
+    from deepstack_jax.serving.endpoint import Node
     from deepstack_jax.serving.policy import MediaPolicy
 
 Role = Literal["unified", "encode", "language"]
@@ -44,7 +50,17 @@ def run(
     control: Annotated[
         str, typer.Option(help="encode node: where its control socket listens; * takes a free port")
     ] = "tcp://127.0.0.1:*",
-    key: Annotated[Path | None, typer.Option(help="the cluster's key file, made with deepstack-jax keygen")] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="key file of the cluster or of this node, made with deepstack-jax keygen; on loopback, this user's"
+        ),
+    ] = None,
+    revoked: Annotated[
+        Path | None,
+        typer.Option(help="names or serials of nodes that are shut out, one per line; SIGHUP reads them again"),
+    ] = None,
+    max_peers: Annotated[int, typer.Option(min=1, help="encode node: language nodes that may connect")] = 16,
     node_address: Annotated[
         str | None, typer.Option(help="address under which other nodes reach this one; --host by default")
     ] = None,
@@ -54,6 +70,9 @@ def run(
     pool_blocks: Annotated[
         int | None, typer.Option(min=1, help="language node: receive blocks; as many as 256 MB hold by default")
     ] = None,
+    encrypt_blocks: Annotated[
+        bool, typer.Option("--encrypt-blocks", help="encrypt rows on their way; the same on all nodes")
+    ] = False,
     cache_bytes: Annotated[
         int, typer.Option(min=0, help="encode node: bytes of rows that are kept for repeated images")
     ] = 1 << 30,
@@ -76,6 +95,12 @@ def run(
         int,
         typer.Option(min=1, help="pixels of all frames of a request's videos; about two minutes of 1080p by default"),
     ] = 8_000_000_000,
+    decoders: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="processes that decode media; as many as CPUs, at most 4, by default; 0 decodes in the server"
+        ),
+    ] = None,
     max_items: Annotated[int, typer.Option(min=1, help="images and videos per request")] = 32,
     url_timeout: Annotated[
         float, typer.Option(callback=_above_zero, help="seconds per URL, redirects included")
@@ -109,6 +134,38 @@ def run(
     ] = True,
     warm_up: Annotated[bool, typer.Option(help="compile every language program before the server is ready")] = True,
     grace: Annotated[float, typer.Option(min=0, help="seconds for running requests to finish after SIGTERM")] = 20.0,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="a key that clients must send; better in DEEPSTACK_JAX_API_KEY")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="hashes of more keys, made with deepstack-jax keygen; SIGHUP reloads them")
+    ] = None,
+    admin_key: Annotated[
+        str | None, typer.Option(help="the key of /drain and /server_info; better in DEEPSTACK_JAX_ADMIN_KEY")
+    ] = None,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="let anybody in whom --host lets reach the server")
+    ] = False,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="per key; no limit by default")] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="of prompts and answers, per key; no limit by default")
+    ] = None,
+    concurrent_requests: Annotated[int | None, typer.Option(min=1, help="per key; no limit by default")] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="a name under which clients reach the server, '*' for any; addresses need none"),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="a site whose pages may call: https://example.org, or '*'")
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="certificate chain in PEM: serves HTTPS")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="key of --tls-cert in PEM")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="encode node: authorities in PEM that language nodes' certificates come from")
+    ] = None,
+    access_log: Annotated[bool, typer.Option("--access-log", help="log a line for each request")] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="log JSON objects, and one for each request")] = False,
+    vllm_metrics: Annotated[bool, typer.Option(help="/metrics also has the names that vLLM gives them")] = True,
     name: Annotated[str | None, typer.Option(help="the model's name; the directory's by default")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
     expert_layout: Annotated[
@@ -119,18 +176,21 @@ def run(
     num_processes: NumProcesses = None,
     process_id: ProcessId = None,
 ) -> None:
-    """Answers over HTTP: POST /generate, GET /health, GET /v1/models.
+    """Answers over HTTP: OpenAI's API (/v1/chat/completions and others), POST /generate, probes and metrics.
 
-    Prints the size of its engine, and one line when it is ready. With --coordinator, the same command runs in every
-    process of the mesh, and process 0 speaks HTTP.
+    Without keys, only a loopback address is served. Prints the size of its engine, and one line when it is ready. With
+    --coordinator, the same command runs in every process of the mesh, and process 0 speaks HTTP.
 
     Example: deepstack-jax serve ckpt --port 8000 --allow-domain upload.wikimedia.org
     """
+    options = {name: value for name, value in locals().items() if name not in _SECRET}
     try:
+        import prometheus_client  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
-    except ImportError:
-        raise ValueError("serve needs Starlette and uvicorn: pip install 'deepstack-jax[serve]'") from None
+    except ImportError as missing:
+        raise ValueError(f"serve needs {missing.name}: pip install 'deepstack-jax[serve]'") from None
+    from deepstack_jax.disagg.keys.revocations import Revocations
     from deepstack_jax.serving.policy import MediaPolicy
 
     existing_checkpoint(checkpoint)
@@ -153,47 +213,106 @@ def run(
     from deepstack_jax.processes import is_first
 
     engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache, _widths(decode_widths))
-    if coordinator is not None and role != "unified":
-        raise ValueError(f"--role {role} runs in one process: leave out --coordinator")
+    if coordinator is not None and role == "encode":
+        raise ValueError("--role encode runs in one process: leave out --coordinator, and start more encode nodes")
+    split = SplitOptions(
+        tuple(encoder or ()),
+        control,
+        key,
+        Revocations(revoked),
+        node_address or host,
+        protocol,
+        device,
+        block_size,
+        pool_blocks,
+        cache_bytes,
+        max_peers,
+        encrypt_blocks,
+        encode_here,
+        trusted(tls_ca),
+    )
+    node_key = _check_split(role, split)
     placed = open_mesh(mesh, coordinator, num_processes, process_id)
     engine.shape(placed)  # refuses impossible sizes before the weights are read
     limits = NodeLimits(max_waiting, max_context, engine, warm_up)
     if not is_first():  # another process of the mesh speaks HTTP
         _follow(_load(role, checkpoint, dtype, expert_layout, encode_here, placed), limits)
         return
-    with _bind(host, port) as listener:  # before the weights are read, so that a port in use is an error at once
-        if not _is_loopback(listener):
-            print(f"warning: {host} is open to others, and this server has no authentication", file=sys.stderr)
+    with bind(host, port) as listener:  # before the weights are read, so that a port in use is an error at once
+        from deepstack_jax.serving.access import Access, Keys
+        from deepstack_jax.serving.hosts import HostRule
         from deepstack_jax.serving.http import create_app
+        from deepstack_jax.serving.limits import Limits
+        from deepstack_jax.serving.logs import configure_logging
 
-        split = SplitOptions(
-            tuple(encoder or ()),
-            control,
-            key,
-            node_address or host,
-            f"http://{_in_url(node_address or host)}:{listener.getsockname()[1]}",
-            protocol,
-            device,
-            block_size,
-            pool_blocks,
-            cache_bytes,
-            encode_here,
+        keys = Keys(
+            [*(api_key or ()), *_keys_in("DEEPSTACK_JAX_API_KEY")],
+            api_key_file,
+            admin_key or next(iter(_keys_in("DEEPSTACK_JAX_ADMIN_KEY")), None),
         )
-        _check_split(role, split)
-        model = _load(role, checkpoint, dtype, expert_layout, encode_here, placed)
-        name = name or checkpoint.resolve().name
+        tls = _tls(tls_cert, tls_key)
+        _check_access(keys, no_auth, host, listener)
+        configure_logging(requests=access_log or log_json, as_json=log_json)
+        app = create_app(
+            None,
+            policy,
+            max_requests=2 * max_waiting,
+            timeout=timeout,
+            access=Access(keys, Limits(requests_per_minute, tokens_per_minute, concurrent_requests)),
+            origins=cors_origin or (),
+            hosts=HostRule.of(host, is_loopback(listener), (split.node_address, *(allow_host or ()))),
+            vllm_metrics=vllm_metrics,
+            options=options,
+        )
+        url = f"{'https' if tls else 'http'}://{in_url(split.node_address)}:{listener.getsockname()[1]}"
 
-        async def serve() -> None:
-            # in the loop that runs it: ZeroMQ's authenticator answers in the loop in which it was made
-            node = make_node(role, model, policy, split, limits, name=name)
-            from deepstack_jax.serving.text_node import TextNode
+        async def load() -> "Node":
+            model = await in_thread(lambda: _load(role, checkpoint, dtype, expert_layout, encode_here, placed))
+            preparation = _preparation(decoders, policy, 2 * max_waiting)
+            named = name or checkpoint.resolve().name
+            return await make_node(role, model, policy, split, limits, preparation, node_key, name=named, http_url=url)
 
-            if isinstance(node, TextNode):
-                print(_engine_line(node.runner.engine), flush=True)
-            app = create_app(node, policy, max_requests=2 * max_waiting, timeout=timeout)
-            await _serve(node, app, listener, grace)
+        files = {"the keys": keys, "the revoked nodes": split.revoked}
+        reloads = {name: each.reload for name, each in files.items() if each.has_file}
+        serve_node(app, listener, load, tls=tls, reloads=reloads, grace=grace)
 
-        asyncio.run(serve())
+
+_SECRET = "api_key", "admin_key"
+_MOST_DECODERS = 4
+
+
+def _preparation(decoders: int | None, policy: "MediaPolicy", max_waiting: int) -> "Preparation":
+    """What decodes media. An image of all pixels that a request may have takes its process 8 bytes per pixel."""
+    from deepstack_jax.processing.decoders import Decoders
+    from deepstack_jax.processing.preparation import BYTES_PER_PIXEL, Preparation
+
+    count = min(os.cpu_count() or 1, _MOST_DECODERS) if decoders is None else decoders
+    pool = Decoders(count, (1 << 30) + 16 * policy.max_pixels, max_waiting)
+    return Preparation(pool, 2 * BYTES_PER_PIXEL * policy.max_pixels)
+
+
+def _keys_in(variable: str) -> list[str]:
+    """The keys that an environment variable holds, separated by commas."""
+    return [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
+
+
+def _tls(cert: Path | None, key: Path | None) -> Tls | None:
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise ValueError("--tls-cert and --tls-key belong together: give both")
+    return Tls(cert, key)
+
+
+def _check_access(keys: "Keys", no_auth: bool, host: str, listener: socket.socket) -> None:
+    """Refuses to be open to others by mistake."""
+    if keys and no_auth:
+        raise ValueError("--no-auth lets anybody in, and there are API keys: leave one of them out")
+    if not keys and not no_auth and not is_loopback(listener):
+        raise ValueError(
+            f"--host {host} is open to others, and there is no key: give --api-key-file or --api-key, "
+            "or --no-auth to let anybody in"
+        )
 
 
 def _follow(model: "Model", limits: "NodeLimits") -> None:
@@ -218,14 +337,17 @@ class SplitOptions:
     encoders: tuple[str, ...]
     control: str
     key: Path | None
+    revoked: "Revocations"
     node_address: str
-    http_url: str
     protocol: Literal["tcp", "rdma"]
     device: str
     block_size: int
     pool_blocks: int | None
     cache_bytes: int
+    max_peers: int
+    encrypt_blocks: bool
     encode_here: bool
+    verify: ssl.SSLContext | bool = True
 
 
 @dataclass(frozen=True)
@@ -238,27 +360,26 @@ class NodeLimits:
     warm_up: bool = True
 
 
-def make_node(
+async def make_node(
     role: Role,
     model: "Model",
     policy: "MediaPolicy",
     split: SplitOptions,
     limits: NodeLimits,
+    preparation: "Preparation | None" = None,
+    key: "Key | None" = None,
     *,
     name: str,
+    http_url: str,
 ) -> "Node":
-    """The node of a role, in a running event loop."""
-    from deepstack_jax.serving.text_node import TextNode
-
+    """The node of a role, not yet started; `http_url` is where other nodes reach it. Prints the size of its engine."""
     if role == "unified":
-        return TextNode(model, policy, name=name, **vars(limits))
+        return await _text_node(model, policy, name, limits, preparation)
 
     from deepstack_jax.disagg.nodes import open_encode_server, open_encoder_pool
-    from deepstack_jax.disagg.wire.control import read_key
 
-    key = read_key(split.key) if split.key else None
     device = f"?device={quote(split.device)}" if split.device else ""
-    transport = f"mooncake+{split.protocol}://{_in_url(split.node_address)}{device}"
+    transport = f"mooncake+{split.protocol}://{in_url(split.node_address)}{device}"
     if role == "encode":
         from deepstack_jax.serving.encode_node import EncodeNode
 
@@ -268,19 +389,39 @@ def make_node(
             key=key,
             block_size=split.block_size,
             cache_bytes=split.cache_bytes,
+            max_peers=split.max_peers,
+            encrypt_blocks=split.encrypt_blocks,
             transport=transport,
+            preparation=preparation,
         )
-        return EncodeNode(model, server, name=name)
+        return EncodeNode(model, server, name=name, verify=split.verify)
     links = open_encoder_pool(
         model,
         split.encoders,
         key=key,
         block_size=split.block_size,
         num_blocks=split.pool_blocks,
-        http_url=split.http_url,
+        encrypt_blocks=split.encrypt_blocks,
+        http_url=http_url,
         transport=transport,
     )
-    return TextNode(model, policy, name=name, encoders=links, **vars(limits))
+    return await _text_node(model, policy, name, limits, preparation, links)
+
+
+async def _text_node(
+    model: "Model",
+    policy: "MediaPolicy",
+    name: str,
+    limits: NodeLimits,
+    preparation: "Preparation | None",
+    encoders: "EncoderPool | None" = None,
+) -> "Node":
+    from deepstack_jax.serving.text_node import TextNode
+
+    options = {"encoders": encoders, "preparation": preparation, **vars(limits)}
+    node = await in_thread(lambda: TextNode(model, policy, name=name, **options))
+    print(_engine_line(node.runner.engine), flush=True)
+    return node
 
 
 def _engine_line(engine: "Engine") -> str:
@@ -306,12 +447,14 @@ def _load(
         return dsj.load(checkpoint, dtype, mesh, expert_layout=expert_layout, parts=parts[role], progress=progress)
 
 
-def _check_split(role: Role, split: SplitOptions) -> None:
-    """Refuses options that don't belong together, before anything is loaded."""
+def _check_split(role: Role, split: SplitOptions) -> "Key | None":
+    """Refuses options that don't belong together, before anything is loaded; returns the key of a split's node."""
     if split.encoders and role != "language":
         raise ValueError(f"--encoder {split.encoders[0]} is for --role language: leave it out")
+    if split.revoked.has_file and (role == "unified" or split.key is None):
+        raise ValueError("--revoked is for nodes of a split: give --role, and a node's own key with --key")
     if role == "unified":
-        return
+        return None
     if role == "language" and not split.encoders and not split.encode_here:
         raise ValueError("--role language needs --encoder tcp://host:port of an encode node, or --encode-here")
     if split.node_address in ("0.0.0.0", "::"):
@@ -319,73 +462,44 @@ def _check_split(role: Role, split: SplitOptions) -> None:
             f"--host {split.node_address} is not an address that others can reach: give --node-address as well"
         )
     try:
-        from deepstack_jax.disagg.wire.control import check_endpoint, read_key
+        from deepstack_jax.disagg.wire.control import is_loopback_host
     except ImportError as missing:
         raise ValueError(f"the split needs {missing.name}: pip install 'deepstack-jax[mooncake,serve]'") from None
+    key = _key(role, split)
+    if split.encrypt_blocks and key is None:
+        raise ValueError("--encrypt-blocks needs a key: give --key")
+    if not split.encrypt_blocks and not is_loopback_host(split.node_address):
+        print(
+            "warning: rows cross the network in the clear, and whoever reaches Mooncake's ports may read them: "
+            "keep these ports private, or give --encrypt-blocks on all nodes",
+            file=sys.stderr,
+        )
+    return key
+
+
+def _key(role: Role, split: SplitOptions) -> "Key | None":
+    """The key of --key. Without it only loopback is used, with the user's own key where that can be kept."""
+    from deepstack_jax.disagg.keys.certificates import NodeKey
+    from deepstack_jax.disagg.keys.files import read_key, users_key
+    from deepstack_jax.disagg.wire.control import check_endpoint
+
     key = read_key(split.key) if split.key else None
+    if isinstance(key, NodeKey) and role != "unified":
+        key = replace(key, revoked=split.revoked)
+        if reason := key.refusal(key.certificate, role):
+            raise ValueError(f"--key {split.key} can't be used: {reason}")
+    elif split.revoked.has_file:
+        raise ValueError(
+            f"--key {split.key} is the key of all nodes, of which none can be revoked by itself: give this node its "
+            "own, made with deepstack-jax keygen FILE --node NAME --signed-by AUTHORITY"
+        )
     for endpoint in split.encoders if role == "language" else (split.control,):
         check_endpoint(endpoint, key)
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-async def _serve(node: "Node", app: object, listener: socket.socket, grace: float) -> None:
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            host, port = listener.getsockname()[:2]
-            host = _in_url(host)
-            where = f"http://{host}:{port}" + (f", control {node.control}" if node.control else "")
-            print(f"ready: {node.role} node of {', '.join(node.model_names)} on {where}", flush=True)
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            node.stop(grace)
-            await super().shutdown(sockets)
-
-    config = uvicorn.Config(
-        app,  # type: ignore[arg-type]
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        limit_concurrency=1024,
-        timeout_keep_alive=5,
-        timeout_graceful_shutdown=math.ceil(grace) + 2,  # the node says why first
-    )
+    if key is not None:
+        return key
     try:
-        await node.start()
-        # uvicorn raises the signal again once it has ended cleanly: this is the end of it
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-        await Server(config).serve([listener])
-    finally:
-        node.stop(0.0)
-        await node.close()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that doesn't listen yet: until the node is ready, connections are refused."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ValueError(f"{host} port {port} can't be used ({error.strerror}): choose another one") from None
-    return listener
-
-
-def _is_loopback(listener: socket.socket) -> bool:
-    import ipaddress
-
-    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+        return users_key()
+    except (OSError, RuntimeError) as error:  # no home, or one that can't be written
+        reason = f"this user's key can't be kept ({one_line(error)})"
+        print(f"warning: the split trusts all users of this machine, because {reason}: give --key", file=sys.stderr)
+        return None

@@ -9,7 +9,7 @@ import numpy as np
 import typer
 
 from deepstack_jax.cli.demo import DEFAULT_IMAGE
-from deepstack_jax.cli.mesh import MeshShape
+from deepstack_jax.cli.mesh import Coordinator, MeshShape, NumProcesses, ProcessId, open_mesh
 
 TOLERANCE = 2e-5  # of the largest value of a stage, in float32
 
@@ -33,10 +33,14 @@ def run(
         Literal["hf4", "hf5"] | None, typer.Option(help="only needed if shapes are ambiguous")
     ] = None,
     mesh: MeshShape = None,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
 ) -> None:
     """Compares every stage with transformers in float32: exit code 1 if one differs by more than 2e-5.
 
-    Needs PyTorch (pip install 'deepstack-jax[test]') and memory for the model twice over.
+    Needs PyTorch (pip install 'deepstack-jax[test]') and memory for the model twice over. With several processes, the
+    first compares, and the others end with its exit code.
 
     Example: deepstack-jax verify Qwen3-VL-30B-A3B-Instruct --image coffee.jpg
     """
@@ -46,25 +50,36 @@ def run(
     import deepstack_jax as dsj
     from deepstack_jax.bundled import checkpoint_path
     from deepstack_jax.cli.progress import loading
+    from deepstack_jax.processes import is_first, publish, wait_for_first
 
     checkpoint = checkpoint_path(checkpoint)
-    placed = dsj.make_mesh(mesh) if mesh else None
+    placed = open_mesh(mesh, coordinator, num_processes, process_id)
     with loading(f"loading {checkpoint}") as progress:
         model = dsj.load(checkpoint, jnp.float32, placed, expert_layout=expert_layout, progress=progress)
     if image is None:
         image = [str(DEFAULT_IMAGE)] if model.config.vision else []
     inputs = dsj.prepare(model, prompt, images=image)
-    stages = list(compare(model, checkpoint, inputs, max_new_tokens))
-    Console().print(_table(checkpoint, inputs, stages))
-    if not all(stage.passed for stage in stages):
+    found = jax_stages(model, inputs, max_new_tokens)
+    if not is_first():
+        raise typer.Exit(int(wait_for_first("verify")))
+    failed = 1
+    try:
+        stages = list(compare(found, checkpoint, inputs, max_new_tokens))
+        Console().print(_table(checkpoint, inputs, stages))
+        failed = int(not all(stage.passed for stage in stages))
+    finally:
+        if coordinator is not None:
+            publish("verify", str(failed))
+    if failed:
         raise typer.Exit(1)
 
 
-def compare(model: Any, checkpoint: Path, inputs: dict[str, Any], max_new_tokens: int) -> Iterator[Stage]:
-    """The stages in the order in which a prompt passes them."""
-    reference = _load_torch(checkpoint)
-    expected, expected_tokens = _torch_stages(reference, inputs, max_new_tokens)
-    found, tokens = _jax_stages(model, inputs, max_new_tokens)
+def compare(
+    stages: tuple[dict[str, np.ndarray], np.ndarray], checkpoint: Path, inputs: dict[str, Any], max_new_tokens: int
+) -> Iterator[Stage]:
+    """Compares what `jax_stages` found, in the order in which a prompt passes the stages."""
+    found, tokens = stages
+    expected, expected_tokens = _torch_stages(_load_torch(checkpoint), inputs, max_new_tokens)
     for name, value in expected.items():
         error = float(np.abs(found[name] - value).max())
         relative = error / max(float(np.abs(value).max()), 1e-30)
@@ -73,12 +88,14 @@ def compare(model: Any, checkpoint: Path, inputs: dict[str, Any], max_new_tokens
     yield Stage("greedy tokens", different, different / expected_tokens.size, different == 0)
 
 
-def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Returns (values by stage, greedy tokens) of one prompt; every process of a mesh calls it."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     import deepstack_jax as dsj
+    from deepstack_jax import sharding
     from deepstack_jax.generation import encode_prompt
     from deepstack_jax.models.parameters import merge_params
     from deepstack_jax.processing.batch import prepare_batch
@@ -87,14 +104,17 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
     batch = prepare_batch(model.config, **inputs)
     config = model.config
 
+    @sharding.on_mesh_of(0)
     @jax.jit
     def stages_of_vision(params: Any, pixel_values: Any, geometry: Any) -> dict[str, jax.Array]:
         with precision_of(config):
             rows, seen = nnx.capture(merge_params(config, params).visual, nnx.Intermediate)(pixel_values, geometry)
         blocks = {f"blocks.{i}": hidden for i, hidden in enumerate(seen["hidden_states"].get_value())}
         merged, *levels = jnp.split(rows, 1 + config.num_deepstack_levels, axis=-1)
-        return blocks | {"merger": merged} | {f"deepstack.{i}": level for i, level in enumerate(levels)}
+        stages = blocks | {"merger": merged} | {f"deepstack.{i}": level for i, level in enumerate(levels)}
+        return jax.tree.map(sharding.constrain, stages)
 
+    @sharding.on_mesh_of(0)
     @jax.jit
     def stages_of_text(params: Any, prompt: Any) -> dict[str, jax.Array]:
         with precision_of(config):
@@ -102,7 +122,7 @@ def _jax_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tupl
             (logits, _), seen = forward(**language_inputs(prompt))
         embeddings, *layers = seen["model"]["hidden_states"].get_value()
         stages = {"embeddings": embeddings} | {f"layers.{i}": hidden for i, hidden in enumerate(layers)}
-        return stages | {"logits": logits}
+        return jax.tree.map(sharding.constrain, stages | {"logits": logits})
 
     found: dict[str, np.ndarray] = {}
     parts: dict[str, list[np.ndarray]] = {}
@@ -135,7 +155,7 @@ def _load_torch(checkpoint: Path) -> Any:
 
 
 def _torch_stages(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Hooks every stage of transformers' model; names are those of `_jax_stages`."""
+    """Hooks every stage of transformers' model; names are those of `jax_stages`."""
     import torch
 
     found: dict[str, np.ndarray] = {}

@@ -9,18 +9,20 @@ its own request, and both programs have one shape (`EngineShape`).
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from deepstack_jax import sharding
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.encoding import encode_group, group_size
+from deepstack_jax.engine.grammar import TokenGrammar
 from deepstack_jax.engine.pages import PageLedger
 from deepstack_jax.engine.prefix_cache import PrefixCache
 from deepstack_jax.engine.request import GenerationPlan, Image, Request, chunk_of
@@ -29,7 +31,7 @@ from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Part, Prefill, Turn
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, empty_rows, prefill_chunk, write_rows
-from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.sampling import Logprobs, SamplingParams, TokenLogprobs, TokenMask
 
 # one program, not one per array
 _empty_state = sharding.on_mesh_of(argument=0)(
@@ -41,12 +43,14 @@ _empty_state = sharding.on_mesh_of(argument=0)(
 class NewTokens:
     """The next tokens of a request's answer, and why it ends with them if it does.
 
-    `request` may have gone on: one step can give several events of a request.
+    `request` may have gone on: one step can give several events of a request. `logprobs` is aligned with `tokens`, and
+    empty if the request doesn't want it.
     """
 
     request: Request
     tokens: tuple[int, ...]
     finish_reason: Literal["stop", "length"] | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class _Flight:
     decode: Decode | None
     tokens: jax.Array | None  # int32 [B, N], -1 where a row made none
     rows: np.ndarray | None = None  # the slots of `tokens`, None for all
+    first_logprobs: Logprobs | None = None  # [R]
+    logprobs: Logprobs | None = None  # [B, N]
 
 
 class Engine:
@@ -88,6 +94,7 @@ class Engine:
         shape: sizes of the programs, on which bits depend.
         num_pages: KV pages of each pool (`EngineShape.pools`), page 0 included.
         prefix_caches: what each pool keeps of prompts that ended.
+        images_encoded: images and videos that went through the vision encoder.
         encode_seconds: spent in the vision encoder, waiting for it included where nothing else ran.
         lost: which process of the mesh is lost, None as long as all are there.
     """
@@ -114,12 +121,14 @@ class Engine:
         self.model, self.shape, self.num_pages = model, shape, num_pages
         self._end_tokens, self._max_waiting, self._cache_prefixes = end_tokens, max_waiting, prefix_cache
         self._ids = itertools.count()
-        self.encode_seconds = 0.0
+        self.images_encoded, self.encode_seconds = 0, 0.0
         self.lost: str | None = None
         self._stalled = True
         vision = model.config.vision is not None
         most_rows = shape.pools * max(width * requests for width, requests in shape.tail_rows)
         self._no_rows = empty_rows(model.config, most_rows, model.mesh) if vision else None
+        self._no_masks: dict[int, TokenMask] = {}
+        self._turns = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -145,7 +154,7 @@ class Engine:
     def warm_up(self) -> None:
         """Compiles every language program: decodes nothing at each width, then prefills a prompt of each width."""
         for width in self.shape.decode_widths:
-            self._decode(np.zeros(self.shape.slots, bool), 1, False, width)
+            self._decode(np.zeros(self.shape.slots, bool), 1, False, width, self._no_mask(self.shape.slots))
         options = SamplingParams.of(1, end_token_ids=[-1] * self._end_tokens)
         limit = self.model.config.text.max_position_embeddings
         for width, _ in self.shape.tail_rows:
@@ -164,6 +173,8 @@ class Engine:
         """Compiles what puts `count` visual rows that come from elsewhere into a chunk."""
         zero = np.int32(0)
         rows = empty_rows(self.model.config, count, self.model.mesh)
+        if jax.process_count() > 1:
+            rows = jax.tree.map(np.asarray, rows)  # as they come then
         write_rows(self.model.config, jax.tree.map(jnp.zeros_like, self._no_rows), rows, zero, zero, zero)
 
     @property
@@ -216,6 +227,7 @@ class Engine:
             request.tenant,
             keys,
             request.ready,
+            request.grammar is not None,
         )
         self.scheduler.submit(job)
         self._requests[request.id] = request
@@ -239,6 +251,17 @@ class Engine:
         """Whether the last turn found nothing to launch or to read: requests wait for rows that others send."""
         return self._stalled
 
+    def grammar_of(self, spec: str) -> TokenGrammar:
+        """Builds a grammar that another process describes.
+
+        Raises:
+            ValueError: the text is not the spec of a grammar for this model.
+        """
+        from deepstack_jax.processing.grammar import grammar_of_spec
+
+        vocabulary, ends = self.model.config.text.vocab_size, self.model.eos_token_ids
+        return grammar_of_spec(self.model.processor.tokenizer, spec, vocab_size=vocabulary, end_tokens=ends)
+
     def request(self, number: int) -> Request | None:
         """Returns the request with this id, None if it has ended."""
         return self._requests.get(number)
@@ -249,9 +272,16 @@ class Engine:
     def step(self, now: float | None = None) -> list[Event]:
         """Launches one turn and reads the results of the one before; of the last one if nothing was left to launch.
 
+        If the next step of a request depends on its newest token, the results of the turn before are read first.
+
         `now` is the time for deadlines; None takes that of time.monotonic().
         """
-        events: list[Event] = []
+        self._turns += 1
+        with StepTraceAnnotation("engine turn", step_num=self._turns):
+            return self._step(now)
+
+    def _step(self, now: float | None) -> list[Event]:
+        events = self._read_ahead() if self.scheduler.waits else []
         turn = self.scheduler.next_turn(time.monotonic() if now is None else now)
         events += self._end(turn.ended)
         for admitted in turn.admitted:
@@ -271,6 +301,16 @@ class Engine:
         while not self.idle:
             yield from self.step()
 
+    def _read_ahead(self) -> list[Event]:
+        """Reads everything that was launched."""
+        events: list[Event] = []
+        try:
+            while self._flights:
+                events += self._read(self._flights.popleft())
+        except Exception as error:
+            events += self._fail(error)
+        return events
+
     def _begin(self, admitted: Admitted) -> None:
         """Tells the request what the cache gave it: the images in there are not waited for any more."""
         request = self._requests[admitted.id]
@@ -285,37 +325,44 @@ class Engine:
         """Launches the prefill, then the decode call; says whether there was anything to launch."""
         flight = _Flight(turn.prefill, None, turn.decode, None)
         if turn.prefill:
-            flight.prefill, flight.first_tokens = self._prefill(turn.prefill, events)
+            flight.prefill, flight.first_tokens, flight.first_logprobs = self._prefill(turn.prefill, events)
         if turn.decode:
+            mask = self._mask_of(self.shape.slots, turn.decode.rows, events)
             running = np.zeros(self.shape.slots, bool)
             running[[slot for slot, number in turn.decode.rows if number in self._requests]] = True
             width = self.shape.decode_width(int(running.sum()))
-            flight.rows, flight.tokens = self._decode(running, turn.decode.steps, turn.decode.leave_on_end, width)
+            steps, leave_on_end = turn.decode.steps, turn.decode.leave_on_end
+            with TraceAnnotation("decode", rows=len(turn.decode.rows), steps=steps):
+                flight.rows, flight.tokens, flight.logprobs = self._decode(running, steps, leave_on_end, width, mask)
         if turn.prefill or turn.decode:
             self._flights.append(flight)
         return turn.prefill is not None or turn.decode is not None
 
-    def _prefill(self, prefill: Prefill, events: list[Event]) -> tuple[Prefill, jax.Array | None]:
+    def _prefill(self, prefill: Prefill, events: list[Event]) -> tuple[Prefill, jax.Array | None, Logprobs | None]:
         """Launches a prefill; returns it without the parts of requests that failed, and the first tokens."""
         chunk, prefill = self._chunk_of(prefill, events)
         parts = [(part, self._requests[part.id]) for part in prefill.parts]
-        first_tokens = None
+        first_tokens = logprobs = None
         with self._failing([request for _, request in parts], events):
             if chunk is not None:
                 program = self.model.config, self.model.text_params
-                self._state, first_tokens = prefill_chunk(*program, self._state, chunk)
+                with TraceAnnotation("prefill", tokens=sum(part.count for part in prefill.parts)):
+                    self._state, first_tokens, logprobs = prefill_chunk(*program, self._state, chunk)
             for part, request in parts:
                 request.release_rows(part.start + part.count)
                 if not part.last:  # later launches come after it on the device: others may share its pages
                     self.scheduler.prefilled(part.id)
-        return self._sound(prefill), first_tokens
+        return self._sound(prefill), first_tokens, logprobs
 
     def _chunk_of(self, prefill: Prefill, events: list[Event]) -> tuple[PromptChunk | None, Prefill]:
         """The arrays of a prefill program with its parts: requests whose own arrays can't be made fail alone."""
         table_width = self._state.cache.page_table.shape[1]
 
         def arrays(prefill: Prefill) -> PromptChunk:
-            return chunk_of(self.model.config, self.shape, prefill, self._requests, self._no_rows, table_width)
+            rows = self.shape.pools * self.shape.rows_of(prefill.width)
+            last = [(row, part.id) for row, part in zip(prefill.rows, prefill.parts, strict=True) if part.last]
+            mask = self._mask_of(rows, last)
+            return chunk_of(self.model.config, self.shape, prefill, self._requests, self._no_rows, table_width, mask)
 
         try:
             return arrays(prefill), prefill
@@ -332,17 +379,45 @@ class Engine:
         parts, rows = zip(*kept, strict=True) if kept else ((), ())
         return replace(prefill, parts=parts, rows=rows)
 
+    def _mask_of(self, rows: int, taken: Iterable[tuple[int, int]], events: list[Event] | None = None) -> TokenMask:
+        """What the grammars of requests allow next; `taken` has pairs of (row, id).
+
+        With `events`, a grammar's error ends its own request, otherwise it is raised.
+        """
+        masked = [(row, one) for row, id in taken if (one := self._requests.get(id)) and one.grammar is not None]
+        if not masked:
+            return self._no_mask(rows)
+        which, allowed = np.zeros(rows, bool), np.zeros(self._no_mask(rows).allowed.shape, np.int32)
+        for row, request in masked:
+            with nullcontext() if events is None else self._failing([request], events):
+                request.fill_mask(allowed[row])
+                which[row] = True
+        return self._on_device(TokenMask(which, allowed))
+
+    def _no_mask(self, rows: int) -> TokenMask:
+        """The mask of rows that may draw any token; it is put on the device once."""
+        if rows not in self._no_masks:
+            self._no_masks[rows] = self._on_device(TokenMask.none(rows, self.model.config.text.vocab_size))
+        return self._no_masks[rows]
+
+    def _on_device(self, mask: TokenMask) -> TokenMask:
+        """The mask on the model's device, or on each of its mesh: always placed alike, so programs stay the same."""
+        where = sharding.replicated(self.model.mesh)
+        if where is None:
+            return jax.tree.map(jnp.asarray, mask)
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, lambda part: x[part]), mask)
+
     def _decode(
-        self, running: np.ndarray, steps: int, leave_on_end: bool, width: int
-    ) -> tuple[np.ndarray | None, jax.Array]:
-        """Launches a decode call of `width` rows; returns the slots of its rows, None for all, and their tokens."""
+        self, running: np.ndarray, steps: int, leave_on_end: bool, width: int, mask: TokenMask
+    ) -> tuple[np.ndarray | None, jax.Array, Logprobs]:
+        """Launches a decode call of `width` rows; returns the slots of its rows, None for all, and what they made."""
         rows = None
         if width < self.shape.slots:
             rows = np.argsort(~running, kind="stable")[:width].astype(np.int32)
         limits = np.int32(steps), np.bool_(leave_on_end)
         program = self.model.config, self.model.text_params
-        self._state, tokens = decode_loop(*program, self._state, running, *limits, rows)
-        return rows, tokens
+        self._state, tokens, logprobs = decode_loop(*program, self._state, running, *limits, mask, rows)
+        return rows, tokens, logprobs
 
     def _encode(self, events: list[Event]) -> bool:
         """Runs the vision encoder once, over images of one bucket of the requests that came first, if any waits."""
@@ -359,14 +434,19 @@ class Engine:
         alike = [
             each for each in waiting if each[1].pixels and len(each[1].pixels.pixel_values) == len(pixels.pixel_values)
         ]
-        group = alike[: group_size(self.model, len(alike))]
+        same: dict[bytes, list[Image]] = {}  # several answers to one request show the same picture: it is encoded once
+        for _, image in alike:
+            same.setdefault(image.pixels.digest if image.pixels and alike[1:] else b"", []).append(image)
+        pictures = list(same.values())[: group_size(self.model, len(same))]
+        taken = {id(image) for images in pictures for image in images}
+        group = [each for each in alike if id(each[1]) in taken]
         try:
-            self._encode_images([image for _, image in group])
+            self._encode_images(pictures)
         except Exception:
             for request, image in group:  # one by one: only requests whose images can't be encoded fail
                 if request.id in self._requests:
                     with self._failing([request], events):
-                        self._encode_images([image])
+                        self._encode_images([[image]])
         seconds = time.monotonic() - started
         self.encode_seconds += seconds
         for request in {request.id: request for request, _ in group}.values():
@@ -374,12 +454,15 @@ class Engine:
             self.scheduler.arrived(request.id, request.ready)
         return True
 
-    def _encode_images(self, images: Sequence[Image]) -> None:
-        encoded = encode_group(self.model, [image.pixels for image in images if image.pixels])
+    def _encode_images(self, pictures: Sequence[Sequence[Image]]) -> None:
+        """Encodes pictures of one bucket, each for all images that show it."""
+        encoded = encode_group(self.model, [images[0].pixels for images in pictures if images[0].pixels])
         if not self._flights:
             jax.block_until_ready(encoded)
-        for image, rows in zip(images, encoded, strict=False):
-            image.encoded, image.pixels = rows, None
+        self.images_encoded += len(pictures)
+        for images, rows in zip(pictures, encoded, strict=False):
+            for image in images:
+                image.encoded, image.pixels = rows, None
 
     def _read(self, flight: _Flight) -> Iterator[Event]:
         """Waits for what a turn launched, reports it to the scheduler and gives out the tokens."""
@@ -387,35 +470,51 @@ class Engine:
             rows = zip(flight.prefill.rows, flight.prefill.parts, strict=True)
             last = [(row, part.id) for row, part in rows if part.last]
             first = np.asarray(flight.first_tokens).tolist() if last else []
+            logprobs = self._read_logprobs(flight.first_logprobs, (id for _, id in last))
             for row, id in last:
                 if id not in self.scheduler.running:
                     continue  # a later launch of it failed
-                event = self._progress(id, (first[row],))
-                self.scheduler.prefilled(id, event is not None and event.finish_reason is not None)
+                event = self._progress(id, (first[row],), logprobs, row)
+                self.scheduler.prefilled(id, _ends(event))
                 if event:
                     yield event
         if flight.decode and flight.tokens is not None:
             made = np.asarray(flight.tokens)
             slots = range(self.shape.slots) if flight.rows is None else flight.rows.tolist()
-            tokens_of = dict(zip(slots, made.tolist(), strict=True))
+            row_of = {slot: row for row, slot in enumerate(slots)}
+            logprobs = self._read_logprobs(flight.logprobs, (id for _, id in flight.decode.rows))
             for slot, id in flight.decode.rows:
                 if id not in self.scheduler.running:
                     continue
-                tokens = tuple(token for token in tokens_of[slot] if token >= 0)
-                event = self._progress(id, tokens)
-                self.scheduler.decoded(id, len(tokens), event is not None and event.finish_reason is not None)
+                row = row_of[slot]
+                tokens = tuple(token for token in made[row].tolist() if token >= 0)
+                event = self._progress(id, tokens, logprobs, row)
+                self.scheduler.decoded(id, len(tokens), _ends(event))
                 if event:
                     yield event
 
-    def _progress(self, id: int, tokens: tuple[int, ...]) -> NewTokens | None:
+    def _read_logprobs(self, logprobs: Logprobs | None, ids: Iterable[int]) -> Logprobs | None:
+        """Waits for log probabilities [rows, n]; None if none of these requests wants them."""
+        plans = [request.plan for id in ids if (request := self._requests.get(id))]
+        if logprobs is None or all(plan.top_logprobs is None for plan in plans):
+            return None
+        return jax.tree.map(lambda x: np.asarray(x).reshape(len(x), -1, *x.shape[logprobs.chosen.ndim :]), logprobs)
+
+    def _progress(
+        self, id: int, tokens: tuple[int, ...], logprobs: Logprobs | None, row: int
+    ) -> NewTokens | Failed | None:
         """Adds tokens to a request's answer; None if it made none, or if it was cancelled in the meantime."""
         request = self._requests.get(id)
         if request is None or not tokens:
             return None
-        request.add(tokens)
+        try:
+            request.add(tokens)
+        except Exception as error:  # its grammar's
+            del self._requests[request.id]
+            return Failed(request, error)
         if request.finish_reason:
             del self._requests[request.id]
-        return NewTokens(request, tokens, request.finish_reason)
+        return NewTokens(request, tokens, request.finish_reason, _told(request, len(tokens), logprobs, row))
 
     @contextmanager
     def _failing(self, requests: Sequence[Request], events: list[Event]) -> Iterator[None]:
@@ -436,3 +535,17 @@ class Engine:
         self._reset()
         for request in requests:
             yield Failed(request, error)
+
+
+def _ends(event: NewTokens | Failed | None) -> bool:
+    return isinstance(event, Failed) or (event is not None and event.finish_reason is not None)
+
+
+def _told(request: Request, count: int, logprobs: Logprobs | None, row: int) -> tuple[TokenLogprobs, ...]:
+    """The log probabilities of a request's next tokens, as far as it wants them."""
+    wanted = request.plan.top_logprobs
+    if wanted is None or logprobs is None:
+        return ()
+    chosen, ids, values = (array[row, :count].tolist() for array in logprobs)
+    tops = (tuple(zip(ids[i][:wanted], values[i][:wanted], strict=True)) for i in range(count))
+    return tuple(TokenLogprobs(one, top) for one, top in zip(chosen, tops, strict=True))

@@ -2,8 +2,9 @@
 
 An engine's turns follow from the requests, from the clock of each turn, and from tokens, which every process reads
 alike. So process 0 sends each call of its engine that changes anything, in order, and the others make the same call:
-all launch the same programs. Messages are msgpack over TCP, with a token that the processes share; arrays are sent as
-they are. A process that is lost, or that lags behind by more than `STEP_SECONDS`, ends all of them.
+all launch the same programs. Each builds the grammar of a request for itself. Messages are msgpack over TCP, with a
+token that the processes share; arrays are sent as they are. A process that is lost, or that lags behind by more than
+`STEP_SECONDS`, ends all of them.
 """
 
 import contextlib
@@ -50,6 +51,9 @@ class LeadingEngine(Engine):
         self._followers = _connect_followers(self._lose)
 
     def add(self, request: Request, salt: bytes = b"") -> None:
+        for image in request.images:
+            if image.encoded is not None:
+                image.encoded = _on_host(image.encoded)
         self._with_all(lambda: ("add", _pack(request), salt), lambda: super(LeadingEngine, self).add(request, salt))
 
     def cancel(self, request: Request, reason: str = "cancelled") -> None:
@@ -58,6 +62,7 @@ class LeadingEngine(Engine):
         )
 
     def add_rows(self, request: Request, first_row: int, rows: VisualRows) -> None:
+        rows = _on_host(rows)
         self._with_all(
             lambda: ("add_rows", request.id, first_row, _pack_rows(rows)),
             lambda: super(LeadingEngine, self).add_rows(request, first_row, rows),
@@ -106,8 +111,9 @@ def follow(engine: Engine) -> None:
 
 def _make_call(engine: Engine, name: str, *args: Any) -> None:
     if name == "add":
+        request = _unpack(engine, args[0])
         try:
-            engine.add(_unpack(args[0]), args[1])
+            engine.add(request, args[1])
         except Exception:
             return  # process 0's engine refused it as well, and says why
     elif name == "cancel":
@@ -282,16 +288,19 @@ def _pack(request: Request) -> dict[str, Any]:
         "images": [_pack_image(image) for image in request.images],
         "sampling": {each.name: _packed(getattr(plan, each.name)) for each in fields(plan)},
         "max_new_tokens": request.plan.max_new_tokens,
+        "grammar": None if request.grammar is None else request.grammar.spec,
         "spans": None if request.spans is None else [(s.first, s.rows, s.digest) for s in request.spans],
     }
 
 
-def _unpack(sent: dict[str, Any]) -> Request:
+def _unpack(engine: Engine, sent: dict[str, Any]) -> Request:
     sampling = SamplingParams(**{name: _unpacked(value) for name, value in sent["sampling"].items()})
     spans = None if sent["spans"] is None else tuple(ImageSpan(*span) for span in sent["spans"])
     named = {name: _unpacked(sent[name]) for name in _SENT}
     images = [_unpack_image(image) for image in sent["images"]]
-    return Request(**named, images=images, plan=GenerationPlan(sampling, sent["max_new_tokens"]), spans=spans)
+    grammar = None if sent["grammar"] is None else engine.grammar_of(sent["grammar"])
+    plan = GenerationPlan(sampling, sent["max_new_tokens"])
+    return Request(**named, images=images, plan=plan, spans=spans, grammar=grammar)
 
 
 def _pack_image(image: Image) -> dict[str, Any]:
@@ -317,6 +326,11 @@ def _unpack_image(sent: dict[str, Any]) -> Image:
     encoded = None if sent["encoded"] is None else _unpack_rows(sent["encoded"])
     first_row, rows, first_token, stop_token = sent["place"]
     return Image(first_row, rows, first_token, stop_token, pixels, encoded)
+
+
+def _on_host[Rows](rows: Rows) -> Rows:
+    """Rows that came to process 0 alone, as arguments that all processes give to a program alike."""
+    return jax.tree.map(np.asarray, rows)
 
 
 def _pack_rows(rows: jax.Array | VisualRows) -> list[Any]:

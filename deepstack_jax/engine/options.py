@@ -15,7 +15,7 @@ from deepstack_jax.rounding import cdiv
 
 CPU_SLOTS, CHIP_SLOTS = 4, 32
 CPU_CHUNK, CHIP_CHUNK = 512, 1024  # larger ones gain little, and hold up running streams for longer
-MESH_TOKENS = 4096  # of a prefill program over all pools: every device of a mesh takes part in all of them
+MESH_TOKENS = 4096  # of a prefill program over all pools: larger ones gain little, and hold up streams for longer
 CPU_KV_BYTES = 1 << 30
 FREE_SHARE = 0.8  # of a chip's memory that weights leave; programs' temporaries take the rest
 

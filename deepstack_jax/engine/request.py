@@ -1,5 +1,6 @@
 """A request in an engine: its prompt, from which chunks are cut, its images, and the state of its answer."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.engine.grammar import TokenGrammar
 from deepstack_jax.engine.prefix_cache import ImageSpan, chunk_keys
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.engine.turn import Prefill
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, VisionInput
 from deepstack_jax.programs import PromptArrays, PromptChunk, write_rows
-from deepstack_jax.sampling import IN_PROMPT, SamplingParams
+from deepstack_jax.sampling import IN_PROMPT, SamplingParams, TokenMask
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class GenerationPlan:
     def ends(self) -> set[int]:
         """The end tokens of a plan of one row."""
         return {token for token in self.sampling.end_token_ids[0].tolist() if token >= 0}
+
+    @cached_property
+    def top_logprobs(self) -> int | None:
+        """How many alternatives come with each token of a plan of one row, None for no log probabilities."""
+        count = int(self.sampling.top_logprobs[0])
+        return None if count < 0 else count
 
 
 @dataclass(eq=False)
@@ -77,7 +85,9 @@ class Request:
     plan: GenerationPlan
     deadline: float = float("inf")
     tenant: str = ""
+    salt: str = ""  # prompts share cached prefixes only with those of the same tenant and salt
     spans: tuple[ImageSpan, ...] | None = None  # for the prefix cache, where images have no pixels here
+    grammar: TokenGrammar | None = None  # that the answer follows, at its beginning
     on_admitted: Callable[[int], None] | None = None  # called with `cached_tokens` whenever they are known
     id: int = -1
     submitted: float = field(default_factory=time.monotonic)
@@ -87,7 +97,8 @@ class Request:
     encode_seconds: float = 0.0
     cached_tokens: int = 0
     made: int = 0
-    finish_reason: Literal["stop", "length"] | None = None  # at an end token (included) or at max_new_tokens
+    # "stop" at an end token (included) or where the grammar ends, "length" at max_new_tokens
+    finish_reason: Literal["stop", "length"] | None = None
 
     @staticmethod
     def of_row(prompt: Batch | PromptArrays, plan: GenerationPlan, row: int = 0, **options: Any) -> "Request":
@@ -140,7 +151,11 @@ class Request:
                 image.encoded = rows
 
     def add(self, tokens: tuple[int, ...]) -> None:
-        """Counts new tokens of the answer."""
+        """Counts new tokens of the answer, and passes them on to the grammar.
+
+        Raises:
+            Exception: from the grammar.
+        """
         self.last_token_at = time.monotonic()
         self.first_token_at = self.first_token_at or self.last_token_at
         self.made += len(tokens)
@@ -148,6 +163,21 @@ class Request:
             self.finish_reason = "stop"
         elif self.made == self.plan.max_new_tokens:
             self.finish_reason = "length"
+        elif self.grammar is not None:
+            for token in tokens:
+                self.grammar.accept(token)
+            self.finish_reason = "stop" if self.grammar.finished else None
+
+    def fill_mask(self, row: np.ndarray) -> None:
+        """Writes the tokens that the grammar allows next into `row`, int32 [W].
+
+        Raises:
+            Exception: from the grammar, or because it allows none.
+        """
+        if self.grammar is not None:
+            self.grammar.fill(row)
+            if not row.any():
+                raise ValueError(f"the grammar allows no token after {self.made}: check it, or ask without it")
 
     @property
     def timings(self) -> dict[str, float]:
@@ -164,13 +194,18 @@ class Request:
         """Frees the rows that lie in the first `prefilled` tokens."""
         self.images = [image for image in self.images if image.stop_token > prefilled]
 
+    @property
+    def cache_salt(self) -> bytes:
+        """What keeps the cached prefixes of tenants and salts apart."""
+        return json.dumps([self.tenant, self.salt]).encode()
+
     def keys(self, shape: EngineShape, salt: bytes) -> tuple[bytes, ...]:
         """The keys of the whole chunks in the prefix cache; none if what the images show isn't known."""
         if self.length <= shape.chunk:
             return ()
         spans = self.spans
         if spans is None and all(image.pixels for image in self.images):
-            spans = tuple(ImageSpan(im.first_row, im.rows, im.pixels.digest()) for im in self.images if im.pixels)
+            spans = tuple(ImageSpan(im.first_row, im.rows, im.pixels.digest) for im in self.images if im.pixels)
         if spans is None:
             return ()
         return chunk_keys(self.input_ids, self.visual_index, spans, chunk=shape.chunk, salt=salt, shape=shape.name())
@@ -183,6 +218,7 @@ def chunk_of(
     requests: Mapping[int, Request],
     no_rows: VisualRows | None,
     table_width: int,
+    mask: TokenMask,
 ) -> PromptChunk:
     """The arrays of one prefill program: each part in its row, the other rows unused.
 
@@ -190,6 +226,7 @@ def chunk_of(
         requests: those of the parts, by id.
         no_rows: visual rows of a chunk that has none, None for a text model.
         table_width: P, pages of the longest context.
+        mask: which tokens the rows may draw.
     """
     width, count = prefill.width, shape.pools * shape.rows_of(prefill.width)
     ids, positions = np.zeros((count, width), np.int32), np.zeros((3, count, width), np.int32)
@@ -232,6 +269,7 @@ def chunk_of(
         limits,
         seen,
         jax.tree.map(lambda *arrays: np.concatenate(arrays), *options),
+        mask,
         None if no_rows is None else index,
         visual_rows,
     )

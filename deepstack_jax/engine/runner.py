@@ -18,6 +18,7 @@ import numpy as np
 
 from deepstack_jax.checkpoint import Model
 from deepstack_jax.engine import core
+from deepstack_jax.engine.grammar import TokenGrammar
 from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.request import GenerationPlan
 from deepstack_jax.engine.request import Request as EngineRequest
@@ -26,7 +27,7 @@ from deepstack_jax.errors import one_line
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, prepare_batch
 from deepstack_jax.programs import PromptArrays
-from deepstack_jax.sampling import SamplingParams
+from deepstack_jax.sampling import SamplingParams, TokenLogprobs
 from deepstack_jax.sampling_options import SamplingOptions
 
 PROBE_TOKENS = 4
@@ -58,11 +59,15 @@ class Chunk:
 
     tokens: tuple[int, ...]
     prompt_tokens: int
-    finish_reason: Literal["stop", "length"] | None = None  # at an end token (included) or at max_new_tokens
+    # "stop" at an end token (included) or where the grammar ends, "length" at max_new_tokens
+    finish_reason: Literal["stop", "length"] | None = None
     timings: dict[str, float] = field(default_factory=dict)  # seconds of queue, encode, prefill, decode
     transfer_stats: dict[str, Any] | None = None  # where rows came from an encode node: how, for `meta_info`
     cached_tokens: int = 0  # of the prompt, found in the prefix cache
     engine_shape: str = ""  # the sizes on which its bits depend
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of `tokens`, if asked for
+    prompt_ids: np.ndarray | None = None  # int32 [T]
+    choice: int = 0  # which of the answers to its request it belongs to
 
 
 Event = Chunk | RequestFailed
@@ -112,6 +117,7 @@ class Runner:
         self._arrived: deque[tuple[EngineRequest, int, VisualRows]] = deque()
         self._requests: dict[EngineRequest, Request] = {}  # those that the engine has
         self._stop_at: float | None = None
+        self._ended = False  # the thread, by an error that nothing expected
         self._warm_up: threading.Event | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -124,11 +130,13 @@ class Runner:
         deadline: float,
         emit: Callable[[Event], None],
         tenant: str = "",
+        grammar: TokenGrammar | None = None,
     ) -> Request:
         """Puts one prompt in line: a batch of one row, or a request whose rows come by `add_rows`.
 
         `emit` is called in the runner's thread with each chunk, the last of which has a `finish_reason`, or with one
-        `RequestFailed` in the end. Nothing more is emitted once the request is cancelled.
+        `RequestFailed` in the end. Nothing more is emitted once the request is cancelled. The answer follows `grammar`,
+        which belongs to this request from now on.
 
         Raises:
             QueueFullError, StoppingError: the request was not taken.
@@ -136,10 +144,12 @@ class Runner:
         """
         if not isinstance(prompt, EngineRequest):
             prompt = EngineRequest.of_row(prompt, plan, deadline=deadline, tenant=tenant)
+        if grammar is not None:
+            prompt.grammar = grammar
         request = Request(prompt, emit)
         self.engine.check(request.prompt)
         with self._changed:
-            if self._stop_at is not None or not self._thread.is_alive():
+            if self._stop_at is not None or self._ended:
                 raise StoppingError("the server is stopping: send the request to another one")
             # what was cancelled gives back its place, and its pixels
             self._inbox = deque(other for other in self._inbox if not other.cancelled)
@@ -150,7 +160,12 @@ class Runner:
         return request
 
     async def run(
-        self, prompt: Batch | PromptArrays | EngineRequest, plan: GenerationPlan, deadline: float, tenant: str = ""
+        self,
+        prompt: Batch | PromptArrays | EngineRequest,
+        plan: GenerationPlan,
+        deadline: float,
+        tenant: str = "",
+        grammar: TokenGrammar | None = None,
     ) -> AsyncGenerator[Chunk]:
         """`submit` for asyncio: the chunks of the answer. Closing it, or cancelling its task, ends the request.
 
@@ -165,7 +180,7 @@ class Runner:
             except RuntimeError:  # the loop is closed
                 request.cancel()
 
-        request = self.submit(prompt, plan, deadline, emit, tenant)
+        request = self.submit(prompt, plan, deadline, emit, tenant, grammar)
         del prompt  # its pixels are let go once they are encoded
         try:
             while True:
@@ -184,7 +199,7 @@ class Runner:
 
     def find_cached(self, request: EngineRequest) -> int:
         """Prompt tokens that the prefix cache has now, an estimate of what the request gets when it is admitted."""
-        return self.engine.find_cached(request, salt=request.tenant.encode())
+        return self.engine.find_cached(request, salt=request.cache_salt)
 
     def add_rows(self, request: EngineRequest, first_row: int, rows: VisualRows) -> None:
         """Gives a request rows of its prompt, which its next chunks may be waiting for. Any thread may call it.
@@ -207,6 +222,8 @@ class Runner:
         done = threading.Event()
         with self._changed:
             self._warm_up = done
+            if self._ended:
+                done.set()
             self._changed.notify_all()
         done.wait()
         if self.error is not None:
@@ -233,6 +250,26 @@ class Runner:
             return self.error
         return None
 
+    def dead(self, stuck_after: float = 300.0) -> str | None:
+        """Why requests will never be answered again, None if they may. `stuck_after` is as for `health`."""
+        if self.engine.lost:
+            return self.engine.lost
+        if self._ended:
+            return "the device's thread has ended"
+        if self.busy_seconds > stuck_after:
+            return f"the device has been busy with one program for {self.busy_seconds:.0f} s"
+        return None
+
+    @property
+    def stopping(self) -> str | None:
+        """The reason why no more requests are taken once `stop` was called, None before."""
+        return None if self._stop_at is None else "the server is stopping"
+
+    @property
+    def failing(self) -> bool:
+        """Whether so many requests failed one after another that the cause is hardly their own."""
+        return self._failures >= MANY_FAILURES
+
     async def health(self, stuck_after: float = 300.0, idle_after: float = 30.0, timeout: float = 10.0) -> str | None:
         """None if the thread lives and the model has run recently, otherwise the reason.
 
@@ -241,17 +278,13 @@ class Runner:
             idle_after: an idle model that has not run for so many seconds, or failed last, is tested first.
             timeout: of that test, in seconds.
         """
-        if self.engine.lost:
-            return self.engine.lost
         async with self._testing:  # callers at the same time wait for the same test
-            if not self.alive:
-                return "the server is stopping" if self._stop_at is not None else "the device's thread has ended"
-            if self.busy_seconds > stuck_after:
-                return f"the device has been busy with one program for {self.busy_seconds:.0f} s"
+            if reason := self.dead(stuck_after) or self.stopping:
+                return reason
             old = self.last_run is None or time.monotonic() - self.last_run > idle_after
             if not self.waiting and (old or self.error):
                 return await self.self_test(timeout)
-            if self._failures >= MANY_FAILURES:  # fewer may be the requests' own
+            if self.failing:
                 return f"{self._failures} requests failed one after another, the last with {self.error}"
             return "the model has not run yet" if self.last_run is None else None
 
@@ -263,7 +296,7 @@ class Runner:
     @property
     def alive(self) -> bool:
         """Whether the thread runs and takes requests."""
-        return self._thread.is_alive() and self._stop_at is None
+        return not self._ended and self._stop_at is None
 
     @property
     def busy_seconds(self) -> float:
@@ -290,22 +323,39 @@ class Runner:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        while self._take():
-            self._busy_since = time.monotonic()
-            self._cancel()
-            ended = []
-            for event in self.engine.step():
-                ended += self._hear(event)
-            self._busy_since = None
-            for request, last in ended:  # only now: its receiver must find the place free
-                _emit(request, last)
-        self.engine.close()
+        try:
+            while self._take():
+                self._busy_since = time.monotonic()
+                self._cancel()
+                ended = []
+                for event in self.engine.step():
+                    ended += self._hear(event)
+                self._busy_since = None
+                for request, last in ended:  # only now: its receiver must find the place free
+                    _emit(request, last)
+            self.engine.close()
+        except BaseException as error:  # what this thread keeps of requests may be wrong from here on
+            self._end(error)
+
+    def _end(self, error: BaseException) -> None:
+        """Fails all requests: nobody else would, as this thread ends."""
+        with self._changed:
+            self._ended, self._busy_since = True, None
+            failed = RequestFailed(f"the device's thread has ended ({type(error).__name__}): see the server's log")
+            self.error = one_line(failed)
+            left = [*self._requests.values(), *self._inbox]
+            self._requests, self._inbox = {}, deque()
+            if self._warm_up is not None:
+                self._warm_up.set()
+        for request in left:
+            _emit(request, failed)
+        _log.critical("the device's thread has ended", exc_info=error)
 
     def _take(self) -> bool:
         """Waits for something to do and takes what came in; False once the runner is stopped and nothing is left."""
         with self._changed:
             while not self._inbox and self._warm_up is None:
-                if self._requests:
+                if self._requests or not self.engine.idle:  # what was launched last still holds slots
                     if self.engine.stalled and not self._arrived:
                         self._changed.wait(STALLED_SECONDS)
                     break
@@ -336,7 +386,7 @@ class Runner:
     def _add(self, request: Request) -> None:
         """Hands a request to the engine. The place in line was counted before those taken last were in it."""
         try:
-            self.engine.add(request.prompt, salt=request.prompt.tenant.encode())
+            self.engine.add(request.prompt, salt=request.prompt.cache_salt)
             return
         except QueueFull as error:
             last: RequestFailed = QueueFullError(str(error))
@@ -366,6 +416,8 @@ class Runner:
                 one.timings,
                 cached_tokens=one.cached_tokens,
                 engine_shape=self._shape,
+                logprobs=event.logprobs,
+                prompt_ids=event.request.input_ids,
             )
             if event.finish_reason is None:
                 _emit(request, chunk)

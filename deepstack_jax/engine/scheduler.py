@@ -2,7 +2,8 @@
 
 Pure bookkeeping: no thread, no clock, no device. The owner of the device calls `next_turn(now)`, launches what the turn
 says in its order (the prefill, then the decode call), and reports each launched part and row with `prefilled` and
-`decoded`, in order of launch. A report may come after the next turn was made, so one turn can be launched ahead.
+`decoded`, in order of launch. A report may come after the next turn was made, so one turn can be launched ahead, but
+not while a request `waits` whose next step depends on its newest token.
 
 Admission reserves a slot and every page that a request can ever need, so nothing is preempted. Within a tenant,
 requests are admitted in order of submission. Tenants stand in a ring: the one that was served goes to its end. A
@@ -66,6 +67,15 @@ class Running:
     @property
     def decodes(self) -> bool:
         """Whether it belongs in the next decode call."""
+        return self._has_steps and not self.waits
+
+    @property
+    def waits(self) -> bool:
+        """Whether it would belong in the next decode call if its newest token were reported."""
+        return self._has_steps and self.job.stepwise and self.in_flight
+
+    @property
+    def _has_steps(self) -> bool:
         return not self.over and self.prefilled == self.job.prompt_tokens and self.rest > 0
 
     @property
@@ -115,6 +125,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether no request waits or runs."""
         return not self.waiting and not self.running
+
+    @property
+    def waits(self) -> bool:
+        """Whether a request can't go on before everything that was launched is reported."""
+        return any(entry.waits for entry in self.running.values())
 
     def submit(self, job: Job) -> None:
         """Puts a request in line, at the end of its tenant's.
@@ -389,6 +404,8 @@ class Scheduler:
         if not entries or not limit:
             return None
         steps = min(limit, self.shape.decode_steps, max(entry.rest for entry in entries))
+        if any(entry.job.stepwise for entry in entries):
+            steps = 1
         for entry in entries:
             entry.calls.append(steps)
         rows = tuple(sorted((entry.slot, entry.job.id) for entry in entries))

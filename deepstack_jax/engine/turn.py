@@ -16,6 +16,7 @@ class Job:
         keys: `chunk_keys` of the prompt, all of them; empty for a prompt that must not be cached.
         ready: prompt tokens whose embeddings are available, counted from the start. Those that the prefix cache gives
             need not be.
+        stepwise: whether each new token has to be known before the next one can be drawn, as in a grammar.
     """
 
     id: int
@@ -25,6 +26,7 @@ class Job:
     tenant: str
     keys: tuple[bytes, ...]
     ready: int
+    stepwise: bool = False
 
     @property
     def tokens(self) -> int:
@@ -63,7 +65,8 @@ class Prefill:
 class Decode:
     """One decode call of up to `steps` steps for `rows`, pairs of (slot, id) in ascending order.
 
-    Each row stops by itself at its own limit or end token. With `leave_on_end` the call ends as soon as a row does.
+    Each row stops by itself at its own limit or end token. A call with a stepwise request has one step. With
+    `leave_on_end` the call ends as soon as a row does.
     """
 
     rows: tuple[tuple[int, int], ...]

@@ -9,7 +9,8 @@ import asyncio
 import ipaddress
 from collections.abc import Sequence
 
-from deepstack_jax.processing.download import Resolve, fetch_body, resolve_name
+from deepstack_jax.processing.download import Resolve, fetch_body
+from deepstack_jax.processing.resolver import resolve_name
 from deepstack_jax.processing.urls import DownloadError, url_name
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
 

@@ -13,22 +13,19 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, UnidentifiedImageError
-
-from deepstack_jax.errors import one_line
+from deepstack_jax.processing.daemon_threads import DaemonThreads
+from deepstack_jax.processing.decoders import Decoders
 from deepstack_jax.processing.images import ImageOptions, ImageSettings
-from deepstack_jax.processing.moving_pictures import VideoError, probe
-from deepstack_jax.processing.sources import decode_base64, describe, looks_like_media, open_source
-from deepstack_jax.processing.videos import VideoOptions, VideoSettings, jpeg_frames
+from deepstack_jax.processing.media import video_of
+from deepstack_jax.processing.sources import MediaFile, decode_base64, describe, looks_like_media, open_source
+from deepstack_jax.processing.videos import VideoError, VideoOptions, VideoSettings, jpeg_frames
 from deepstack_jax.serving.fetch import fetch
 from deepstack_jax.serving.policy import Budget, MediaError, MediaPolicy
 
-# Pillow's other formats run programs (EPS), or have had little scrutiny.
-IMAGE_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# FFmpeg's, beside the animations that Pillow reads. No playlists: they name other files.
-VIDEO_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,h264,hevc,mjpeg,jpeg_pipe"
+Admitted = MediaFile | list[MediaFile]
 
-Admitted = Image.Image | io.BytesIO | list[Image.Image]
+_file_threads = DaemonThreads("files", 8)  # a disk that hangs keeps only other files waiting
+_IN_PROCESS = Decoders(0)
 
 
 async def admit(
@@ -37,8 +34,9 @@ async def admit(
     policy: MediaPolicy,
     budget: Budget | None = None,
     options: ImageOptions | VideoOptions | None = None,
+    decoders: Decoders = _IN_PROCESS,
 ) -> Admitted:
-    """Reads one source and checks what its header says; nothing is decoded yet.
+    """Reads one source and checks what its header says; nothing else is decoded yet.
 
     Args:
         kind: what it is meant to be.
@@ -47,10 +45,10 @@ async def admit(
         policy: what is allowed.
         budget: shared by the media of one request; one of its own without.
         options: with which it will be loaded; those that make it larger count.
+        decoders: read the headers.
 
     Returns:
-        An opened image, whose pixels are decoded when it is used, the bytes of a video, or the opened images of its
-        frames: what `load_image` and `load_video` take.
+        The file of an image or a video, or of each of its frames: what `load_image` and `load_video` take.
 
     Raises:
         MediaError: one line that names the source, what is wrong and the remedy.
@@ -58,16 +56,19 @@ async def admit(
     budget = budget or Budget(policy)
     of_video = options if isinstance(options, VideoOptions) else VideoOptions()
     if kind == "video" and isinstance(source, list | tuple):
-        return await _admit_frames(source, policy, budget, of_video)
-    if kind == "video" and (frames := await asyncio.to_thread(_jpeg_frames, source, policy, budget)) is not None:
-        await asyncio.to_thread(_check_frames, frames, budget, of_video)
+        return await _admit_frames(source, policy, budget, of_video, decoders)
+    if kind == "video" and (pictures := await asyncio.to_thread(_jpeg_frames, source, policy, budget)) is not None:
+        frames = await _check_frames(pictures, budget, of_video, decoders)
         assert isinstance(source, str)
-        return io.BytesIO(source.encode())
-    data, name = io.BytesIO(await read(source, policy, budget)), describe(source)
+        return video_of(frames, source.encode())
+    data, name = await read(source, policy, budget), describe(source)
+    async with budget.turn:
+        found = await (decoders.check_image if kind == "image" else decoders.check_video)(data, name)
     if kind == "image":
-        of_image = options if isinstance(options, ImageOptions) else ImageOptions()
-        return await asyncio.to_thread(check_image, data, budget, name, of_image)
-    return await asyncio.to_thread(check_video, data, budget, name, of_video)
+        spend_image(found, budget, name, options if isinstance(options, ImageOptions) else ImageOptions())
+    else:
+        spend_video(found, budget, name, of_video)
+    return found
 
 
 async def read(source: object, policy: MediaPolicy, budget: Budget) -> bytes:
@@ -81,63 +82,39 @@ async def read(source: object, policy: MediaPolicy, budget: Budget) -> bytes:
     if bare or scheme.startswith("data:"):
         if not policy.allow_data:
             raise MediaError("data URIs are not allowed here: send the URL of an allowed domain", 403)
-        data = open_source(f"data:;base64,{source}" if bare else source, budget.bytes, MediaError)
+        uri = f"data:;base64,{source}" if bare else source
+        data = await asyncio.to_thread(open_source, uri, budget.bytes, MediaError)
         assert isinstance(data, io.BytesIO)
-        budget.spend("bytes", len(data.getbuffer()), name)
-        return data.getvalue()
-    return await asyncio.to_thread(_read_file, source, policy, budget)
+        content = data.getvalue()
+        budget.spend("bytes", len(content), name)
+        return content
+    try:
+        async with asyncio.timeout(policy.timeout):
+            return await asyncio.wrap_future(_file_threads.submit(lambda: _read_file(source, policy, budget)))
+    except TimeoutError:
+        raise MediaError(f"{name} could not be read within {policy.timeout:g} s: try again later", 503) from None
 
 
-def check_image(data: io.BytesIO, budget: Budget, name: str, options: ImageOptions) -> Image.Image:
-    """Opens an image and checks its format and size by its header."""
-    image = _open_image(data, name)
-    pixels = image.width * image.height
+def spend_image(image: MediaFile, budget: Budget, name: str, options: ImageOptions) -> None:
+    """Takes what an image comes to, by its header."""
     resized = (options.resized_height or 0) * (options.resized_width or 0)
     most = options.max_pixels or ImageSettings.max_pixels
-    budget.spend("pixels", max(pixels, options.min_pixels or 0, min(resized, most)), name)
-    return image
+    budget.spend("pixels", max(image.width * image.height, options.min_pixels or 0, min(resized, most)), name)
 
 
-def check_video(data: io.BytesIO, budget: Budget, name: str, options: VideoOptions) -> io.BytesIO:
-    """Checks a video's container, frame size, number of frames and length, without decoding a frame."""
-    try:
-        found = probe(data, name, VIDEO_FORMATS)
-    except VideoError as error:
-        raise MediaError(str(error)) from None
-    budget.spend("seconds", found.frames / found.fps, name)
-    _spend_frames(found.frames, found.width * found.height, budget, name, options)
-    budget.spend("decoded pixels", found.width * found.height * found.frames, name)
-    data.seek(0)
-    return data
-
-
-def _open_image(data: io.BytesIO, name: str) -> Image.Image:
-    Image.init()
-    try:
-        image = Image.open(data, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-        # a photograph of two views (MPO) is not a video; counting all frames would take a time that the file chooses
-        several = image.format != "MPO" and getattr(image, "is_animated", False)
-    except UnidentifiedImageError:
-        raise MediaError(f"{name} is not an image that is read here: send one of {', '.join(IMAGE_FORMATS)}") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise MediaError(f"{name} has more pixels than any image needs: scale it down", 413) from None
-    except Exception as error:  # decoders raise many types for damaged headers
-        raise MediaError(f"{name} can't be read ({one_line(error)}): send an intact image") from None
-    if several and image.format == "TIFF":
-        raise MediaError(f"{name} has several pages: send the one that is meant as an image of its own")
-    if several:
-        raise MediaError(
-            f'{name} is animated: send it as a video ({{"type": "video_url", ...}} or video_data), or one of its frames'
-        )
-    return image
+def spend_video(video: MediaFile, budget: Budget, name: str, options: VideoOptions) -> None:
+    """Takes what a video comes to, by its header."""
+    budget.spend("seconds", video.frames / video.fps, name)
+    _spend_frames(video.frames, video.width * video.height, budget, name, options)
+    budget.spend("decoded pixels", video.width * video.height * video.frames, name)
 
 
 # ---- videos as frames
 
 
 async def _admit_frames(
-    sources: Sequence[object], policy: MediaPolicy, budget: Budget, options: VideoOptions
-) -> list[Image.Image]:
+    sources: Sequence[object], policy: MediaPolicy, budget: Budget, options: VideoOptions, decoders: Decoders
+) -> list[MediaFile]:
     frames: list[bytes] = []
     budget.spend("frames", len(sources), f"a video of {len(sources)} frames")
     for number, source in enumerate(sources, 1):
@@ -147,7 +124,7 @@ async def _admit_frames(
             frames.append(await read(source, policy, budget))
         except MediaError as error:
             raise MediaError(f"frame {number} of {len(sources)} of a video: {error}", error.status) from None
-    return await asyncio.to_thread(_check_frames, frames, budget, options, counted=True)
+    return await _check_frames(frames, budget, options, decoders, counted=True)
 
 
 def _jpeg_frames(source: object, policy: MediaPolicy, budget: Budget) -> list[bytes] | None:
@@ -168,19 +145,15 @@ def _jpeg_frames(source: object, policy: MediaPolicy, budget: Budget) -> list[by
     return frames
 
 
-def _check_frames(
-    frames: Sequence[bytes], budget: Budget, options: VideoOptions, counted: bool = False
-) -> list[Image.Image]:
-    name = f"a video of {len(frames)} frames"
-    if not frames:
-        raise MediaError("a video of no frames: send at least one")
-    images: list[Image.Image] = []
-    for number, data in enumerate(frames, 1):
-        images.append(_open_image(io.BytesIO(data), f"frame {number} of {len(frames)} of a video"))
-        budget.spend("decoded pixels", images[-1].width * images[-1].height, name)
-    largest = max(image.width * image.height for image in images)
-    _spend_frames(len(frames), largest, budget, name, options, counted)
-    return images
+async def _check_frames(
+    pictures: list[bytes], budget: Budget, options: VideoOptions, decoders: Decoders, counted: bool = False
+) -> list[MediaFile]:
+    async with budget.turn:
+        frames = await decoders.check_frames(pictures)
+    name, sizes = f"a video of {len(frames)} frames", [frame.width * frame.height for frame in frames]
+    budget.spend("decoded pixels", sum(sizes), name)
+    _spend_frames(len(frames), max(sizes), budget, name, options, counted)
+    return frames
 
 
 def _spend_frames(

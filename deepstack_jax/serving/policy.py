@@ -1,19 +1,12 @@
 """Limits on the images and videos that a server accepts."""
 
+import asyncio
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 
+from deepstack_jax.processing.media import MediaError
 from deepstack_jax.processing.urls import ascii_host
-
-
-class MediaError(ValueError):
-    """An image or video that isn't taken; the message is one line with the reason, `status` what HTTP says."""
-
-    def __init__(self, message: str, status: int = 400):
-        super().__init__(message)
-        self.status = status
-
 
 # fields of a MediaPolicy that bound something, and the server's options that set them
 OPTIONS = {
@@ -85,9 +78,14 @@ def _ascii_pattern(pattern: str) -> str:
 
 
 class Budget:
-    """What is left of a policy's amounts for one request."""
+    """What is left of a policy's amounts for one request.
+
+    Attributes:
+        turn: held while a header of the request is read, so that no request has more than one decoder.
+    """
 
     def __init__(self, policy: MediaPolicy):
+        self.turn = asyncio.Lock()
         self._most = {
             "items": policy.max_items,
             "bytes": policy.max_bytes,

@@ -35,7 +35,11 @@ class RemoteRows:
     overlap: bool = field(default=True, kw_only=True)
 
     async def answer(
-        self, payload: bytes, plan: Callable[[PromptArrays], GenerationPlan], deadline: float
+        self,
+        payload: bytes,
+        plan: Callable[[PromptArrays], GenerationPlan],
+        deadline: float,
+        **options: Any,
     ) -> AsyncGenerator[Chunk]:
         """The chunks of the answer to a request.
 
@@ -43,6 +47,7 @@ class RemoteRows:
             payload: what `disagg.wire.payload.pack` returned.
             plan: called with the prompt's tokens as soon as they are known; it may raise an error to refuse them.
             deadline: on time.monotonic()'s clock.
+            options: other fields of the engine's request: `tenant`, `salt`, `grammar`.
 
         Raises:
             TransferFailedError: the rows could not be fetched.
@@ -61,7 +66,7 @@ class RemoteRows:
 
         async with self.encoders.fetch(secrets.token_hex(16), payload, deadline, on_rows) as fetch:
             prompt = await fetch.prompt
-            prepared = engine_request(prompt, plan(prompt.arrays), deadline)
+            prepared = engine_request(prompt, plan(prompt.arrays), deadline=deadline, **options)
             if self.overlap:
                 prepared.on_admitted = _in_this_loop(lambda cached: fetch.want(cached, admitted=True))
                 fetch.want(self.runner.find_cached(prepared), admitted=False)
@@ -83,9 +88,9 @@ class RemoteRows:
         self.runner.engine.warm_up_rows(self.encoders.hello.block_size)
 
 
-def engine_request(prompt: KnownPrompt, plan: GenerationPlan, deadline: float) -> EngineRequest:
-    """A request whose rows come block by block, by `Runner.add_rows`."""
-    request = EngineRequest.of_row(prompt.arrays, plan, deadline=deadline)
+def engine_request(prompt: KnownPrompt, plan: GenerationPlan, **options: Any) -> EngineRequest:
+    """A request whose rows come block by block, by `Runner.add_rows`; `options` are fields of the request."""
+    request = EngineRequest.of_row(prompt.arrays, plan, **options)
     request.spans = tuple(ImageSpan(image.first_row, image.rows, image.digest) for image in prompt.images)
     request.images = [
         Image(block.first_row, block.rows, block.first_token, block.stop_token) for block in prompt.blocks.values()

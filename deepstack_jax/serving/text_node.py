@@ -2,38 +2,51 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import ExitStack, aclosing, suppress
+from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
+from deepstack_jax.config import read_sampling_defaults
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.language.fetch import NoEncoderError, TransferFailedError
 from deepstack_jax.disagg.wire.payload import pack
+from deepstack_jax.engine.grammar import TokenGrammar
 from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.request import GenerationPlan
+from deepstack_jax.engine.request import Request as EngineRequest
 from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
 from deepstack_jax.errors import one_line
 from deepstack_jax.generation import plan_generation
 from deepstack_jax.processing.batch import Batch, prepare_batch
+from deepstack_jax.processing.grammar import compile_grammar
 from deepstack_jax.processing.messages import texts_in
-from deepstack_jax.processing.processor import DecodeStream
+from deepstack_jax.processing.preparation import Preparation
+from deepstack_jax.processing.processor import DecodeStream, Processor
 from deepstack_jax.programs import PromptArrays
+from deepstack_jax.serving.endpoint import NO_HEADERS
+from deepstack_jax.serving.errors import RequestError, without_places
+from deepstack_jax.serving.merged import closing_all, merged
 from deepstack_jax.serving.policy import MediaPolicy
+from deepstack_jax.serving.readings import Reading, encoder_pool_readings, engine_readings
 from deepstack_jax.serving.remote_rows import RemoteRows
-from deepstack_jax.serving.requests import GenerateRequest, Inputs, RequestError, admit_media
+from deepstack_jax.serving.requests import GenerateRequest, Inputs, admit_media
 
-MAX_PREPARED = 2  # requests whose pixels are in memory, the one that is being encoded included
+NUM_TEXT_THREADS = 2
+LEAST_DEFAULT_TOKENS = 1024  # of an answer whose length the request leaves open, as far as the context allows
 START_SECONDS = 3600.0  # within which the programs of a large model have to compile
-TEXT_BYTES_A_TOKEN = 64  # text longer than this times the context isn't tokenized at all
+COUNTED_CHARACTERS = 2  # per token of the context: the tokens of longer texts are counted before they are kept
+Grammars = Sequence[TokenGrammar | None]  # of the answers to one request
 _NO_ANSWER = "no answer in time (preparing the request): send fewer media, or retry later"
 
 
 class TextNode:
-    """Answers requests with a whole model, or with the text model and encode nodes (see `http.Node`)."""
+    """Answers requests with a whole model, or with the text model and encode nodes (see `endpoint.Node`)."""
 
     def __init__(
         self,
@@ -48,6 +61,7 @@ class TextNode:
         engine: EngineOptions | None = None,
         warm_up: bool = True,
         overlap: bool = True,
+        preparation: Preparation | None = None,
     ):
         """
         Args:
@@ -61,6 +75,7 @@ class TextNode:
             warm_up: whether `start` compiles every language program; otherwise each compiles at its first use.
             encoders: make it a language node; not yet started, closed by `close`.
             overlap: whether a language node prefills a request while its rows arrive (see `RemoteRows`).
+            preparation: decodes images and videos, closed by `close`; without, threads of this process do.
         """
         self.role = "language" if encoders else "unified"
         self.control: str | None = None
@@ -71,18 +86,21 @@ class TextNode:
         self._model, self._policy, self._stuck_after = model, policy, stuck_after
         most = model.config.text.max_position_embeddings
         self._warm_up = warm_up
+        self.sampling_defaults = {} if model.path is None else read_sampling_defaults(model.path)
         self._max_context = most if max_context is None else min(max_context, most)
-        self._prepared = asyncio.Semaphore(MAX_PREPARED)
+        self._preparation = preparation or Preparation()
         # separate threads, so that texts never wait for pictures
-        self._media = ThreadPoolExecutor(MAX_PREPARED, thread_name_prefix="media")
-        self._texts = ThreadPoolExecutor(MAX_PREPARED, thread_name_prefix="texts")
+        self._texts = ThreadPoolExecutor(NUM_TEXT_THREADS, thread_name_prefix="texts")
 
-    async def generate(self, request: GenerateRequest, deadline: float) -> AsyncGenerator[Chunk]:
-        """The chunks of the answer.
-
-        Args:
-            request: what `parse_request` returned.
-            deadline: on time.monotonic()'s clock.
+    async def generate(
+        self,
+        request: GenerateRequest,
+        deadline: float,
+        tenant: str = "",
+        headers: Mapping[str, str] = NO_HEADERS,
+        ended: Collection[int] = (),
+    ) -> AsyncGenerator[Chunk]:
+        """The chunks of the answer (see `endpoint.Node`).
 
         Raises:
             RequestError, MediaError, ValueError: what is wrong with the request.
@@ -90,56 +108,79 @@ class TextNode:
         """
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                self._check_text(request)
-                inputs = await admit_media(request, self._policy)
+                grammars = await asyncio.to_thread(self._checked, request)
+                inputs = await admit_media(request, self._policy, self._preparation.decoders)
         except TimeoutError:
             raise DeadlineError(_NO_ANSWER) from None
         ways = [self._answer_remotely] if inputs.has_media and self._remote else []
         for way in (*ways, self._answer_here):
             with suppress(NoEncoderError):  # it comes before the first chunk
-                async with aclosing(way(request, inputs, deadline)) as answer:
-                    async for chunk in answer:
-                        yield chunk
+                async with aclosing(way(request, inputs, grammars, deadline, tenant, ended)) as answer:
+                    async for choice, chunk in answer:
+                        yield replace(chunk, choice=choice)
                 return
 
-    async def _answer_here(self, request: GenerateRequest, inputs: Inputs, deadline: float) -> AsyncGenerator[Chunk]:
-        """The chunks of an answer for which this node encodes the pictures, if there are any."""
-        async with AsyncExitStack() as prepared:
+    async def _answer_here(
+        self,
+        request: GenerateRequest,
+        inputs: Inputs,
+        grammars: Grammars,
+        deadline: float,
+        tenant: str,
+        ended: Collection[int],
+    ) -> AsyncGenerator[tuple[int, Chunk]]:
+        """The chunks of answers for which this node encodes the pictures, if there are any, by choice."""
+        with ExitStack() as prepared:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
-                    if inputs.has_media:
-                        await prepared.enter_async_context(self._prepared)
-                    pool, loop = self._media if inputs.has_media else self._texts, asyncio.get_running_loop()
-                    batch, plan = await loop.run_in_executor(pool, self._prepare, request, inputs)
+                    batch, plans = await self._prepare(request, inputs, prepared)
             except TimeoutError:
                 raise DeadlineError(_NO_ANSWER) from None
-            chunks = self.runner.run(batch, plan, deadline)
+            options = {"deadline": deadline, "tenant": tenant, "salt": request.cache_salt}
+            prompts = [EngineRequest.of_row(batch, plan, **options) for plan in plans]
             del inputs, batch
-            async with aclosing(chunks):
+            runs = [
+                self.runner.run(each, each.plan, deadline, tenant, grammar)
+                for each, grammar in zip(prompts, grammars, strict=True)
+            ]
+            del prompts
+            async with closing_all(runs), aclosing(merged(runs, ended)) as chunks:
                 async for chunk in chunks:
-                    await prepared.aclose()  # the pixels are encoded
+                    prepared.close()  # the pixels are encoded
                     yield chunk
 
     async def _answer_remotely(
-        self, request: GenerateRequest, inputs: Inputs, deadline: float
-    ) -> AsyncGenerator[Chunk]:
-        """The chunks of an answer for which an encode node encodes the pictures.
+        self,
+        request: GenerateRequest,
+        inputs: Inputs,
+        grammars: Grammars,
+        deadline: float,
+        tenant: str,
+        ended: Collection[int],
+    ) -> AsyncGenerator[tuple[int, Chunk]]:
+        """The chunks of answers for which an encode node encodes the pictures, by choice. Each fetches its rows.
 
         Raises:
             NoEncoderError: no encoder is left, and this node encodes by itself.
         """
         assert self._remote is not None
-        loop = asyncio.get_running_loop()
         parts = inputs.prompt, inputs.images, inputs.videos, inputs.options
-        payload = await loop.run_in_executor(self._media, pack, *parts)
-        chunks = self._remote.answer(payload, lambda prompt: self._plan(request, prompt), deadline)
+        payload = await self._preparation.in_thread(lambda: pack(*parts))
+
+        def planned(choice: int) -> Callable[[PromptArrays], GenerationPlan]:
+            return lambda prompt: self._plan(request, prompt, choice)
+
+        options = {"tenant": tenant, "salt": request.cache_salt}
+        runs = [
+            self._remote.answer(payload, planned(choice), deadline, grammar=grammar, **options)
+            for choice, grammar in enumerate(grammars)
+        ]
         try:
-            async with aclosing(chunks):
+            async with closing_all(runs), aclosing(merged(runs, ended)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except TransferFailedError as error:
-            headers = {"retry-after": "1"} if error.status == 503 else {}
-            raise RequestError(one_line(error), error.status, headers=headers) from None
+            raise RequestError(without_places(one_line(error)), error.status) from None
 
     async def start(self) -> None:
         """Reads the tokenizer, compiles the language programs and runs a tiny prompt.
@@ -147,7 +188,8 @@ class TextNode:
         Raises:
             ValueError: one of them failed; with the reason.
         """
-        await asyncio.to_thread(lambda: self._model.processor.tokenizer)
+        await asyncio.to_thread(lambda: self._model.processor.longest_token)
+        await self._preparation.decoders.start()
         if self._warm_up:
             await asyncio.to_thread(self.runner.warm_up)
             if self._remote:
@@ -158,13 +200,76 @@ class TextNode:
             await self._encoders.start()
 
     @property
+    def processor(self) -> Processor:
+        """The model's tokenizer and templates."""
+        return self._model.processor
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+        return self._model.eos_token_ids
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and answer at most."""
+        return min(self._max_context, self.runner.engine.token_capacity // self.runner.engine.shape.pools)
+
+    @property
+    def fingerprint(self) -> str:
+        """What the bits of answers depend on beside the request: OpenAI's `system_fingerprint`."""
+        return f"deepstack-jax-{version('deepstack-jax')},{self._model.dtype.name},{self.engine_shape}"
+
+    def token_ids(self, text: str, empty: bool = False) -> list[int]:
+        """The token ids of a text as it is.
+
+        Raises:
+            RequestError: it is too long, or has no tokens and may not be `empty`.
+        """
+        self._check_texts([text])
+        ids = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids and not empty:
+            raise RequestError("the prompt is empty: send some text", param="prompt")
+        return ids
+
+    @property
     def engine_shape(self) -> str:
         """The sizes on which the bits of answers depend."""
         return self.runner.engine.shape.name()
 
-    async def health(self) -> str | None:
-        """None if the node is alive and able to answer, otherwise the reason."""
+    def dead(self) -> str | None:
+        """Why this process can't go on, None if it can."""
+        return self.runner.dead(self._stuck_after) or (self._encoders.failure if self._encoders else None)
+
+    def load(self) -> dict[str, float]:
+        """Nothing beside the state for `/health`."""
+        return {}
+
+    async def unable(self) -> str | None:
+        """Why the node should get no requests now, None if it should."""
+        if reason := self.dead() or self.runner.stopping:
+            return reason
+        return await self.self_test() if self.runner.failing else None
+
+    async def self_test(self) -> str | None:
+        """Runs a tiny prompt unless the model has run just now; the reason if it fails, otherwise None."""
         return await self.runner.health(self._stuck_after)
+
+    def readings(self) -> Iterator[Reading]:
+        """Numbers for the metrics."""
+        yield from engine_readings(self.runner)
+        if self._encoders:
+            yield from encoder_pool_readings(self._encoders)
+
+    def describe(self) -> dict[str, Any]:
+        """The engine and the model."""
+        text, mesh = self._model.config.text, self._model.mesh
+        return {
+            "engine_shape": self.engine_shape,
+            "token_capacity": self.runner.engine.token_capacity,
+            "max_context": self._max_context,
+            "mesh": dict(mesh.shape) if mesh else {},
+            "model": {"layers": text.num_hidden_layers, "experts": text.num_experts, "vocabulary": text.vocab_size},
+        }
 
     def decode_stream(self) -> DecodeStream:
         """Turns an answer's tokens into text as they come."""
@@ -173,42 +278,108 @@ class TextNode:
     def stop(self, grace: float) -> None:
         """Takes no more requests; those running have `grace` seconds to end. Returns at once."""
         self.runner.stop(grace)
+        self._preparation.decoders.close(grace)
 
     async def close(self) -> None:
         """Ends the threads; call it after `stop`."""
         if self._encoders:
             await self._encoders.close()
-        for pool in (self._media, self._texts):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._preparation.close()
+        self._texts.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.runner.join, 10.0)
 
-    def _check_text(self, request: GenerateRequest) -> None:
-        """Refuses what can't fit before it is rendered and tokenized."""
-        size = len(request.text or "") + sum(map(len, texts_in([request.tools, request.chat_template_kwargs])))
-        for message in request.messages or ():
-            size += sum(map(len, _texts_of(message)))
-        if size > TEXT_BYTES_A_TOKEN * self._max_context:
-            raise RequestError(f"the text has {size} characters, too many for {self._max_context} tokens: shorten it")
+    def check_tokens(self, count: int) -> None:
+        """Refuses a prompt of so many tokens, unless an answer fits beside it.
 
-    def _prepare(self, request: GenerateRequest, inputs: Inputs) -> tuple[Batch, GenerationPlan]:
-        """Decodes pictures, tokenizes, and checks that prompt and answer fit."""
-        arrays = self._model.processor.prepare(
-            inputs.prompt, images=inputs.images, videos=inputs.videos, **inputs.options
-        )
-        batch = prepare_batch(self._model.config, **arrays)
-        return batch, self._plan(request, batch)
-
-    def _plan(self, request: GenerateRequest, prompt: Batch | PromptArrays) -> GenerationPlan:
-        """How the prompt is answered; checks that prompt and answer fit."""
-        options = request.sampling_params.options(self._model.eos_token_ids)
-        tokens, wanted = int(np.max(prompt.lengths)), request.sampling_params.max_new_tokens
-        if tokens + wanted > self._max_context:
+        Raises:
+            RequestError: none fits.
+        """
+        if count >= self._max_context:
             raise RequestError(
-                f"{tokens} prompt tokens and max_new_tokens {wanted} exceed the {self._max_context} of this server: "
-                f"shorten the prompt or ask for at most {max(self._max_context - tokens, 0)}",
+                f"{count} prompt tokens exceed the {self._max_context} of this server: shorten the prompt",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def _checked(self, request: GenerateRequest) -> Grammars:
+        """The grammars of a request whose prompt may fit."""
+        self._check_prompt(request)
+        return self._grammars(request)
+
+    def _grammars(self, request: GenerateRequest) -> Grammars:
+        """The grammar that each of the answers has to follow, at its beginning; None for none.
+
+        Raises:
+            RequestError: it can't be compiled.
+        """
+        wanted, count = request.sampling_params.grammar(), request.sampling_params.n
+        if wanted is None:
+            return [None] * count
+        sizes = {"vocab_size": self._model.config.text.vocab_size, "end_tokens": self._model.eos_token_ids}
+        try:
+            return [compile_grammar(self.processor.tokenizer, *wanted, **sizes) for _ in range(count)]
+        except ValueError as error:
+            raise RequestError(one_line(error), param=wanted[0], code="invalid_grammar") from None
+
+    def _check_prompt(self, request: GenerateRequest) -> None:
+        """Refuses what can't fit before it is rendered and tokenized."""
+        self.check_tokens(len(request.input_ids or ()))
+        texts = [request.text or "", *texts_in([request.tools, request.chat_template_kwargs])]
+        for message in request.messages or ():
+            texts += _texts_of(message)
+        self._check_texts(texts)
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        size, most = sum(map(len, texts)), self._max_context
+        if size <= COUNTED_CHARACTERS * most:
+            return
+        # what the tokenizer keeps of each token is large; a text that is divided has a few more of them
+        if size > self.processor.longest_token * most or self.processor.count_exceeds(texts, most + most // 4):
+            raise RequestError(
+                f"the text has {size} characters, too many for {most} tokens: shorten it",
+                code="context_length_exceeded",
+            )
+
+    async def _prepare(
+        self, request: GenerateRequest, inputs: Inputs, prepared: ExitStack
+    ) -> tuple[Batch, list[GenerationPlan]]:
+        """Decodes pictures, tokenizes, and checks that prompt and answers fit; `prepared` gives memory back."""
+        arrays, parts = None, (inputs.prompt, inputs.images, inputs.videos)
+        if inputs.has_media:
+            arrays, release = await self._preparation.prepare(self.processor, *parts, inputs.options)
+            prepared.callback(release)
+
+        def finish() -> tuple[Batch, list[GenerationPlan]]:
+            if arrays is not None:
+                made = arrays
+            elif request.input_ids is not None:
+                made = {"input_ids": np.array([request.input_ids])}
+            else:
+                made = self.processor.prepare(*parts, **inputs.options)
+            batch = prepare_batch(self._model.config, **made)
+            return batch, [self._plan(request, batch, choice) for choice in range(request.sampling_params.n)]
+
+        if inputs.has_media:
+            return await self._preparation.in_thread(finish)
+        return await asyncio.get_running_loop().run_in_executor(self._texts, finish)
+
+    def _plan(self, request: GenerateRequest, prompt: Batch | PromptArrays, choice: int) -> GenerationPlan:
+        """How the prompt is answered; checks that prompt and answer fit."""
+        tokens, wanted = int(np.max(prompt.lengths)), request.sampling_params.max_new_tokens
+        room = self.max_model_len - tokens
+        if wanted is None and room > 0:
+            # pages are reserved for the whole answer: more than a slot's share would keep other requests waiting
+            share = self.runner.engine.token_capacity // self.runner.engine.shape.slots
+            wanted = min(room, max(share - tokens, LEAST_DEFAULT_TOKENS))
+        if wanted is None or tokens + wanted > self._max_context:
+            answer = "the answer" if wanted is None else f"max_new_tokens {wanted}"
+            raise RequestError(
+                f"{tokens} prompt tokens and {answer} exceed the {self._max_context} of this server: "
+                f"shorten the prompt or ask for at most {max(room, 0)}",
                 param="max_new_tokens",
                 code="context_length_exceeded",
             )
+        options = request.sampling_params.options(self._model.eos_token_ids, wanted, choice, request.top_logprobs)
         return plan_generation(self._model, prompt, options)
 
 

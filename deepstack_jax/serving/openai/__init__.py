@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API: chat completions, completions, responses, models, and the tokenizer's endpoints."""
