@@ -16,6 +16,7 @@ programs = None
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its parent's environment
     programs = tempfile.TemporaryDirectory(prefix="deepstack-jax-programs-")
     os.environ |= {
+        "XDG_CONFIG_HOME": f"{programs.name}/config",  # commands keep no key in the user's home
         "JAX_COMPILATION_CACHE_DIR": programs.name,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -31,12 +32,17 @@ install_import_hook(["deepstack_jax.models", "deepstack_jax.programs"], "beartyp
 
 # What these assert of numbers holds at every optimisation: the same answer in several ways, answers with a wide margin.
 QUICKLY_COMPILED = {
+    "test_bench",
     "test_cli",
     "test_docs",
     "test_engine_core",
+    "test_openai_api",
+    "test_openai_tools",
     "test_packaging",
     "test_public_surface",
+    "test_resource_faults",
     "test_same_inputs",
+    "test_serving_bodies",
     "test_serving_http",
     "test_serving_roles",
     "test_start_up",

@@ -21,6 +21,7 @@ import pytest
 
 import deepstack_jax as dsj
 from deepstack_jax.cli import COMMANDS, main
+from deepstack_jax.cli.bench import COMMANDS as BENCH_COMMANDS
 from deepstack_jax.disagg.encode.bridge import SendBridge
 from deepstack_jax.disagg.language.incoming import BlockCopy
 from deepstack_jax.disagg.transports import TransferError, Transport, WriteSegment
@@ -81,7 +82,7 @@ def options_of(command: str) -> set[str]:
     """Those that `deepstack-jax COMMAND --help` lists."""
     help_text = io.StringIO()
     with mock.patch.dict(os.environ, COLUMNS="200"), redirect_stdout(help_text), pytest.raises(SystemExit):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     lists = re.findall(r"^│[ *]+(--[\w-]+(?: +--no-[\w-]+)?)", help_text.getvalue(), re.MULTILINE)
     assert "--help" in lists
     return {option for each in lists for option in each.split()}
@@ -93,6 +94,10 @@ def test_commands_have_the_options_that_pages_give_them(page):
     code = [fence["text"] for fence in FENCE.finditer(text)] + re.findall(r"`([^`\n]+)`", without_fences(text))
     for command, rest in re.findall(r"^ *deepstack-jax (\w+)([^#\n]*)", "\n".join(code), re.MULTILINE):
         assert command in COMMANDS, f"deepstack-jax {command}: no such command"
+        if command == "bench":
+            part = rest.split()[0]
+            assert part in BENCH_COMMANDS, f"deepstack-jax bench {part}: no such command"
+            command = f"bench {part}"
         for option in re.findall(r"--[a-z][\w-]*", rest):
             assert option in options_of(command), f"deepstack-jax {command} has no {option}"
 
@@ -104,7 +109,9 @@ def test_the_tables_of_options_are_those_of_serve(page):
     assert documented
     assert documented <= options_of("serve")
     if page.name == "serving.md":
-        off = {option for option in options_of("serve") if option.startswith("--no-")}
+        off = {
+            option for option in options_of("serve") if option.replace("--no-", "--") in options_of("serve") - {option}
+        }
         assert documented == options_of("serve") - off - {"--help", "--debug"}
 
 
@@ -293,6 +300,7 @@ def test_the_transport_of_the_page_fails_as_it_promises(transports):
     assert isinstance(write(gone, address, 1), TransferError)
 
 
+@pytest.mark.slow
 def test_the_notebook_prints_what_it_shows(monkeypatch, capsys):
     path = ROOT / "examples" / "ask_tiny_vl.ipynb"
     assert path.stat().st_size < 200_000
