@@ -13,29 +13,44 @@ LIBIBVERBS = @PATH="$$PATH:/sbin:/usr/sbin" ldconfig -p 2>/dev/null | grep -q li
 	{ $$root apt-get update && $$root apt-get install --yes --no-install-recommends libibverbs1; } >/dev/null 2>&1 || \
 	echo "libibverbs.so.1 is missing, so nothing is split: install the package that has it (Debian: libibverbs1)"; }
 PLATFORM_TESTS ?= JAX_PLATFORMS=cpu
+# make test LOCKED=1 installs exactly the wheels of the lock file, by their hashes (Linux on x86-64, Python 3.12)
+LOCKED ?=
+LOCK = tests/requirements.lock
+INSTALL_LOCKED = $(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK) && \
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 # Processes that share the test files, in the order of tests/conftest.py. A file stays in one process, as its fixtures
 # start servers.
 WORKERS ?= 3
 PYTEST = $(PLATFORM_TESTS) $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo test test-slow test-exhaustive test-newest-orbax test-aot docs lint types clean
+.PHONY: demo lock test test-slow test-exhaustive fuzz test-newest-orbax test-aot docs lint types clean
 
 demo: .venv/demo-ready
 	@$(BIN)/deepstack-jax demo
 
-BY_FILE = $(PYTEST) --dist loadfile --no-loadscope-reorder --durations 25
+# A test that hangs shows all stacks and fails; the time is many times what the longest one takes
+BY_FILE = $(PYTEST) --dist loadfile --no-loadscope-reorder --durations 25 --timeout-method thread
 
 test: .venv/test-ready
-	$(BY_FILE) -m "not slow"
+	$(BY_FILE) --timeout 300 -m "not slow"
 
 # Real widths, the chips' kernels in interpreters, tiny-vl's training and answers, the run of random faults, the tutorial
 test-slow: .venv/test-ready
-	$(BY_FILE) -m slow
+	$(BY_FILE) --timeout 900 -m slow $(TESTS)
 
-# The largest searches through the states of a transfer, 100,000 schedules of the scheduler and 20,000 of the engine
-SEARCHES ?= $(addprefix tests/test_,disagg_protocol.py engine_schedules.py engine_promise.py)
+# The largest searches through the states of a transfer, 100,000 schedules of the scheduler, 20,000 of the engine,
+# 1,000 JSON schemas, 20,000 bodies for the API, and 20,000 requests to simulated clusters
+SEARCHES = $(addprefix tests/test_,disagg_protocol.py engine_schedules.py engine_promise.py grammar.py api_fuzz.py \
+	simulation.py disk_faults.py resource_faults.py)
 test-exhaustive: .venv/test-ready
-	$(PYTEST) --dist load -m exhaustive --durations 0 $(SEARCHES)
+	$(PYTEST) --dist load -m exhaustive --durations 0 $(or $(TESTS),$(SEARCHES))
+
+# Random changes to what comes from outside: bodies, control messages, files of checkpoints, images and videos. SECONDS
+# are divided among the targets (TARGETS: see tests/fuzz/targets.py); inputs that reach new lines join tests/fuzz/corpus,
+# which make test replays; SEED=1 begins another search
+SECONDS ?= 600
+fuzz: .venv/test-ready
+	$(PLATFORM_TESTS) $(BIN)/python -m tests.fuzz $(SECONDS) $(TARGETS)
 
 # What conversion asks of Orbax, with the newest Orbax that can be installed, whatever pyproject.toml allows
 NEWEST_ORBAX = build/newest-orbax
@@ -61,6 +76,9 @@ test-aot: .venv-aot/ready
 docs: .venv/test-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+lock: .venv/bin/python
+	$(BIN)/python tests/write_lock.py > $(LOCK).new && mv $(LOCK).new $(LOCK)
+
 lint: .venv/test-ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -83,7 +101,7 @@ clean:
 
 .venv/test-ready: pyproject.toml | .venv/bin/python
 	$(LIBIBVERBS)
-	$(BIN)/python -m pip install --quiet --editable ".[test$(WITH)]"
+	$(if $(LOCKED),$(INSTALL_LOCKED),$(BIN)/python -m pip install --quiet --editable ".[test$(WITH)]")
 	@touch $@ .venv/demo-ready
 
 .venv-aot/ready: pyproject.toml | .venv-aot/bin/python
