@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -153,9 +154,10 @@ def test_sixty_four_requests_share_a_pool_for_three(pair: tuple[dsj.Model, Encod
 def test_with_two_encoders_sixty_four_requests_end_about_in_order(
     pair: tuple[dsj.Model, EncodeProcess], checkpoint: Path
 ):
-    """Each encoder gets every second one and answers in order. How far one is ahead of the other is up to the machine.
+    """Each encoder gets every second one and answers about in order.
 
-    Requests of one encoder overtake each other only while they hold the pool's 12 blocks, at most 4 each, at once.
+    Its decoder processes prepare pictures side by side, so one that the machine holds up is overtaken by those that the
+    others prepare meanwhile: by how many is up to the machine. If order meant nothing, the mean would be 8.
     """
     model, process = pair
     dtype = model.dtype.name
@@ -187,7 +189,7 @@ def test_with_two_encoders_sixty_four_requests_end_about_in_order(
     for encoder in (0, 1):
         own = [number for number in ended if answers[number][0] == encoder]
         overtaken = [sum(later > number for later in own[:place]) for place, number in enumerate(own)]
-        assert max(overtaken) <= 4, overtaken
+        assert fmean(overtaken) <= 2, overtaken
 
 
 def test_an_invalid_request_fails_with_the_reason(pair: tuple[dsj.Model, EncodeProcess]):
