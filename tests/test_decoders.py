@@ -166,7 +166,7 @@ def test_too_much_time_or_memory_ends_only_the_request(monkeypatch: pytest.Monke
         assert before not in processes()
 
     with_decoders(memory, memory_bytes=100 << 20)
-    monkeypatch.setattr(pools, "_SECONDS", 0.1)  # the kernel counts whole seconds
+    monkeypatch.setattr(pools, "_SECONDS", 0.1)
     monkeypatch.setattr(pools, "_PIXELS_PER_SECOND", 1e12)
 
     async def time(decoders: Decoders) -> None:

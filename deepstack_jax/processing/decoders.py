@@ -393,6 +393,6 @@ class _Process:
         """Says why the process ended."""
         self._process.kill()
         code = self._process.wait()
-        if code == -signal.SIGXCPU:
+        if code == -signal.SIGPROF:
             return f"decoding it takes more than {seconds:.0f} s, send a smaller or shorter one"
         return f"decoding it ended the decoder (exit code {code}), send an intact and smaller file"
