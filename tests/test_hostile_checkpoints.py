@@ -202,6 +202,8 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "a negative shape": ({"a": tensor([-2, -2], 0, 16)}, r"damaged header \(invalid JSON .* `-2`"),
     "a shape of fractions": ({"a": tensor([4.0], 0, 16)}, r"damaged header \(invalid JSON .* `4\.0`"),
     "a shape of flags": ({"a": tensor([True, 4], 0, 16)}, r"damaged header \(invalid JSON .* `true`"),
+    "a shape of texts": ({"a": tensor(["a", 10**30], 0, 16)}, r"damaged header \(invalid JSON"),
+    "a shape of many axes": ({"a": tensor([2**62] * 100_000, 0, 16)}, r"'a' has 100000 axes, expected at most 64"),
     "another dtype's bytes": ({"a": tensor([4], 0, 16, "F16")}, r"'a' of dtype F16 and shape \[4\] has 16 bytes"),
     "an unknown dtype": ({"a": tensor([4], 0, 16, "F33")}, r"'a' of dtype F33 and shape"),
     "the same name twice": (TWICE, r"the key 'a' occurs twice\): download it again"),

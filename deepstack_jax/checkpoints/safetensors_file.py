@@ -26,6 +26,7 @@ DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.d
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LFS_POINTER = b"version https://git-lfs"
 MAX_NAME = 512
+MAX_AXES = 64  # NumPy's
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own bound
 _NOT_A_HEADER = ("header too small", "header too large", "invalid header length")  # safetensors' words
 _NOT_COVERED = "file not fully covered"
@@ -118,18 +119,22 @@ def _read_header(file: Path) -> dict[str, Entry]:
         ranges = [(*one["data_offsets"], name, one) for name, one in header.items() if name != "__metadata__"]
         end, entries = 0, {}
         for start, stop, name, one in sorted(ranges, key=lambda found: found[:2]):
-            wrong = ""
+            shape, wrong = one["shape"], ""
+            if not all(type(number) is int and 0 <= number < 1 << 64 for number in shape):
+                return {}
             bits = int(found[0]) if (found := re.search(r"\d+", one["dtype"])) else 8
             if not name.isprintable() or len(name) > MAX_NAME:
                 wrong = f"has a name of {len(name)} characters, expected at most {MAX_NAME} that can be printed"
             elif start != end or stop < start:
                 wrong = f"has the bytes {short(start)} to {short(stop)}, expected to start at {end}"
-            elif prod(one["shape"]) * bits != (stop - start) * 8:
-                wrong = f"of dtype {short(one['dtype'])[1:-1]} and shape {short(one['shape'])} has {stop - start} bytes"
+            elif len(shape) > MAX_AXES:
+                wrong = f"has {len(shape)} axes, expected at most {MAX_AXES}"
+            elif prod(shape) * bits != (stop - start) * 8:
+                wrong = f"of dtype {short(one['dtype'])[1:-1]} and shape {short(shape)} has {stop - start} bytes"
             if wrong:
                 raise CheckpointError(f"{file} has a damaged header (tensor {short(name)} {wrong}): download it again")
             end = stop
-            entries[name] = Entry(name, file, one["dtype"], tuple(one["shape"]), 8 + length + start, version)
+            entries[name] = Entry(name, file, one["dtype"], tuple(shape), 8 + length + start, version)
         return entries
     except DuplicateKey as error:
         raise CheckpointError(f"{file} has a damaged header ({error}): download it again") from None
