@@ -30,15 +30,23 @@ _LACKING = {
 }
 
 
+# XLA's and Pillow's words: they raise other types
+_LACKING_MEMORY = "RESOURCE_EXHAUSTED: Out of memory", "out of memory when reading image file"
+
+
 def shortage(error: BaseException) -> str | None:
     """Returns what the process lacked when `error` was raised, a key of `REMEDIES`; None if it lacked nothing."""
-    if isinstance(error, MemoryError) or str(error).startswith(
-        "RESOURCE_EXHAUSTED: Out of memory"
-    ):  # the latter is XLA's
+    if isinstance(error, MemoryError) or str(error).startswith(_LACKING_MEMORY):
         return "memory"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "threads"
     return _LACKING.get(error.errno or 0) if isinstance(error, OSError) else None
+
+
+def raise_shortage(error: BaseException) -> None:
+    """Raises `error` again if something was lacking: it says nothing about the file that was being read."""
+    if shortage(error):
+        raise error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from deepstack_jax.errors import raise_shortage
 from deepstack_jax.processing.containers import File, open_container, packets
 from deepstack_jax.processing.images import MAX_IMAGE_PIXELS, ImageError, load_image
 
@@ -73,7 +74,8 @@ def has_views(file: File) -> bool:
     try:
         with _opened(file, "JPEG", "MPO") as image:
             return image.format == "MPO"
-    except Exception:  # decoders raise many types for damaged headers
+    except Exception as error:  # decoders raise many types for damaged headers
+        raise_shortage(error)
         return False
 
 
@@ -104,8 +106,8 @@ def frames_of(file: File, kind: str) -> Iterator[Image.Image]:
         yield from _png_frames(file) if kind == "PNG" else _pillow_frames(file, kind)
     except ImageError:
         raise
-    except Exception:  # decoders raise many types; the frames before this one are good
-        return
+    except Exception as error:  # decoders raise many types; the frames before this one are good
+        raise_shortage(error)
 
 
 def _opened(file: File, *formats: str) -> Image.Image:

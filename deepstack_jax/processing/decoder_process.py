@@ -5,6 +5,7 @@ time, and answers with what the functions of `media.py` return. `decoders.py` st
 """
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 from PIL import Image
 
-from deepstack_jax.errors import one_line
+from deepstack_jax.errors import one_line, shortage
 from deepstack_jax.processing.images import ImageOptions, ImageSettings
 from deepstack_jax.processing.media import (
     IMAGE_FORMATS,
@@ -162,6 +163,7 @@ def receive_answer(channel: socket.socket) -> tuple[Answer, np.ndarray | None] |
 
     Raises:
         ValueError: what it sent is not an answer.
+        OSError, MemoryError: this process has no descriptor or memory for it.
     """
     if (message := _receive(channel)) is None:
         return None
@@ -187,6 +189,8 @@ def _receive(channel: socket.socket) -> tuple[memoryview, memoryview] | None:
     message, files, _, _ = socket.recv_fds(channel, _LENGTHS.size, 1)
     if not message:
         return None
+    if not files:  # the kernel drops what this process has no descriptor for
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     (file,) = files
     try:
         head, data = _LENGTHS.unpack(message)
@@ -221,6 +225,8 @@ def main(channel: int, memory_bytes: int, parent: int) -> None:
         (resource.RLIMIT_FSIZE, memory_bytes),  # of shared memory
         (resource.RLIMIT_CORE, 0),
     ):
+        given = resource.getrlimit(limit)[1]  # only root may raise it
+        most = most if given == resource.RLIM_INFINITY else min(most, given)
         resource.setrlimit(limit, (most, most))
     Image.init()
     for name in set(Image.OPEN) - set(IMAGE_FORMATS):
@@ -242,10 +248,12 @@ def _answer(task: Task, memory_bytes: int) -> tuple[bytes, np.ndarray | None]:
         return _ENCODER.encode(Failed(str(error), error.status)), None
     except ValueError as error:
         return _ENCODER.encode(Failed(one_line(error))), None
-    except MemoryError:
-        needs = f"decoding it needs more than {memory_bytes >> 20} MiB of memory"
-        return _ENCODER.encode(Failed(f"an image or video can't be used: {needs}, scale it down", 413)), None
     except Exception as error:  # a damaged file can make decoders raise anything
+        if (lacking := shortage(error)) == "memory":
+            needs = f"decoding it needs more than {memory_bytes >> 20} MiB of memory"
+            return _ENCODER.encode(Failed(f"an image or video can't be used: {needs}, scale it down", 413)), None
+        if lacking:
+            return _ENCODER.encode(Failed(f"a decoder is short of {lacking}: try again later", 503)), None
         message = f"an image or video can't be decoded ({type(error).__name__}): send an intact file"
         return _ENCODER.encode(Failed(message, unexpected=repr(error)[:1000])), None
     if isinstance(result, Video):

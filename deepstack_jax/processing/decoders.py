@@ -7,6 +7,7 @@ replaced if its task is cancelled, takes too much processor time or memory, or e
 import asyncio
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from deepstack_jax.errors import one_line
+from deepstack_jax.errors import one_line, shortage
 from deepstack_jax.processing.decoder_process import (
     CheckFrames,
     CheckImage,
@@ -85,9 +86,10 @@ class Decoders:
         """Starts the processes, so that the first request doesn't wait for one.
 
         Raises:
-            ValueError: they don't start.
+            ValueError: they don't start, or may not have the memory that is meant for them.
         """
         if self._processes:
+            _check_limits(self._memory_bytes)
             with self._changed:
                 self._start_threads()
             await asyncio.wrap_future(self._started)
@@ -282,6 +284,18 @@ class Decoders:
             raise
 
 
+def _check_limits(memory_bytes: int) -> None:
+    """Refuses limits under which a decoder might get less memory: a library that lacks some may give wrong pixels."""
+    soft, hard = 0, 1  # a decoder sets the second limit by itself
+    for limit, which, option in ((resource.RLIMIT_AS, soft, "v"), (resource.RLIMIT_DATA, hard, "d")):
+        most = resource.getrlimit(limit)[which]
+        if most != resource.RLIM_INFINITY and most < memory_bytes:
+            raise ValueError(
+                f"a decoder may need {memory_bytes >> 20} MiB of memory and gets {most >> 20}: raise the limit "
+                f"(ulimit -{option}), or lower --max-pixels"
+            )
+
+
 def _stopping() -> MediaError:
     return MediaError("the server is stopping: send the request to another one", 503)
 
@@ -344,12 +358,15 @@ class _Process:
 
         Raises:
             MediaError: it is refused, or the process ended with it.
+            OSError, MemoryError: this process is short of open files or memory.
         """
         try:
             send_task(self._channel, LimitedTask(task, seconds))
         except OverflowError:
             raise MediaError("an option of an image or video is a number of more than 64 bits: lower it") from None
-        except OSError:
+        except OSError as error:
+            if shortage(error):  # of this process: nothing was sent
+                raise
             self.ended = True
         received = None if self.ended else self._receive()
         if received is None:
@@ -384,7 +401,10 @@ class _Process:
     def _receive(self) -> Any:
         try:
             received = receive_answer(self._channel)
-        except (OSError, ValueError):  # it ended amid an answer, or its answer can't be trusted
+        except (OSError, ValueError, MemoryError) as error:
+            self.ended = True  # amid an answer, or the answer can't be trusted, or is lost
+            if shortage(error):
+                raise
             received = None
         self.ended = self.ended or received is None
         return received

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.config_values import read_json_object
-from deepstack_jax.errors import one_line, short
+from deepstack_jax.errors import one_line, raise_shortage, short
 from deepstack_jax.processing.sources import (
     HEIC_BRANDS,
     SNIFFED_BYTES,
@@ -411,9 +411,8 @@ def _load_file(file: Path | io.BytesIO, name: str, max_pixels: int, image_format
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise ImageError(_too_large(name, f"{pixels[0] if pixels else 'too many'} pixels", max_pixels)) from None
-    except MemoryError:
-        raise
     except Exception as error:  # decoders raise many types for damaged headers
+        raise_shortage(error)
         raise ImageError(f"{name} can't be read ({one_line(error)}): give an intact image file") from None
     with image:
         return _finish(image, name, max_pixels, in_place=True)
@@ -435,9 +434,8 @@ def _finish(image: Image.Image, name: str, max_pixels: int, in_place: bool = Fal
         frames = 1 if image.format in _STILLS else getattr(image, "n_frames", 1)
         if frames == 1:
             image.load()
-    except MemoryError:
-        raise
     except Exception as error:
+        raise_shortage(error)
         if "closed" in str(error) or (isinstance(error, AssertionError) and getattr(image, "fp", error) is None):
             raise ImageError(f"{name} was closed before it was decoded: call its load() before closing it") from None
         raise ImageError(f"{name} is damaged or truncated ({one_line(error)}): give an intact file") from None
@@ -447,15 +445,14 @@ def _finish(image: Image.Image, name: str, max_pixels: int, in_place: bool = Fal
         # without a rotation, exif_transpose would copy the image
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
             image = ImageOps.exif_transpose(image, in_place=in_place) or image
-    except MemoryError:
-        raise
-    except Exception:  # damaged EXIF doesn't give the rotation, but the pixels are good
-        pass
+    except Exception as error:  # damaged EXIF doesn't give the rotation, but the pixels are good
+        raise_shortage(error)
     try:
         return _to_rgb(image, name)
     except (ValueError, OSError) as error:
         if isinstance(error, ImageError):
             raise
+        raise_shortage(error)
         raise ImageError(
             f"{name} of mode {image.mode} can't be made RGB ({one_line(error)}): convert it first"
         ) from None

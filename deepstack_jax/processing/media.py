@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from deepstack_jax.errors import one_line
+from deepstack_jax.errors import one_line, raise_shortage
 from deepstack_jax.processing.images import (
     ImageOptions,
     ImageSettings,
@@ -92,13 +92,12 @@ def checked_image(data: bytes, name: str, image_format: str | None = None) -> Me
         image = Image.open(io.BytesIO(data), formats=formats)
         # a photograph of two views (MPO) is not a video; counting all frames would take a time that the file chooses
         several = image.format != "MPO" and getattr(image, "is_animated", False)
-    except MemoryError:
-        raise
     except UnidentifiedImageError:
         raise MediaError(f"{name} is not an image that is read here: send one of {', '.join(IMAGE_FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise MediaError(f"{name} has more pixels than any image needs: scale it down", 413) from None
     except Exception as error:  # decoders raise many types for damaged headers
+        raise_shortage(error)
         raise MediaError(f"{name} can't be read ({one_line(error)}): send an intact image") from None
     if several and image.format == "TIFF":
         raise MediaError(f"{name} has several pages: send the one that is meant as an image of its own")

@@ -10,7 +10,7 @@ from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 
-from deepstack_jax.errors import one_line
+from deepstack_jax.errors import one_line, raise_shortage
 from deepstack_jax.processing.animations import ANIMATIONS, frames_of, has_views, picture_format, read_header
 from deepstack_jax.processing.containers import (
     File,
@@ -62,6 +62,7 @@ def probe(file: File, name: str, formats: str | None = None) -> VideoProbe:
     except av.error.FFmpegError as error:
         raise _undecodable(name, error, formats) from None
     except OSError as error:
+        raise_shortage(error)
         raise VideoError(f"{name} can't be read ({one_line(error)}): give a readable file") from None
     if not found.frames:
         raise no_frames(name)
@@ -88,6 +89,7 @@ def no_frames(name: str) -> VideoError:
 
 
 def _undecodable(name: str, error: av.error.FFmpegError, formats: str | None = None) -> VideoError:
+    raise_shortage(error)
     known = f", one of {formats.replace(',', ', ')} or an animated {', '.join(ANIMATIONS)}" if formats else ""
     return VideoError(f"{name} is not a video that can be decoded ({error.strerror}): give an intact file{known}")
 
