@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapp
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import replace
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -214,7 +215,7 @@ class TextNode:
         """Tokens of prompt and answer at most."""
         return min(self._max_context, self.runner.engine.token_capacity // self.runner.engine.shape.pools)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """What the bits of answers depend on beside the request: OpenAI's `system_fingerprint`."""
         return f"deepstack-jax-{version('deepstack-jax')},{self._model.dtype.name},{self.engine_shape}"
