@@ -178,6 +178,28 @@ def test_too_much_time_or_memory_ends_only_the_request(monkeypatch: pytest.Monke
     with_decoders(time)
 
 
+def test_large_files_of_others_do_not_hold_up_a_small_picture():
+    large = MediaInput(opened(huge("grey", 0, 16)), *IMAGE)
+
+    async def work(decoders: Decoders) -> None:
+        ended: list[str] = []
+
+        async def one(name: str, media: MediaInput) -> None:
+            await decoders.load(media, await decoders.check(media))
+            ended.append(name)
+
+        others = [asyncio.create_task(one("large", large)) for _ in range(3)]
+        while not (decoders._running and len(decoders._waiting) == 2):  # the headers of all are read
+            await asyncio.sleep(0.01)
+        await one("small", SMALL)
+        assert ended.count("large") < 3
+        niceness = psutil.Process().nice()
+        assert sorted(process.nice() - niceness for process in processes()) == [0, 5]
+        await asyncio.gather(*others)
+
+    with_decoders(work, processes=2)
+
+
 @pytest.mark.parametrize(("mode", "colours", "depth"), [("grey", 0, 16), ("rgba", 6, 8)])
 def test_64_megapixels_of_any_mode_take_little_more_than_source_and_result(mode: str, colours: int, depth: int):
     """Pillow keeps 4 bytes per pixel of colours and 2 of 16-bit grey; the rest is the interpreter and one strip."""

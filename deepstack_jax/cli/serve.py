@@ -98,7 +98,9 @@ def run(
     decoders: Annotated[
         int | None,
         typer.Option(
-            min=0, help="processes that decode media; as many as CPUs, at most 4, by default; 0 decodes in the server"
+            min=0,
+            help="processes that decode media, one of them only small pictures; one more than CPUs, at most 5, "
+            "by default; 0 decodes in the server",
         ),
     ] = None,
     max_items: Annotated[int, typer.Option(min=1, help="images and videos per request")] = 32,
@@ -278,7 +280,7 @@ def run(
 
 
 _SECRET = "api_key", "admin_key"
-_MOST_DECODERS = 4
+_MOST_DECODERS = 5
 
 
 def _preparation(decoders: int | None, policy: "MediaPolicy", max_waiting: int) -> "Preparation":
@@ -286,7 +288,7 @@ def _preparation(decoders: int | None, policy: "MediaPolicy", max_waiting: int) 
     from deepstack_jax.processing.decoders import Decoders
     from deepstack_jax.processing.preparation import BYTES_PER_PIXEL, Preparation
 
-    count = min(os.cpu_count() or 1, _MOST_DECODERS) if decoders is None else decoders
+    count = min((os.cpu_count() or 1) + 1, _MOST_DECODERS) if decoders is None else decoders
     pool = Decoders(count, (1 << 30) + 16 * policy.max_pixels, max_waiting)
     return Preparation(pool, 2 * BYTES_PER_PIXEL * policy.max_pixels)
 

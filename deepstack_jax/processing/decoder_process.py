@@ -208,15 +208,17 @@ def _receive(channel: socket.socket) -> tuple[memoryview, memoryview] | None:
 # ---- the process
 
 
-def main(channel: int, memory_bytes: int, parent: int) -> None:
+def main(channel: int, memory_bytes: int, niceness: int, parent: int) -> None:
     """Performs tasks until the socket is closed.
 
     Args:
         channel: file descriptor of the socket.
         memory_bytes: limit of the process's own memory.
+        niceness: added to the parent's.
         parent: id of the process with which this one ends.
     """
     _end_with(parent)
+    os.nice(niceness)
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides when requests end
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # see _limit_time
@@ -268,8 +270,8 @@ def _answer(task: Task, memory_bytes: int) -> tuple[bytes, np.ndarray | None]:
 def _limit_time(seconds: float) -> None:
     """Lets the kernel end this process with SIGPROF after more seconds of processor time.
 
-    RLIMIT_CPU would count from the process's start, by the kernel's ticks, which no call of this process reads: getrusage
-    may tell half or twice as much, and the difference grows with every task.
+    RLIMIT_CPU would count from the process's start, by the kernel's ticks, which no call of this process reads:
+    getrusage may tell half or twice as much, and the difference grows with every task.
     """
     signal.setitimer(signal.ITIMER_PROF, seconds)
 

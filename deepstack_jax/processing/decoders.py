@@ -1,7 +1,8 @@
 """Decodes images and videos in processes of their own, which may be slow, large or hung without harm to others.
 
 Each thread of the pool owns one process (`decoder_process.py`) and gives it one task at a time. A process is killed and
-replaced if its task is cancelled, takes too much processor time or memory, or ends it.
+replaced if its task is cancelled, takes too much processor time or memory, or ends it. One of several processes only
+takes what is small, so that nobody's large files hold up all pictures.
 """
 
 import asyncio
@@ -49,6 +50,8 @@ IN_PROCESS_THREADS = 2
 # What a task may take: many times what honest files took on one slow core.
 _SECONDS = 10.0
 _PIXELS_PER_SECOND = 4e6
+_SMALL_SECONDS = 1.0  # of _PIXELS_PER_SECOND
+_NICENESS = 5  # of processes that take all tasks, so that the server and small pictures come first
 _START_SECONDS = 120.0  # a process needs about 1 s of an idle machine until it takes tasks
 
 _log = logging.getLogger(__name__)
@@ -57,14 +60,21 @@ _log = logging.getLogger(__name__)
 @dataclass(eq=False)
 class _Job:
     task: Task
-    seconds: float
+    more_seconds: float  # than _SECONDS
     future: "Future[Result]" = field(default_factory=Future)
     decoder: "_Process | None" = None  # while it runs
     begun: float = 0.0
 
+    @property
+    def is_small(self) -> bool:
+        return self.more_seconds <= _SMALL_SECONDS and not isinstance(self.task, CheckVideo | LoadVideo)
+
 
 class Decoders:
-    """A pool of decoders. Tasks wait in one queue and start in order; any thread and event loop may use it."""
+    """A pool of decoders. Tasks wait in one queue and start in order; any thread and event loop may use it.
+
+    The last of several processes passes over tasks that are not small.
+    """
 
     def __init__(self, processes: int, memory_bytes: int = MEMORY_BYTES, max_waiting: int = MAX_WAITING):
         """
@@ -177,7 +187,7 @@ class Decoders:
         return found
 
     async def _run(self, task: Task, more_seconds: float) -> Result:
-        job = self._submit(_Job(task, _SECONDS + more_seconds))
+        job = self._submit(_Job(task, more_seconds))
         try:
             return await asyncio.wrap_future(job.future)
         except asyncio.CancelledError:
@@ -194,26 +204,27 @@ class Decoders:
                 raise MediaError(f"{len(self._waiting)} images and videos wait to be decoded: try again later", 503)
             self._start_threads()
             self._waiting.append(job)
-            self._changed.notify()
+            self._changed.notify_all()
         return job
 
     def _start_threads(self) -> None:
         try:
             while len(self._threads) < (self._processes or IN_PROCESS_THREADS):
                 # daemons, because the end of this process must not wait for a decoder
-                thread = threading.Thread(target=self._work, name="decode", daemon=True)
+                only_small = 0 < len(self._threads) == self._processes - 1
+                thread = threading.Thread(target=self._work, args=[only_small], name="decode", daemon=True)
                 thread.start()
                 self._threads.append(thread)
         except RuntimeError:  # no more can be started
             if not self._threads:
                 raise
 
-    def _work(self) -> None:
+    def _work(self, only_small: bool) -> None:
         process: _Process | None = None
         while True:
             if self._processes and process is None and not self._closed:
-                process = self._new_process()
-            job = self._next(process)
+                process = self._new_process(only_small)
+            job = self._next(process, only_small)
             if job is None:
                 break
             self._finish_job(job, process)
@@ -234,10 +245,10 @@ class Decoders:
             self._running.discard(job)
         _finish(job.future, result)
 
-    def _new_process(self) -> "_Process | None":
+    def _new_process(self, only_small: bool) -> "_Process | None":
         process: _Process | None = None
         try:
-            process = _Process(self._memory_bytes)
+            process = _Process(self._memory_bytes, 0 if only_small or self._processes == 1 else _NICENESS)
             with self._changed:
                 self._alive.add(process)
                 if self._closed:
@@ -258,12 +269,12 @@ class Decoders:
             self._alive.discard(process)
         process.close()
 
-    def _next(self, process: "_Process | None") -> _Job | None:
+    def _next(self, process: "_Process | None", only_small: bool) -> _Job | None:
         """Waits for a task and marks it as running; None if the pool is closed."""
         with self._changed:
             while not self._closed:
-                while self._waiting:
-                    job = self._waiting.popleft()
+                for job in [job for job in self._waiting if job.is_small or not only_small]:
+                    self._waiting.remove(job)
                     if job.future.set_running_or_notify_cancel():
                         job.decoder, job.begun = process, time.monotonic()
                         self._running.add(job)
@@ -277,7 +288,7 @@ class Decoders:
         if process is None:
             raise MediaError("a decoder could not be started: try again later", 503)
         try:
-            return process.perform(job.task, job.seconds)
+            return process.perform(job.task, _SECONDS + job.more_seconds)
         except MediaError:
             if self._closed and process.ended:
                 raise _stopping() from None
@@ -317,7 +328,7 @@ class _Process:
         ended: whether it can take no more tasks.
     """
 
-    def __init__(self, memory_bytes: int):
+    def __init__(self, memory_bytes: int, niceness: int):
         """
         Raises:
             OSError: it can't be started.
@@ -325,7 +336,7 @@ class _Process:
         self.is_ready = self.ended = False
         self._memory_bytes = memory_bytes
         self._channel, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = (there.fileno(), memory_bytes, os.getpid())
+        arguments = (there.fileno(), memory_bytes, niceness, os.getpid())
         # no keys, and nothing from the directory in which the server runs
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         with there:
