@@ -50,8 +50,8 @@ IN_PROCESS_THREADS = 2
 # What a task may take: many times what honest files took on one slow core.
 _SECONDS = 10.0
 _PIXELS_PER_SECOND = 4e6
-_SMALL_SECONDS = 1.0  # of _PIXELS_PER_SECOND
-_NICENESS = 5  # of processes that take all tasks, so that the server and small pictures come first
+_SMALL_SECONDS = 4.0  # at _PIXELS_PER_SECOND: photographs of 16 megapixels
+_NICENESS = 10  # of processes that take all tasks, so that the server and small pictures come first
 _START_SECONDS = 120.0  # a process needs about 1 s of an idle machine until it takes tasks
 
 _log = logging.getLogger(__name__)
