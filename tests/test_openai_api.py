@@ -16,6 +16,7 @@ from PIL import Image
 import deepstack_jax as dsj
 from deepstack_jax.demo.samples import sample
 from deepstack_jax.engine.options import EngineOptions
+from deepstack_jax.serving import requests
 from tests.api_server import api_server, client_of
 from tests.nodes import serving
 from tests.waiting import until
@@ -221,6 +222,19 @@ class TestChat:
         parts = [event.choices[0].logprobs for event in streamed if event.choices[0].logprobs]
         assert [entry.token for part in parts for entry in part.content] == [entry.token for entry in content]
 
+    @pytest.mark.parametrize("url", ["unified"], indirect=True)  # in this process
+    def test_log_probabilities_bound_answers_whose_length_is_left_open(
+        self, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(requests, "MAX_LOGPROBS", 24)
+        options: dict[str, Any] = {"logprobs": True, "top_logprobs": 3, "n": 2, "extra_body": {"ignore_eos": True}}
+        answer = create(client, **options)
+        assert [len(choice.logprobs.content) for choice in answer.choices] == [3, 3]
+        assert [choice.finish_reason for choice in answer.choices] == ["length", "length"]
+        options = {"prompt": ["a", "b"], "n": 2, "logprobs": 1, "max_tokens": 4}
+        with pytest.raises(openai.BadRequestError, match="4 x 4 x 2 = 32"):
+            client.completions.create(model="tiny-vl", **options)
+
     def test_logit_bias_and_token_limits(self, client: openai.OpenAI, model: dsj.Model):
         (token,) = model.processor.tokenizer(" cross", add_special_tokens=False)["input_ids"]
         forced = create(client, logit_bias={str(token): 100}, max_tokens=3)
@@ -363,6 +377,13 @@ ERRORS: dict[str, tuple[dict[str, Any], type[openai.APIStatusError], str, str | 
     "role": ({"messages": [{"role": "robot", "content": "a"}]}, openai.BadRequestError, "robot", None, None),
     "no messages": ({"messages": []}, openai.BadRequestError, "messages", "messages", "invalid_value"),
     "logprobs": ({"top_logprobs": 3}, openai.BadRequestError, "needs logprobs", "top_logprobs", None),
+    "many logprobs": (
+        {"n": 128, "logprobs": True, "top_logprobs": 20, "max_tokens": 98},
+        openai.BadRequestError,
+        "128 x 98 x 21 = 263424",
+        None,
+        None,
+    ),
     "bias": ({"logit_bias": {"a": 1}}, openai.BadRequestError, "token ids", None, "invalid_value"),
     "no schema": (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},

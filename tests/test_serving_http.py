@@ -667,11 +667,24 @@ def test_log_probabilities_of_a_stream_add_up_to_those_of_a_whole_answer(client:
     body = {"text": "Hello?", "sampling_params": {"max_new_tokens": 6, "ignore_eos": True}, "return_logprob": True}
     body["top_logprobs_num"] = 2
     whole = client.post("/generate", json=body).json()["meta_info"]
-    lines = client.post("/generate", json=body | {"stream": True}).text.splitlines()
-    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+    def streamed(**more: Any) -> list[dict[str, Any]]:
+        lines = client.post("/generate", json=body | {"stream": True} | more).text.splitlines()
+        return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+    events, deltas = streamed(), streamed(stream_deltas=True)
     assert len(events) > 1
     for name in ("output_token_logprobs", "output_top_logprobs"):
         assert len(whole[name]) == 6
         assert [event["meta_info"][name] for event in events] == [
             whole[name][: event["meta_info"]["completion_tokens"]] for event in events
         ]
+        assert [len(event["meta_info"][name]) for event in deltas] == [len(event["output_ids"]) for event in deltas]
+        assert [entry for event in deltas for entry in event["meta_info"][name]] == whole[name]
+
+
+def test_more_log_probabilities_than_a_request_may_have_are_refused(client: httpx.Client):
+    body = {"text": "Hello?", "return_logprob": True, "top_logprobs_num": 20}
+    response = client.post("/generate", json=body | {"sampling_params": {"max_new_tokens": 12484}})
+    assert response.status_code == 400
+    assert "are 1 x 12484 x 21 = 262164, and a request may have 262144 log probabilities" in response.text

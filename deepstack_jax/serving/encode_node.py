@@ -87,7 +87,6 @@ class EncodeNode:
         headers = {name: value for name in FORWARDED if (value := headers.get(name)) is not None}
         body = to_json(msgspec.to_builtins(msgspec.structs.replace(request, stream=True, stream_deltas=True)))
         answer = await self._forward("/generate", body, headers, deadline)
-        count = 0
         async with aclosing(answer.parts) as parts:
             if answer.status != 200:
                 raise refusal(answer.status, await anext(parts), answer.headers.get("retry-after"))
@@ -108,9 +107,8 @@ class EncodeNode:
                     split,
                     meta.get("cached_tokens", 0),
                     meta.get("engine_shape", ""),
-                    _logprobs(meta)[count:],
+                    _logprobs(meta),
                 )
-                count += len(event["output_ids"])
                 if finish:
                     return
         raise RequestError("the language node ended its answer early: try again", 502)
@@ -193,7 +191,7 @@ class EncodeNode:
 
 
 def _logprobs(meta: Mapping[str, Any]) -> tuple[TokenLogprobs, ...]:
-    """Those of the whole answer so far, as SGLang's API has them."""
+    """Those of an event's tokens, which SGLang's API gives in two lists."""
     pairs = zip(meta.get("output_token_logprobs", ()), meta.get("output_top_logprobs", ()), strict=True)
     return tuple(
         TokenLogprobs(logprob, tuple((token, value) for value, token, _ in top)) for (logprob, *_), top in pairs

@@ -34,6 +34,9 @@ def generate_endpoint(service: Service) -> Endpoint:
     return Endpoint(service, respond)
 
 
+_OF_TOKENS = "output_token_logprobs", "output_top_logprobs"
+
+
 class _Answer:
     """An unfinished answer in SGLang's shape. It ends with its last chunk, or at a stop string."""
 
@@ -65,9 +68,8 @@ class _Answer:
         }
         if self._wants_logprobs:
             of_tokens = list(zip(chunk.logprobs, self._ids[before:], strict=False))
-            own = self._meta.setdefault("output_token_logprobs", [])
+            own, top = (self._meta.setdefault(name, []) for name in _OF_TOKENS)
             own += [[each.logprob, token, None] for each, token in of_tokens]
-            top = self._meta.setdefault("output_top_logprobs", [])
             top += [[[logprob, token, None] for token, logprob in each.top] for each, _ in of_tokens]
         if self.ended:
             self._meta["e2e_latency"] = round(time.monotonic() - self._started, 6)
@@ -87,7 +89,8 @@ class _Answer:
             return self.body()
         characters, tokens = self._sent
         self._sent = len(self._text), len(self._ids)
-        return {"text": self._text[characters:], "output_ids": self._ids[tokens:], "meta_info": self._meta}
+        meta = self._meta | {name: self._meta[name][tokens:] for name in _OF_TOKENS if name in self._meta}
+        return {"text": self._text[characters:], "output_ids": self._ids[tokens:], "meta_info": meta}
 
     def _reason(self, chunk: Chunk) -> dict[str, Any]:
         if self._stop.matched is not None:

@@ -28,6 +28,7 @@ MAX_TOOLS = 256
 MAX_OPTIONS = 64  # variables of a template, or options of media
 MAX_STOPS = 256  # with those that repeat
 MAX_CHOICES = 128
+MAX_LOGPROBS = 1 << 18  # of a request: of its tokens, and of the likeliest in their places; about 130 bytes for each
 MAX_PATH = 300  # characters of where a value stands
 MAX_BIASES = 300  # OpenAI's bound
 GRAMMAR_KINDS = ("json_schema", "regex", "lark")
@@ -165,6 +166,12 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """How many alternatives of each token are asked for; None for no log probabilities."""
         return self.top_logprobs_num if self.return_logprob else None
 
+    @property
+    def most_logged_tokens(self) -> int | None:
+        """How many tokens each answer may have for its log probabilities; None for any number."""
+        asked = self.top_logprobs
+        return None if asked is None else MAX_LOGPROBS // (self.sampling_params.n * (1 + asked))
+
     def prompt_options(self) -> dict[str, Any]:
         """The keyword arguments of `processor.prepare`."""
         named = {name: getattr(self, name) for name in TEMPLATE_OPTIONS}
@@ -181,6 +188,22 @@ class Inputs:
     videos: list[Any]
     options: dict[str, Any]
     has_media: bool
+
+
+def check_logprobs(answers: int, tokens: int | None, top_logprobs: int | None) -> None:
+    """Refuses more log probabilities than a request may have; see `most_logged_tokens` where `tokens` are not given.
+
+    Raises:
+        RequestError: which numbers make how many.
+    """
+    if tokens is None or top_logprobs is None:
+        return
+    count = answers * tokens * (1 + top_logprobs)
+    if count > MAX_LOGPROBS:
+        raise RequestError(
+            f"answers, their tokens, and log probabilities of each token are {answers} x {tokens} x {1 + top_logprobs} "
+            f"= {count}, and a request may have {MAX_LOGPROBS} log probabilities: ask for fewer"
+        )
 
 
 def parse_request(body: bytes | bytearray) -> GenerateRequest:

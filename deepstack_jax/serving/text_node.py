@@ -36,7 +36,7 @@ from deepstack_jax.serving.merged import closing_all, merged
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.readings import Reading, encoder_pool_readings, engine_readings
 from deepstack_jax.serving.remote_rows import RemoteRows
-from deepstack_jax.serving.requests import GenerateRequest, Inputs, admit_media
+from deepstack_jax.serving.requests import GenerateRequest, Inputs, admit_media, check_logprobs
 
 NUM_TEXT_THREADS = 2
 LEAST_DEFAULT_TOKENS = 1024  # of an answer whose length the request leaves open, as far as the context allows
@@ -303,7 +303,9 @@ class TextNode:
             )
 
     def _checked(self, request: GenerateRequest) -> Grammars:
-        """The grammars of a request whose prompt may fit."""
+        """The grammars of a request whose prompt and log probabilities may fit."""
+        sampling = request.sampling_params
+        check_logprobs(sampling.n, sampling.max_new_tokens, request.top_logprobs)
         self._check_prompt(request)
         return self._grammars(request)
 
@@ -371,7 +373,7 @@ class TextNode:
         if wanted is None and room > 0:
             # pages are reserved for the whole answer: more than a slot's share would keep other requests waiting
             share = self.runner.engine.token_capacity // self.runner.engine.shape.slots
-            wanted = min(room, max(share - tokens, LEAST_DEFAULT_TOKENS))
+            wanted = min(room, max(share - tokens, LEAST_DEFAULT_TOKENS), request.most_logged_tokens or room)
         if wanted is None or tokens + wanted > self._max_context:
             answer = "the answer" if wanted is None else f"max_new_tokens {wanted}"
             raise RequestError(

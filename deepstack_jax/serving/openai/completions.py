@@ -23,6 +23,7 @@ from deepstack_jax.serving.openai.fields import (
 )
 from deepstack_jax.serving.openai.output_parser import OutputParser
 from deepstack_jax.serving.parsing import read_body
+from deepstack_jax.serving.requests import check_logprobs
 from deepstack_jax.serving.text_node import TextNode
 
 MAX_PROMPTS = 128  # and answers
@@ -37,11 +38,12 @@ async def respond_to_completion(service: Service, node: TextNode, call: Call, re
         body = parse_body(call.body, CompletionRequest)
         check_model(body.model, node.model_names)
         _check(body)
-        return body, _token_ids(body, node)
+        prompts = _token_ids(body, node)
+        check_logprobs(len(prompts) * body.n, _most_tokens(body), body.logprobs)
+        return body, prompts
 
     body, prompts = await read_body(call.body, read)
-    most = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
-    sampling = sampling_fields(body, node.sampling_defaults, most, **grammar_of(body, None))
+    sampling = sampling_fields(body, node.sampling_defaults, _most_tokens(body), **grammar_of(body, None))
     groups = [[open_choice(body, node, OutputParser()) for _ in range(body.n)] for _ in prompts]
     usages = [Usage() for _ in prompts]
     answer = _Answer(body, node, call, prompts, groups, usages)
@@ -58,6 +60,10 @@ async def respond_to_completion(service: Service, node: TextNode, call: Call, re
         await reply.event(answer.frame([]) | {"usage": answer.usage()})
     await reply.event("[DONE]")
     await reply.end()
+
+
+def _most_tokens(body: CompletionRequest) -> int:
+    return DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
 
 
 def _check(body: CompletionRequest) -> None:
