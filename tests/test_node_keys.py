@@ -4,6 +4,7 @@ Sockets and nodes are real. An impostor has bare sockets and whatever a thief ma
 """
 
 import asyncio
+import base64
 import contextlib
 import logging
 import os
@@ -64,6 +65,7 @@ ALTERED: dict[str, dict[str, Any]] = {
     "role": {"role": "any"},
     "key": {"public": bytes(32)},
     "signature": {"signature": bytes(64)},
+    "end": {"expires": 2_000_000_000},
 }
 
 
@@ -97,6 +99,7 @@ class TestFiles:
         assert isinstance(key, NodeKey)
         assert (key.certificate.name, key.certificate.role) == ("enc1", "encode")
         assert key.certificate.serial in capsys.readouterr().out
+        assert not key.certificate.expires
         assert zmq.curve_public(key.secret) == key.public
         assert key.refusal(key.certificate, "encode") is None
         for made in (authority, file):
@@ -104,12 +107,23 @@ class TestFiles:
         assert msgspec.json.decode(authority.read_bytes())["authority_secret"] not in file.read_text()
         assert sorted(each.name for each in tmp_path.iterdir()) == ["cluster.authority", "enc1.key"]
 
+    def test_keygen_makes_keys_that_expire(self, tmp_path: Path, authority: Path, capsys: pytest.CaptureFixture[str]):
+        file, before = tmp_path / "enc1.key", int(time.time())
+        with pytest.raises(SystemExit) as end:
+            main(["keygen", str(file), "--node", "enc1", "--signed-by", str(authority), "--days", "90"])
+        assert not end.value.code
+        key = read_key(file)
+        assert isinstance(key, NodeKey)
+        assert before <= key.certificate.expires - 90 * 24 * 3600 <= time.time()
+        assert f"valid until {key.certificate.end}; only you can read it" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("arguments", "reason"),
         [
             (["--node", "enc1"], "--node enc1 needs --signed-by"),
             (["--signed-by", "x"], "give --node as well"),
             (["--role", "encode"], "give --node as well"),
+            (["--days", "90"], "give --node as well"),
             (["--node", "a", "--authority"], "give one of them"),
             (["--node", "a", "--api-key", "b"], "give one of them"),
             (["--node", "Enc_1", "--signed-by", "{authority}"], "'Enc_1' can't name a node: use 1 to 63"),
@@ -218,6 +232,44 @@ class TestCertificates:
             renewed = CLUSTER.make_node_key("lang1")
             assert (key.refusal(renewed.certificate, "language") is None) == (entry == LANGUAGE.certificate.serial)
 
+    def test_a_certificate_ends_when_it_says_and_a_clock_may_be_wrong_by_minutes(self, monkeypatch: pytest.MonkeyPatch):
+        key = CLUSTER.make_node_key("lang1", "language", expires=1_800_000_000)
+        reason = (
+            f"node lang1 (serial {key.certificate.serial}) has a key that was valid until 2027-01-15 08:00 UTC: make "
+            "another one with deepstack-jax keygen FILE --node lang1 --signed-by AUTHORITY, or set the clock"
+        )
+        for now, expected in ((0, None), (1_800_000_299, None), (1_800_000_301, reason), (4_000_000_000, reason)):
+            monkeypatch.setattr(time, "time", lambda now=now: now)
+            assert ENCODE.refusal(key.certificate, "language") == expected
+            assert ENCODE.refusal(LANGUAGE.certificate, "language") is None
+
+    def test_an_admitted_node_whose_key_has_ended_may_not_connect_again(self, monkeypatch: pytest.MonkeyPatch):
+        lasting, ending = LANGUAGE.certificate, CLUSTER.make_node_key("lang2", "language", 1_800_000_000).certificate
+
+        async def work() -> list[bool]:
+            listener = Listener("tcp://127.0.0.1:*", ENCODE)
+            try:
+                monkeypatch.setattr(time, "time", lambda: 1_799_999_999)
+                assert all(listener._admit(ENCODE, each) for each in (lasting, ending))
+                monkeypatch.setattr(time, "time", lambda: 1_800_000_301)
+                assert [listener._admit(ENCODE, each) for each in (lasting, ending)] == [True, False]
+                return [listener._shut_out(each.serial.encode()) for each in (lasting, ending)]
+            finally:
+                listener.close()
+
+        assert asyncio.run(work()) == [False, True]
+
+    def test_a_certificate_keeps_its_form_unless_it_has_an_end(self):
+        """Nodes of before `--days` read the former, and would take the latter for ever if they could."""
+        ending = CLUSTER.make_node_key("lang1", "language", expires=1_800_000_000).certificate
+        fields = {"name", "serial", "role", "public", "signature"}
+        assert msgspec.to_builtins(LANGUAGE.certificate).keys() == fields
+        assert msgspec.to_builtins(ending).keys() == fields | {"expires"}
+        endless = msgspec.structs.replace(ending, expires=0)
+        assert not ENCODE.certifies(endless)
+        assert not ENCODE.certifies(msgspec.structs.replace(ending, expires=ending.expires + 1))
+        assert len(pack_introduction(Introduction(ending))) <= MAX_INTRODUCTION
+
 
 DAMAGED: dict[str, tuple[bytes, str]] = {
     "not text": (b"\xff\xfe\n", "it is not text"),
@@ -261,6 +313,33 @@ class TestRevocations:
         assert ENCODE.certificate not in key.revoked
         revoke(key, tmp_path / "revoked.txt", "")
         assert LANGUAGE.certificate in key.revoked
+
+    @pytest.mark.parametrize("way", ["written", "replaced", "given other rights"])
+    def test_a_list_that_changed_is_read_before_the_next_node_is_admitted(
+        self, tmp_path: Path, way: str, caplog: pytest.LogCaptureFixture
+    ):
+        file = tmp_path / "revoked.txt"
+        key = with_list(ENCODE, file, "# nobody\n")
+        assert key.shut_out(LANGUAGE.certificate) is None
+        if way == "given other rights":
+            file.write_text("lang1\n")
+            file.chmod(0o662)
+        else:
+            new = tmp_path / "new" if way == "replaced" else file
+            new.write_text("lang1")  # without the end of the line
+            new.replace(file)
+        for _ in range(3):
+            assert key.shut_out(LANGUAGE.certificate) is None
+        (message,) = caplog.messages
+        assert "the revoked nodes are still those from before: " in message
+        if way == "given other rights":
+            file.chmod(0o600)
+        else:
+            file.write_text("lang1\n")
+        assert "is revoked" in str(key.shut_out(LANGUAGE.certificate))
+        file.unlink()
+        assert "is revoked" in str(key.shut_out(LANGUAGE.certificate))
+        assert "No such file" in caplog.messages[1]
 
 
 class Impostor:
@@ -619,6 +698,39 @@ def node_keys(tmp_path: Path) -> tuple[Path, Path]:
 
 
 class TestServe:
+    def test_a_changed_list_shuts_a_node_out_when_the_next_one_comes(
+        self,
+        model: dsj.Model,  # noqa: F811
+        tmp_path: Path,
+        node_keys: tuple[Path, Path],
+    ):
+        """Without SIGHUP; and a node whose key has expired is refused, with the date in the log."""
+        encode, language = node_keys
+        revoked, key = tmp_path / "revoked.txt", read_key(language)
+        revoked.write_text("# nobody\n")
+        authority = msgspec.json.decode((tmp_path / "cluster.authority").read_bytes())["authority_secret"]
+        assert isinstance(key, NodeKey)
+        ended = Authority(base64.b64decode(authority)).make_node_key("lang2", "language", expires=1_000_000_000)
+        options = ("--role", "encode", "--key", str(encode), "--revoked", str(revoked), "--decoders", "0")
+
+        async def work(node: ServeNode) -> None:
+            assert node.process.stderr
+            async with connected(model, [node.control], key=key) as encoders:
+                await until(lambda: encoders.num_encoders == 1)
+                revoked.write_text("lang1\n")
+                async with connected(model, [node.control], key=ended) as others:
+                    lines = [await asyncio.to_thread(node.process.stderr.readline) for _ in range(2)]
+                    assert f"{key.certificate} is revoked, and is no longer served" in lines[0]
+                    assert f"a language node is refused: {ended.certificate} has a key that was valid until" in lines[1]
+                    assert "2001-09-09 01:46 UTC" in lines[1]
+                    assert not others.num_encoders
+                await until(lambda: not encoders.num_encoders)
+
+        assert model.path is not None
+        with serving_process(model.path, "--block-size", str(BLOCK), *options) as node:
+            asyncio.run(work(node))
+            assert node.terminate()[0] == 0
+
     def test_sighup_reads_the_list_again(
         self,
         model: dsj.Model,  # noqa: F811
@@ -658,6 +770,7 @@ class TestServe:
         [
             (["--role", "encode", "--key", "{language}"], "expected one for role encode"),
             (["--role", "encode", "--key", "{encode}", "--revoked", "{list}"], "enc1 (serial .*) is revoked"),
+            (["--role", "encode", "--key", "{ended}"], "can't be used: node enc2 (serial .*) has a key that was valid"),
             (["--role", "encode", "--key", "{encode}", "--revoked", "missing"], "can't be read (No such file"),
             (["--role", "encode", "--key", "{shared}", "--revoked", "{list}"], "is the key of all nodes"),
             (["--role", "encode", "--revoked", "{list}"], "give --role, and a node's own key with --key"),
@@ -676,7 +789,9 @@ class TestServe:
     ):
         make_key(tmp_path / "cluster.key")
         (tmp_path / "revoked.txt").write_text("enc1\n")
+        make_node_key(tmp_path / "enc2.key", "enc2", tmp_path / "cluster.authority", "encode", days=-1)
         files = {
+            "ended": tmp_path / "enc2.key",
             "encode": node_keys[0],
             "language": node_keys[1],
             "shared": tmp_path / "cluster.key",

@@ -18,6 +18,9 @@ def run(
     role: Annotated[
         Literal["any", "encode", "language"] | None, typer.Option(help="with --node: the role it may have")
     ] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=36_500, help="with --node: when the key expires; never by default")
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(metavar="NAME", help="draw an API key with this name; the file gets its hash only")
     ] = None,
@@ -33,8 +36,8 @@ def run(
     """
     if authority + (node is not None) + (api_key is not None) > 1:
         raise ValueError("--authority, --node and --api-key make different keys: give one of them")
-    if (signed_by or role) and node is None:
-        raise ValueError("--signed-by and --role are for the key of a node: give --node as well")
+    if (signed_by or role or days) and node is None:
+        raise ValueError("--signed-by, --role and --days are for the key of a node: give --node as well")
     if api_key is not None:
         try:
             from deepstack_jax.serving.access import make_key as make_api_key
@@ -53,7 +56,8 @@ def run(
     elif node is not None:
         if signed_by is None:
             raise ValueError(f"--node {node} needs --signed-by: the file that keygen --authority made")
-        made = f" for {make_node_key(file, node, signed_by, role or 'any')}"
+        certificate = make_node_key(file, node, signed_by, role or "any", days)
+        made = f" for {certificate}" + (f", valid until {certificate.end}" if days else "")
     else:
         make_key(file)
     print(f"{file} made{made}; only you can read it")

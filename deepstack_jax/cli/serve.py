@@ -58,7 +58,7 @@ def run(
     ] = None,
     revoked: Annotated[
         Path | None,
-        typer.Option(help="names or serials of nodes that are shut out, one per line; SIGHUP reads them again"),
+        typer.Option(help="names or serials of nodes that are shut out, one per line; a changed file is read again"),
     ] = None,
     max_peers: Annotated[int, typer.Option(min=1, help="encode node: language nodes that may connect")] = 16,
     node_address: Annotated[

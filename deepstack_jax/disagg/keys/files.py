@@ -5,6 +5,7 @@ import errno
 import os
 import secrets
 import stat
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from deepstack_jax.disagg.keys.certificates import KEY_BYTES, Authority, Certifi
 from deepstack_jax.errors import naming
 
 MAX_KEY_FILE = 1 << 16  # bytes
+_DAY_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,16 @@ def make_authority(path: str | Path) -> None:
     _write(path, _AuthorityFile(secret))
 
 
-def make_node_key(path: str | Path, name: str, authority: str | Path, role: NodeRole = "any") -> Certificate:
+def make_node_key(
+    path: str | Path, name: str, authority: str | Path, role: NodeRole = "any", days: int | None = None
+) -> Certificate:
     """Writes a new file with the key of one node, as `make_key` does; returns the node's certificate.
 
     Args:
         name: of the node.
         authority: the file that `make_authority` wrote.
         role: the role that the node may have.
+        days: after which the key expires; None for never.
 
     Raises:
         ValueError: nothing can have this name, or the authority's file is not one or is not protected.
@@ -84,7 +89,8 @@ def make_node_key(path: str | Path, name: str, authority: str | Path, role: Node
         raise ValueError(
             f"{authority} is not an authority's key file: make one with deepstack-jax keygen FILE --authority"
         )
-    key = Authority(found.authority_secret).make_node_key(name, role)
+    expires = 0 if days is None else int(time.time()) + days * _DAY_S
+    key = Authority(found.authority_secret).make_node_key(name, role, expires)
     _write(path, _NodeFile(key.certificate, key.secret_bytes, key.authority))
     return key.certificate
 

@@ -1,5 +1,6 @@
 """The nodes of a cluster that are shut out, listed in a file."""
 
+import logging
 import os
 import re
 import stat
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 MAX_FILE = 1 << 20  # bytes
+_log = logging.getLogger(__name__)
 _ENTRY = re.compile(r"[a-z0-9.-]{1,63}")  # a node's name or a serial
 
 
@@ -32,7 +34,7 @@ class Revocations:
         Raises:
             ValueError: it can't be used; the message names the remedy.
         """
-        self._file = file
+        self._file, self._version = file, _version(file)
         self._entries = _read(file) if file else frozenset[str]()
         self._watchers: list[Callable[[], None]] = []
 
@@ -48,6 +50,15 @@ class Revocations:
         """Calls `changed` after each reload."""
         self._watchers.append(changed)
 
+    def refresh(self) -> None:
+        """Reloads the file if it has changed. One that can't be used is logged, once, and changes nothing."""
+        if _version(self._file) == self._version:
+            return
+        try:
+            self.reload()
+        except ValueError as error:
+            _log.error("the revoked nodes are still those from before: %s", error)
+
     def reload(self) -> None:
         """Reads the file again and adds what is new in it.
 
@@ -55,9 +66,19 @@ class Revocations:
             ValueError: it can't be used, and the entries are those from before.
         """
         if self._file:
+            self._version = _version(self._file)  # a change from here on is seen by the next `refresh`
             self._entries |= _read(self._file)
             for changed in self._watchers:
                 changed()
+
+
+def _version(file: Path | None) -> tuple[int, ...] | None:
+    """What differs once a file is written, replaced, or given other rights; None if it can't be found."""
+    try:
+        found = os.stat(file) if file else None
+    except OSError:
+        return None
+    return found and (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _read(file: Path) -> frozenset[str]:

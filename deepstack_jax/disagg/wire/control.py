@@ -133,6 +133,8 @@ class Listener:
         while True:
             version, sequence, domain, *_, mechanism, key = await self._questions.recv_multipart()
             mark = b"" if domain == INTRODUCTION_DOMAIN else self._members.get(key)
+            if mark and self._shut_out(mark):
+                mark = None
             status = (
                 (b"400", b"not a node of this cluster") if mechanism != b"CURVE" or mark is None else (b"200", b"OK")
             )
@@ -154,17 +156,21 @@ class Listener:
 
     def _admit(self, node: NodeKey, certificate: Certificate) -> bool:
         mark = certificate.serial.encode()
-        if self._nodes.get(mark) == certificate:
-            return True
-        if not node.certifies(certificate):
+        admitted = self._nodes.get(mark) == certificate
+        if not admitted and not node.certifies(certificate):
             return False
-        if reason := node.refusal(certificate, "language"):
+        if reason := node.shut_out(certificate) if admitted else node.refusal(certificate, "language"):
             if certificate.serial not in self._reported:
                 _log.warning("a language node is refused: %s", reason)
             self._reported.add(certificate.serial)
             return False
         self._nodes[mark], self._members[certificate.public] = certificate, mark
         return True
+
+    def _shut_out(self, mark: bytes) -> bool:
+        """Whether an admitted node may not connect any more."""
+        assert self.node is not None
+        return self.node.shut_out(self._nodes[mark]) is not None
 
     def drop_revoked(self) -> None:
         """Stops exchanging messages with nodes that are revoked by now."""
