@@ -89,6 +89,7 @@ class Decoders:
         self._running: set[_Job] = set()
         self._alive: set[_Process] = set()
         self._threads: list[threading.Thread] = []
+        self._idle_for_small = False  # whether the process waits that only takes small tasks
         self._started: Future[None] = Future()  # of the first process
         self._closed = False
 
@@ -273,14 +274,23 @@ class Decoders:
         """Waits for a task and marks it as running; None if the pool is closed."""
         with self._changed:
             while not self._closed:
-                for job in [job for job in self._waiting if job.is_small or not only_small]:
+                self._idle_for_small |= only_small
+                for job in [job for job in self._waiting if self._may_take(job, only_small)]:
                     self._waiting.remove(job)
                     if job.future.set_running_or_notify_cancel():
                         job.decoder, job.begun = process, time.monotonic()
                         self._running.add(job)
+                        if only_small:
+                            self._idle_for_small = False
+                            self._changed.notify_all()
                         return job
                 self._changed.wait()
         return None
+
+    def _may_take(self, job: _Job, only_small: bool) -> bool:
+        if not job.is_small:
+            return not only_small
+        return only_small or not self._idle_for_small  # processes of lower priority leave it to the idle one
 
     def _perform(self, job: _Job, process: "_Process | None") -> Result:
         if not self._processes:
