@@ -20,6 +20,7 @@ Import this module before jax compiles anything. Only one process at a time can 
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,10 +121,14 @@ def compile_for(target: str | Mesh, fn: Callable[..., Any], *args: Any, **jit_op
         ValueError: the errors of `mesh_of`.
         Exception: any error of the target's compiler.
     """
+    return _lowered(target, fn, *args, **jit_options).compile()
+
+
+def _lowered(target: str | Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> Any:
     mesh = mesh_of(target) if isinstance(target, str) else target
     jitted = fn if hasattr(fn, "trace") else jax.jit(fn, **jit_options)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # tells Pallas which chip it lowers for
-        return jitted.trace(*(placed(arg, mesh) for arg in args)).lower().compile()
+        return jitted.trace(*(placed(arg, mesh) for arg in args)).lower()
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
@@ -185,6 +190,50 @@ def kernels(compiled: Any) -> list[str]:
     of_tpu = re.findall(r'%?([\w.-]+?)(?:\.\d+)? = [^\n]*custom_call_target="tpu_custom_call"', text)
     of_gpu = re.findall(r'custom_call_target="(mosaic_gpu\w*)"', text)
     return sorted({*of_tpu, *of_gpu})
+
+
+class Thunk(NamedTuple):
+    """One step of what the host of an NVIDIA GPU runs, in XLA's words, and the kinds of steps that hold it."""
+
+    kind: str  # kCustomKernel (XLA's kernels), kCustomCall (Pallas' too), kCopy, kWhile, kConditional, kCommandBuffer
+    name: str
+    within: tuple[str, ...]  # from the outside to the inside; a loop's condition is in the loop
+
+    @property
+    def launches(self) -> bool:
+        """Whether this is a kernel or a copy, rather than a loop, a branch or a CUDA graph that holds others."""
+        return self.kind not in (_GRAPH, *_DECIDED)
+
+    @property
+    def decided_by_host(self) -> bool:
+        """Whether this is a loop or branch outside CUDA graphs: the host waits for the device before every turn."""
+        return self.kind in _DECIDED and _GRAPH not in self.within
+
+
+_GRAPH, _DECIDED = "kCommandBuffer", ("kWhile", "kConditional")
+
+
+def thunks(target: str | Mesh, fn: Callable[..., Any], *args: Any, **jit_options: Any) -> list[Thunk]:
+    """Compiles for an NVIDIA GPU as `compile_for` does, and lists what the program launches, in order.
+
+    A loop's body and each branch of a conditional are listed once, however often they run.
+
+    Raises:
+        ValueError: the errors of `mesh_of`.
+        Exception: any error of the target's compiler.
+    """
+    lowered = _lowered(target, fn, *args, **jit_options)
+    with tempfile.TemporaryDirectory() as folder:
+        lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (listed,) = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
+        text = listed.read_text()
+    found, holders = [], []  # of (indentation, kind)
+    for indent, kind, name in re.findall(r"^( *)\d+: (k\w+) *\[[^\]]*\] *(\S*)", text, re.M):
+        while holders and holders[-1][0] >= len(indent):
+            holders.pop()
+        found.append(Thunk(kind, name, tuple(holder for _, holder in holders)))
+        holders.append((len(indent), kind))
+    return found
 
 
 def _main() -> None:
