@@ -13,6 +13,7 @@ gives the pad token.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -209,9 +210,11 @@ def _adjust(
         places = jnp.where(bias_ids >= 0, bias_ids, vocabulary)
         moved = penalise(logits.astype(jnp.float32).at[rows, places].add(params.bias_values, mode="drop"))
         if mask is not None:
-            # row by row: a TPU, whose tiles have 128 columns, keeps 32 columns in the space of 128
-            allowed = jax.lax.map(lambda row: _bits(row)[:vocabulary], jnp.asarray(mask.allowed))
-            moved = jnp.where(allowed | ~masked[:, None], moved, -jnp.inf)
+            # Row by row: a TPU, whose tiles have 128 columns, keeps 32 columns in the space of 128. On NVIDIA the host
+            # would drive that loop, and wait in every step to decide whether it is needed.
+            forms = {"cuda": jax.vmap(_bits), "default": partial(jax.lax.map, _bits)}
+            allowed = jax.lax.platform_dependent(jnp.asarray(mask.allowed), **forms)
+            moved = jnp.where(allowed[:, :vocabulary] | ~masked[:, None], moved, -jnp.inf)
         at_end = jnp.any(jnp.arange(vocabulary)[:, None] == ends[:, None], axis=-1) & early[:, None]
         others = jnp.any(~at_end & (moved > -jnp.inf), axis=1, keepdims=True)
         return jnp.where(at_end & others, -jnp.inf, moved)
