@@ -86,17 +86,15 @@ def scalar_step(logits: jax.Array, seen: jax.Array, params: Any, step: jax.Array
     return sample(logits, seen, params, jnp.max(step), *others)
 
 
-def one_key_too_many(
-    query: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, start: jax.Array, stop: jax.Array
-) -> jax.Array:
-    return attention(query, keys, values, table, start, jnp.where(stop > 0, stop + 1, 0))
+def one_key_too_many(query: jax.Array, *cached: jax.Array, dtype: Any) -> jax.Array:
+    *pages, start, stop = cached
+    return attention(query, *pages, start, jnp.where(stop > 0, stop + 1, 0), dtype=dtype)
 
 
-def one_row_begins_late(
-    query: jax.Array, keys: jax.Array, values: jax.Array, table: jax.Array, start: jax.Array, stop: jax.Array
-) -> jax.Array:
+def one_row_begins_late(query: jax.Array, *cached: jax.Array, dtype: Any) -> jax.Array:
+    *pages, start, stop = cached
     later = (jnp.arange(len(start)) == 1)[:, None] & (stop > 1)
-    return attention(query, keys, values, table, start + later, stop)
+    return attention(query, *pages, start + later, stop, dtype=dtype)
 
 
 def all_rows_run(config: Any, params: Any, state: Any, running: np.ndarray, *others: Any) -> Any:

@@ -324,7 +324,9 @@ def _attend(
             key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, new, strict=True))
             return ranged_attention(query, key, value, start, slots + 1), (key, value)
         key, value = (_write_pages(*pair, page_table, slots) for pair in zip(cached, new, strict=True))
-        return paged_attention(query, key, value, page_table, start, slots + 1), (key, value)
+        # rounded at once to what the output product reads, so that no pass of its own does it
+        attended = paged_attention(query, key, value, page_table, start, slots + 1, dtype=query.dtype)
+        return attended, (key, value)
 
     rows, heads = sharding.split(len(query), "slots") or None, sharding.split(key.shape[1], "kv_heads") or None
     of_rows, of_heads = PartitionSpec(rows), PartitionSpec(rows, heads)

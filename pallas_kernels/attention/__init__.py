@@ -6,9 +6,12 @@ two integers per query, padding is an empty range, and blocks of keys that no qu
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import hopper
 from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, xla_paged, xla_ranged
@@ -81,6 +84,7 @@ def paged_attention(
     start: jax.Array,
     stop: jax.Array,
     *,
+    dtype: DTypeLike = jnp.float32,
     backend: str | None = None,
 ) -> jax.Array:
     """`ranged_attention` over keys that are stored in pages: key s of row b is in page `page_table[b, s // page]`.
@@ -97,10 +101,11 @@ def paged_attention(
         page_table: int32 [B, P], page numbers; 0 <= page_table < N even where a row reads nothing.
         start: int32 [B, T], the first key that a query reads.
         stop: int32 [B, T], the key after the last one, at most P * page.
+        dtype: of the result. It is computed in float32 and rounded once.
         backend: a name from `BACKENDS`, or None for the automatic choice by chip and shapes (docs/kernels.md).
 
     Returns:
-        float32 [B, T, H, h]; 0 if the range is empty.
+        [B, T, H, h]; 0 if the range is empty.
 
     Raises:
         ValueError: the shapes don't fit together, or the backend is unknown.
@@ -112,20 +117,22 @@ def paged_attention(
             f"paged_attention: query {query.shape}, key_pages {key_pages.shape}, value_pages {value_pages.shape} and "
             f"page_table {page_table.shape} must be [B, H, T, h], [N, K, page, h], [N, K, page, h] and [B, P]"
         )
-    return _run("paged_attention", backend, query, key_pages, value_pages, page_table, start, stop)
+    return _run("paged_attention", backend, query, key_pages, value_pages, page_table, start, stop, dtype=dtype)
 
 
-def _run(op: str, backend: str | None, *args: jax.Array) -> jax.Array:
+def _run(op: str, backend: str | None, *args: jax.Array, **options: Any) -> jax.Array:
+    def form(name: str) -> Callable[..., jax.Array]:
+        return partial(getattr(get_backend(op, BACKENDS, name), op), **options)
+
     if backend is not None:
-        return getattr(get_backend(op, BACKENDS, backend), op)(*args)
+        return form(backend)(*args)
     chip = target_chip(*args)
     name, why = _automatic(op, chip, *args)
     log_choice(op, f"query {args[0].shape}, keys {args[1].shape} {args[1].dtype}", chip, name, why)
-    plain = getattr(BACKENDS["xla"], op)
     if name == "xla":
-        return plain(*args)
+        return form(name)(*args)
     # selects by the platform that is really compiled for; a kernel is only traced for this chip
-    return jax.lax.platform_dependent(*args, default=plain, **{chip.platform: getattr(BACKENDS[name], op)})
+    return jax.lax.platform_dependent(*args, default=form("xla"), **{chip.platform: form(name)})
 
 
 def _automatic(op: str, chip: Chip, *args: jax.Array) -> tuple[str, str]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import hopper, sharded
 from pallas_kernels.attention.running_softmax import LOWEST
@@ -87,11 +88,12 @@ def paged_attention(
     page_table: jax.Array,
     start: jax.Array,
     stop: jax.Array,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """See `pallas_kernels.attention`."""
     if reason := unsupported_paged(query, key_pages, value_pages, page_table):
         raise NotImplementedError(reason)
-    return _attend(query, key_pages, value_pages, page_table, start, stop, query.shape[3] ** -0.5)
+    return _attend(query, key_pages, value_pages, page_table, start, stop, query.shape[3] ** -0.5, dtype)
 
 
 class Bounds(NamedTuple):
@@ -131,6 +133,7 @@ def _attend(
     start: jax.Array,
     stop: jax.Array,
     scale: float,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """Returns the attention of both ops; `query` times `scale` times a key is the score."""
     batch, heads, length, head_dim = query.shape
@@ -145,9 +148,9 @@ def _attend(
     capacity = key.shape[2] if page_table is None else page_table.shape[1] * key.shape[2]
     bounds = _bounds(start, stop, capacity, groups, tile)
     if warp_groups == 1:
-        out = _combine(*_decode(rows, key, value, page_table, bounds, count, capacity, scale), bounds)
+        out = _combine(*_decode(rows, key, value, page_table, bounds, count, capacity, scale), bounds, dtype)
     else:
-        out = _prefill(rows, key, value, page_table, bounds, scale)
+        out = _prefill(rows, key, value, page_table, bounds, scale).astype(dtype)
     tables = [] if page_table is None else [page_table]
     out = sharded.varying(out, query, key, value, *tables, start, stop)
     out = out[:, :, :count].reshape(batch, kv_heads, length, groups, head_dim)
@@ -509,14 +512,14 @@ def _decode(
     )(rows, key, value, *tables, *bounds)
 
 
-def _combine(results: jax.Array, logs: jax.Array, bounds: Bounds) -> jax.Array:
+def _combine(results: jax.Array, logs: jax.Array, bounds: Bounds, dtype: DTypeLike) -> jax.Array:
     """Returns the sum of the splits' results, in the order of splits, weighted by their sums: [B, K, R, h].
 
     A block combines 16 columns of the rows of one key head. It loads several splits at once and adds one after another.
     """
     batch, kv_heads, _, pieces, count, _ = results.shape
 
-    def body(results_ref: Any, logs_ref: Any, tile_ref: Any, out_ref: Any) -> None:
+    def body(results_ref: Any, logs_ref: Any, tile_ref: Any, out_ref: Any, staged: Any) -> None:
         b, head, piece = (lax.axis_index(name) for name in ("batch", "head", "piece"))
         first, last = _splits_of(Tile(*(tile_ref[b, 0, i] for i in range(7))))
 
@@ -536,13 +539,16 @@ def _combine(results: jax.Array, logs: jax.Array, bounds: Bounds) -> jax.Array:
         zeros = jnp.zeros((count, COLUMNS), jnp.float32)
         turns = pl.cdiv(last - first, _COMBINED)
         state = lax.fori_loop(0, turns, add, State(zeros, zeros + LOWEST, zeros))
-        out_ref[b, head, piece] = jnp.where(state.weighted != 0, state.weighted / state.total, 0.0)
+        staged[...] = jnp.where(state.weighted != 0, state.weighted / state.total, 0.0).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staged, out_ref.at[b, head, :, pl.ds(piece * COLUMNS, COLUMNS)])
+        plgpu.wait_smem_to_gmem(0)
 
-    out = plgpu.kernel(
+    return plgpu.kernel(
         body,
-        out_type=sharded.result((batch, kv_heads, pieces, count, COLUMNS), jnp.float32, results, logs),
+        out_type=sharded.result((batch, kv_heads, count, pieces * COLUMNS), dtype, results, logs),
         grid=(batch, kv_heads, pieces),
         grid_names=("batch", "head", "piece"),
+        scratch_types=(plgpu.SMEM((count, COLUMNS), dtype),),
         compiler_params=hopper.params(approximate=True),
     )(results, logs, bounds.of_tile)
-    return out.swapaxes(2, 3).reshape(batch, kv_heads, count, pieces * COLUMNS)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from pallas_kernels import sharded
 from pallas_kernels.attention.running_softmax import LOWEST
@@ -123,6 +124,7 @@ def paged_attention(
     page_table: jax.Array,
     start: jax.Array,
     stop: jax.Array,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """See `pallas_kernels.attention`."""
     if reason := unsupported_paged(query, key_pages, value_pages, page_table, start, stop):
@@ -136,7 +138,8 @@ def paged_attention(
 
     rows = SMEM_BYTES // (4 * page_table.shape[1])  # of the batch, one call after another
     calls = (slice(at, at + rows) for at in range(0, len(query), rows))
-    return jnp.concatenate([attend(query[call], page_table[call], start[call], stop[call]) for call in calls])
+    parts = [attend(query[call], page_table[call], start[call], stop[call]) for call in calls]
+    return jnp.concatenate(parts).astype(dtype)
 
 
 class TpuSpec(NamedTuple):

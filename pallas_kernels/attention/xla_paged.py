@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels.attention.running_softmax import State, finish, initial, read_block
 from pallas_kernels.attention.xla_ranged import BLOCK, even_block
@@ -27,6 +28,7 @@ def paged_attention(
     page_table: jax.Array,
     start: jax.Array,
     stop: jax.Array,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """See `pallas_kernels.attention`."""
     batch, heads, length, head_dim = query.shape
@@ -42,7 +44,7 @@ def paged_attention(
         return _attend(query, start, stop, key_pages, value_pages, page_table, pages)
 
     out = _by_blocks(attend, grouped, start, stop)
-    return out[:, :, :groups].reshape(batch, heads, length, head_dim).swapaxes(1, 2)
+    return out[:, :, :groups].reshape(batch, heads, length, head_dim).swapaxes(1, 2).astype(dtype)
 
 
 def _by_blocks(attend: Callable[..., jax.Array], query: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
