@@ -69,31 +69,46 @@ def _decode(
     columns = pl.cdiv(tokens, 8) * 8
     x = jnp.pad(hidden.astype(gate_up.dtype), ((0, columns - tokens), (0, 0)))
     slots = _slots(top_k_index, experts)
-    inner = _decode_gate_up(x, gate_up, slots)
-    out = _decode_down(inner, down, slots)
+    inner = _decode_gate_up(x, gate_up, slots.expert)
+    out = _decode_down(inner, down, slots.expert)
     # Slots depend on the other tokens' experts; a token's sum over its own choices doesn't. XLA fuses gather and sum.
-    slot = slots.up_to[jnp.clip(top_k_index, 0, experts - 1)] - 1
+    slot = slots.up_to(top_k_index) - 1
     of_choice = out[jnp.maximum(slot, 0), :, jnp.arange(tokens)[:, None]]  # [T, k, D]
     return routing.weighted_sum(of_choice, top_k_index, top_k_weights, experts).astype(hidden.dtype)
 
 
 class Slots(NamedTuple):
-    """The active experts, by number. There is one slot per expert that can be active; `up_to[-1]` are in use."""
+    """The active experts, by number. There is one slot per expert that can be active."""
 
-    expert: jax.Array  # int32 [slots]; E in slots that are not in use
-    up_to: jax.Array  # int32 [E], the number of active experts among 0..e, so an active e has slot up_to[e] - 1
+    expert: jax.Array  # int32 [slots + 1]: E in slots that are not in use, and at the end the number of those in use
+    active: jax.Array  # uint32 [E / 32]: bit e % 32 of word e // 32 is set for each active expert e
+
+    def up_to(self, numbers: jax.Array) -> jax.Array:
+        """Returns how many active experts have at most these numbers; an active e has slot up_to(e) - 1."""
+        count = jnp.zeros_like(numbers)
+        for i in range(len(self.active)):  # elementwise, so that XLA computes it where it is read
+            beyond = 32 * i + 31 - numbers  # bits of the word that stand for higher numbers
+            counted = jnp.uint32(0xFFFFFFFF) >> jnp.clip(beyond, 0, 31).astype(jnp.uint32)
+            of_word = lax.population_count(self.active[i] & counted).astype(jnp.int32)
+            count += jnp.where(beyond > 31, 0, of_word)
+        return count
 
 
 def _slots(top_k_index: jax.Array, experts: int) -> Slots:
-    """Lists the active experts by comparisons alone. XLA makes one launch of each, and more of a scatter or a scan."""
-    choices, numbers = top_k_index.reshape(-1), jnp.arange(experts, dtype=jnp.int32)
-    is_active = jnp.any(choices == numbers[:, None], axis=1)
-    up_to = jnp.sum(is_active & (numbers <= numbers[:, None]), axis=1, dtype=jnp.int32)
-    slots = jnp.arange(min(experts, choices.size), dtype=jnp.int32)
-    return Slots(jnp.sum(up_to <= slots[:, None], axis=1, dtype=jnp.int32), up_to)
+    """Lists the active experts in two launches, a reduction and what is elementwise. A scatter or scan takes more."""
+    choices, words = top_k_index.reshape(-1), jnp.arange(pl.cdiv(experts, 32), dtype=jnp.int32)[:, None]
+    is_in_word = routing.is_expert(choices, experts) & (choices >> 5 == words)
+    bits = jnp.where(is_in_word, jnp.uint32(1) << (choices & 31).astype(jnp.uint32), 0)
+    number = jnp.arange(min(experts, choices.size) + 1, dtype=jnp.int32)
+    slots = Slots(number, lax.reduce(bits, jnp.uint32(0), lax.bitwise_or, (1,)))
+    expert = jnp.zeros_like(number)  # the active expert that has `number` active ones before it, by bisection
+    for i in reversed(range((experts - 1).bit_length() + 1)):
+        expert += jnp.where(slots.up_to(expert + (2**i - 1)) <= number, 2**i, 0)
+    in_use = slots.up_to(jnp.full_like(number, experts - 1))
+    return slots._replace(expert=jnp.where(number < number[-1], jnp.minimum(expert, experts), in_use))
 
 
-def _decode_gate_up(x: jax.Array, gate_up: jax.Array, slots: Slots) -> jax.Array:
+def _decode_gate_up(x: jax.Array, gate_up: jax.Array, expert_of_slot: jax.Array) -> jax.Array:
     """[columns, D] -> [slots, columns, F] in the weights' dtype, for the slots in use.
 
     There is one block per slot and 64 columns of F: for one token of 30B-A3B, 96 blocks that stream 512 KiB each. A
@@ -102,16 +117,16 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, slots: Slots) -> jax.Array
     latency of 1 us.
     """
     columns, width = x.shape
-    (num_slots,), (experts,) = slots.expert.shape, slots.up_to.shape
+    num_slots = len(expert_of_slot) - 1
     inner_width = gate_up.shape[2] // 2
     chunks = inner_width // K
 
-    def body(x_ref: Any, weights_ref: Any, expert_of_slot: Any, up_to_ref: Any, inner_ref: Any, staged: Any) -> None:
+    def body(x_ref: Any, weights_ref: Any, expert_ref: Any, inner_ref: Any, staged: Any) -> None:
         slot, chunk = lax.axis_index("slot"), lax.axis_index("chunk")
 
-        @pl.when(slot < up_to_ref[experts - 1])
+        @pl.when(slot < expert_ref[num_slots])
         def _() -> None:
-            expert_ref = weights_ref.at[expert_of_slot[slot]]
+            of_expert = weights_ref.at[expert_ref[slot]]
 
             def products(gate_acc: Any, up_acc: Any) -> tuple[jax.Array, jax.Array]:
                 def step(_: Any, gate: Any, up: Any, x: Any) -> None:
@@ -129,7 +144,7 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, slots: Slots) -> jax.Array
                         block((columns, K), lambda k: (0, k)),
                     ],
                     max_concurrent_steps=_buffers_of_two_blocks((2 * K + columns) * K * 2),
-                )(expert_ref, expert_ref, x_ref)
+                )(of_expert, of_expert, x_ref)
                 return gate_acc[...], up_acc[...]
 
             acc = plgpu.WGMMAAccumulatorRef((K, columns))
@@ -141,15 +156,15 @@ def _decode_gate_up(x: jax.Array, gate_up: jax.Array, slots: Slots) -> jax.Array
 
     return plgpu.kernel(
         body,
-        out_type=sharded.result((num_slots, columns, inner_width), x.dtype, x, gate_up, slots.expert),
+        out_type=sharded.result((num_slots, columns, inner_width), x.dtype, x, gate_up, expert_of_slot),
         grid=(num_slots, chunks),
         grid_names=("slot", "chunk"),
         scratch_types=(plgpu.SMEM((columns, K), x.dtype, transforms=hopper.swizzled(K)),),
         compiler_params=hopper.params(),
-    )(x, gate_up, *slots)
+    )(x, gate_up, expert_of_slot)
 
 
-def _decode_down(inner: jax.Array, down: jax.Array, slots: Slots) -> jax.Array:
+def _decode_down(inner: jax.Array, down: jax.Array, expert_of_slot: jax.Array) -> jax.Array:
     """[slots, columns, F] -> float32 [slots, D, columns], not yet weighted, for the slots in use.
 
     There is one block per 64 columns of D and group of slots; it processes the group in one stream that doesn't stop
@@ -158,16 +173,16 @@ def _decode_down(inner: jax.Array, down: jax.Array, slots: Slots) -> jax.Array:
     experts. At 64 tokens of 30B-A3B that is 67 MB beside 1208 MB of weights, and less in proportion to T below.
     """
     num_slots, columns, inner_width = inner.shape
-    experts, _, width = down.shape
+    width = down.shape[2]
     steps_each = inner_width // K
     groups = min(num_slots, max(1, 256 * K // width))
     buffers = _buffers_of_two_blocks((K + columns) * K * 2)
 
     def body(*refs: Any) -> None:
-        inner_ref, weights_ref, expert_of_slot, up_to_ref, out_ref, weights, inners, arrived = refs
+        inner_ref, weights_ref, expert_ref, out_ref, weights, inners, arrived = refs
         group = lax.axis_index("group")
         of_d = pl.ds(lax.axis_index("chunk") * K, K)
-        slots_here = lax.div(up_to_ref[experts - 1] - group + (groups - 1), groups)  # group, group + groups, ...
+        slots_here = lax.div(expert_ref[num_slots] - group + (groups - 1), groups)  # group, group + groups, ...
         steps = slots_here * steps_each
 
         def fetch(step: jax.Array) -> None:
@@ -175,7 +190,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, slots: Slots) -> jax.Array:
             of_f = pl.ds(lax.rem(step, steps_each) * K, K)
             buffer = lax.rem(step, buffers)
             barrier = arrived.at[buffer]
-            plgpu.copy_gmem_to_smem(weights_ref.at[expert_of_slot[slot], of_f, of_d], weights.at[buffer], barrier)
+            plgpu.copy_gmem_to_smem(weights_ref.at[expert_ref[slot], of_f, of_d], weights.at[buffer], barrier)
             plgpu.copy_gmem_to_smem(inner_ref.at[slot, :, of_f], inners.at[buffer], barrier)
 
         pl.loop(0, jnp.minimum(steps, buffers - 1))(fetch)
@@ -199,7 +214,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, slots: Slots) -> jax.Array:
 
     return plgpu.kernel(
         body,
-        out_type=sharded.result((num_slots, width, columns), jnp.float32, inner, down, slots.expert),
+        out_type=sharded.result((num_slots, width, columns), jnp.float32, inner, down, expert_of_slot),
         grid=(groups, width // K),
         grid_names=("group", "chunk"),
         scratch_types=(
@@ -208,7 +223,7 @@ def _decode_down(inner: jax.Array, down: jax.Array, slots: Slots) -> jax.Array:
             plgpu.Barrier(num_arrivals=2, num_barriers=buffers),
         ),
         compiler_params=hopper.params(),
-    )(inner, down, *slots)
+    )(inner, down, expert_of_slot)
 
 
 def _buffers_of_two_blocks(step: int) -> int:
