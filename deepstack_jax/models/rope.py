@@ -6,6 +6,7 @@ Angles and rotations are float32 in both. Sources: RoFormer (arXiv:2104.09864), 
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -34,8 +35,18 @@ def patch_rotation(theta: float, head_dim: int, coordinates: Int[Array, "P 2"]) 
 def rotate(x: Float[Array, "*batch T H h"], rotation: Rotation) -> Float[Array, "*batch T H h"]:
     """Rotates each pair (x[i], x[i + h/2]) by its angle, in float32."""
     cos, sin = (part[..., None, :] for part in rotation)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    # XLA for NVIDIA would launch each half by itself, for one token together with its norm
+    return jax.lax.platform_dependent(x.astype(jnp.float32), cos, sin, cuda=_rotate_whole, default=_rotate_halves)
+
+
+def _rotate_halves(x: Array, cos: Array, sin: Array) -> Array:
+    first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _rotate_whole(x: Array, cos: Array, sin: Array) -> Array:
+    swapped = x.reshape(*x.shape[:-1], 2, -1)[..., ::-1, :].reshape(x.shape)
+    return x * jnp.concatenate([cos, cos], axis=-1) + swapped * jnp.concatenate([-sin, sin], axis=-1)
 
 
 def _frequency_axis(rope: RopeConfig, head_dim: int) -> np.ndarray:
