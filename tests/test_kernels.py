@@ -24,8 +24,17 @@ from pallas_kernels import dispatch
 from pallas_kernels import fused_moe as moe_module
 from pallas_kernels.deepstack_add import arg_specs as add_specs
 from pallas_kernels.deepstack_add import deepstack_add
-from pallas_kernels.fused_moe import fused_moe, mosaic_gpu, mosaic_tpu, xla
-from pallas_kernels.fused_moe.arg_specs import ODD, SMALL, TILED, ArgSpec
+from pallas_kernels.fused_moe import fused_moe, mosaic_gpu, mosaic_tpu, tpu_prefill, xla
+from pallas_kernels.fused_moe.arg_specs import (
+    ODD,
+    QWEN3_VL_30B_A3B,
+    QWEN3_VL_235B_A22B,
+    REAL,
+    SMALL,
+    TILED,
+    ArgSpec,
+)
+from pallas_kernels.fused_moe.tpu_blocks import TpuSpec
 from tests import float64
 from tests.interpreters import on_gpu, on_tpu
 
@@ -106,6 +115,55 @@ class TestFusedMoe:
         assert out.dtype == hidden_dtype
         # the same roundings in another order: a tenth of their root mean square
         assert error_of(out, spec, dtype, hidden_dtype) <= 1.1 * error_of_plain_form(spec, dtype, hidden_dtype)
+
+
+TPUS = {
+    "v5e": TpuSpec(128 << 20, cores=1, matrix_unit=128),
+    "v6e": TpuSpec(128 << 20, cores=1, matrix_unit=256),
+    "v5p": TpuSpec(64 << 20, cores=2, matrix_unit=128),
+    "tpu7x": TpuSpec(64 << 20, cores=1, matrix_unit=256),
+}
+
+
+def schedule_of(spec: ArgSpec, chip: str) -> tpu_prefill.Schedule:
+    _, _, down, index, _ = spec.shapes("bfloat16")
+    schedule = tpu_prefill.schedule(index, down, TPUS[chip])
+    assert schedule is not None
+    return schedule
+
+
+class TestScheduleOnTpu:
+    """How the TPU's prefill divides its work, from bytes alone."""
+
+    @pytest.mark.parametrize(
+        ("model", "tokens", "experts", "chip", "in_vmem", "parts"),
+        [
+            (QWEN3_VL_30B_A3B, 4096, 128, "v5e", True, 1),
+            (QWEN3_VL_30B_A3B, 4096, 16, "v5p", True, 2),  # 151 MB of weights once more, or a pass of 268
+            (QWEN3_VL_30B_A3B, 4096, 128, "v5p", False, 1),  # 1208
+            (QWEN3_VL_30B_A3B, 16384, 128, "v6e", True, 3),
+            (QWEN3_VL_235B_A22B, 1024, 16, "v5p", True, 1),
+            (QWEN3_VL_235B_A22B, 2048, 16, "v5p", False, 1),
+            (QWEN3_VL_235B_A22B, 2048, 16, "v5e", True, 1),
+            (replace(QWEN3_VL_30B_A3B, width=2176), 1024, 16, "v5e", False, 1),  # rows of eight and a half lines
+        ],
+    )
+    def test_rows_stay_in_vmem_where_that_moves_fewer_bytes(
+        self, model: ArgSpec, tokens: int, experts: int, chip: str, in_vmem: bool, parts: int
+    ):
+        schedule = schedule_of(replace(model, tokens=tokens, experts=experts), chip)
+        assert schedule.in_vmem == in_vmem
+        assert -(-tokens // schedule.part) == parts
+
+    @pytest.mark.parametrize("chip", TPUS)
+    @pytest.mark.parametrize("spec", [spec for specs in REAL.values() for spec in specs], ids=str)
+    def test_no_kernel_has_more_rows_than_indices_or_memory_for_them(self, spec: ArgSpec, chip: str):
+        in_vmem, part, tiles = schedule_of(spec, chip)
+        assert part * spec.top_k <= tpu_prefill.MAX_ROWS
+        assert spec.inner % tiles.block == tiles.block % 128 == 0
+        if in_vmem:
+            assert 6 * spec.width * (part + tiles.rows) + 12 * spec.width * tiles.block <= TPUS[chip].vmem
+            assert spec.inner // tiles.block % TPUS[chip].cores == 0
 
 
 def refusal(spec: ArgSpec, dtype: str, hidden_dtype: str, backend: str | None) -> str | None:

@@ -5,6 +5,7 @@ The references are the plain forms, and float64 where the order of sums differs.
 
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from jax.experimental import pallas as pl
 from pallas_kernels.deepstack_add import mosaic_tpu as deepstack_add
 from pallas_kernels.deepstack_add import xla as plain_deepstack_add
 from pallas_kernels.fused_moe import mosaic_tpu as fused_moe
+from pallas_kernels.fused_moe import tpu_prefill
 from pallas_kernels.fused_moe import xla as plain_fused_moe
 from pallas_kernels.fused_moe.arg_specs import ROUTINGS, TILED, ArgSpec, Routing
+from pallas_kernels.fused_moe.tpu_prefill import Schedule, Tiles
 from tests.interpreters import on_tpu
 from tests.test_kernels import error_of, error_of_plain_form
 
@@ -26,11 +29,18 @@ REGIMES = {
     "decode": partial(fused_moe._decode, cores=1, block=384),
     "decode, blocks of F": partial(fused_moe._decode, cores=1, block=128),
     "decode, two cores": partial(fused_moe._decode, cores=2, block=128),
-    "prefill": partial(fused_moe._prefill, cores=1, tiles=fused_moe.Tiles(512, 128, 384)),
-    "prefill, small tiles": partial(fused_moe._prefill, cores=1, tiles=fused_moe.Tiles(16, 8, 128)),
-    "prefill, two cores, in parts": partial(
-        fused_moe._prefill, cores=2, tiles=fused_moe.Tiles(16, 16, 384), max_rows=24
-    ),
+    **{
+        f"prefill {form}{name}": partial(
+            tpu_prefill.run, cores=cores, schedule=Schedule(form == "in VMEM", part, tiles)
+        )
+        for form in ("in VMEM", "by row copies")
+        for name, cores, part, tiles in (
+            ("", 1, 40, Tiles(512, 128, 384)),
+            (", small tiles", 1, 40, Tiles(16, 8, 128)),
+            # of three blocks of F, two cores can't take equal numbers
+            (", two cores, in parts", 2, 6, Tiles(16, 16, 384 if form == "by row copies" else 192)),
+        )
+    },
 }
 
 
@@ -84,7 +94,14 @@ class TestRegimesOfFusedMoe:
 class TestFusedMoe:
     @pytest.mark.parametrize(
         ("regime", "rows", "blocks"),
-        [("decode", 40, 1), ("decode, blocks of F", 40, 3), ("prefill", 512, 1), ("prefill, small tiles", 16, 3)],
+        [
+            ("decode", 40, 1),
+            ("decode, blocks of F", 40, 3),
+            ("prefill in VMEM", 512, 1),
+            ("prefill in VMEM, small tiles", 16, 3),
+            ("prefill by row copies", 512, 1),
+            ("prefill by row copies, small tiles", 16, 3),
+        ],
     )
     def test_only_work_that_there_is_takes_a_step(self, regime: str, rows: int, blocks: int):
         """Each chosen expert, or each of its tiles of `rows`, takes one step per block of F."""
@@ -100,15 +117,17 @@ class TestFusedMoe:
 
     def test_a_copy_without_a_wait_is_seen(self, monkeypatch: pytest.MonkeyPatch):
         """The check for races can fail: without its waits the kernel reads rows on their way."""
-        monkeypatch.setattr(fused_moe, "_wait_for_rows", lambda *args: None)
+        monkeypatch.setattr(tpu_prefill, "_wait_for_rows", lambda *args: None)
         args = replace(TILED, tokens=6).arrays("bfloat16")
         with pytest.raises(Exception, match="RACE DETECTED"):
-            run("prefill, small tiles", *args, dma_execution_mode="eager")
+            run("prefill by row copies, small tiles", *args, dma_execution_mode="eager")
 
-    @pytest.mark.parametrize(("limit", "regime"), [(256, "_decode"), (6, "_prefill")])
-    def test_the_number_of_tokens_takes_the_regime(self, limit: int, regime: str, monkeypatch: pytest.MonkeyPatch):
+    @pytest.mark.parametrize(("limit", "owner", "regime"), [(256, fused_moe, "_decode"), (6, tpu_prefill, "run")])
+    def test_the_number_of_tokens_takes_the_regime(
+        self, limit: int, owner: ModuleType, regime: str, monkeypatch: pytest.MonkeyPatch
+    ):
         monkeypatch.setattr(fused_moe, "DECODE_TOKENS", limit)
-        monkeypatch.setattr(fused_moe, regime, lambda hidden, *args, **tiles: hidden + len(args))
+        monkeypatch.setattr(owner, regime, lambda hidden, *args, **tiles: hidden + len(args))
         args = replace(TILED, tokens=7).arrays("bfloat16")
         np.testing.assert_array_equal(fused_moe.fused_moe(*args), args[0] + 4)
 

@@ -84,6 +84,8 @@ def test_fused_moe_compiles_within_its_memory(spec: ArgSpec, target: str):
     tables = 16 * rows * spec.experts
     if target in aot.GPUS:
         rows += 128 * spec.experts
+    elif target in ("v5e", "v6e") and spec in REAL["30B-A3B"]:
+        rows = 0  # all rows stay in the 128 MiB of VMEM
     bound = rows * (4 * spec.width + 2 * spec.inner) + 4 * spec.tokens * spec.width + tables + 16 * MiB
     assert compiled.memory_analysis().temp_size_in_bytes <= bound
     assert copies_of_weights(compiled, spec) == []
