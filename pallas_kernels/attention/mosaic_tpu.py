@@ -116,7 +116,6 @@ def ranged_attention(
     return _attend(query, key, value, None, start, stop, _layout(query, key, PAGE, key.shape[2]))
 
 
-@sequential_vmap
 def paged_attention(
     query: jax.Array,
     key_pages: jax.Array,
@@ -127,6 +126,18 @@ def paged_attention(
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
     """See `pallas_kernels.attention`."""
+    return _paged_attention(query, key_pages, value_pages, page_table, start, stop).astype(dtype)
+
+
+@sequential_vmap
+def _paged_attention(
+    query: jax.Array,
+    key_pages: jax.Array,
+    value_pages: jax.Array,
+    page_table: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+) -> jax.Array:
     if reason := unsupported_paged(query, key_pages, value_pages, page_table, start, stop):
         raise NotImplementedError(reason)
     # otherwise XLA may first copy a small pool to VMEM
@@ -138,8 +149,7 @@ def paged_attention(
 
     rows = SMEM_BYTES // (4 * page_table.shape[1])  # of the batch, one call after another
     calls = (slice(at, at + rows) for at in range(0, len(query), rows))
-    parts = [attend(query[call], page_table[call], start[call], stop[call]) for call in calls]
-    return jnp.concatenate(parts).astype(dtype)
+    return jnp.concatenate([attend(query[call], page_table[call], start[call], stop[call]) for call in calls])
 
 
 class TpuSpec(NamedTuple):
