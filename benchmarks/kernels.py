@@ -178,7 +178,7 @@ def measure_attention(
     alternatives = {name: chained(like_queries(partial(op, backend=name)), args) for name in attention_module.BACKENDS}
     if isinstance(spec, RangedArgSpec):
         alternatives |= peers_of_attention(*args)
-    elif spec.length == spec.context and spec.batch == 1 and not spec.window:  # causal over all keys, in order
+    else:  # over keys in order, as none of them takes these pages
         key, value = (in_order(pages, args[3]) for pages in args[1:3])
         alternatives |= peers_of_attention(args[0], key, value, start, stop)
     exact = jax.jit(like_queries(partial(op, backend="xla")))(*args)
@@ -195,26 +195,36 @@ def in_order(pages: jax.Array, page_table: jax.Array) -> jax.Array:
 def peers_of_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array, stop: jax.Array
 ) -> dict[str, tuple[Timed, Callable[[], jax.Array]]]:
-    """cuDNN, tokamax and PyTorch on one row, causal or over all keys; heads first, as ours."""
-    length = query.shape[2]
-    key, value = key[:, :, :length], value[:, :, :length]
-    causal = bool(jnp.any(stop != length))
+    """cuDNN, tokamax and PyTorch, causal, over all keys, or one query over a row's first keys; heads first, as ours."""
+    length, keys = query.shape[2], int(jnp.max(stop))
+    key, value = key[:, :, :keys], value[:, :, :keys]
+    decode, causal = length == 1, bool(jnp.any(stop != length)) and length > 1
+    refused = "no causal mask behind a prefix" if causal and keys != length else ""
 
-    def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def run(attend: Callable[..., jax.Array], implementation: str, *args: jax.Array) -> jax.Array:
+        if refused:
+            raise NotImplementedError(refused)
+        *arrays, lengths = args
+        options = {"key_value_seq_lengths": lengths} if decode else {"is_causal": causal}
+        swapped = (x.swapaxes(1, 2) for x in arrays)
+        return attend(*swapped, **options, implementation=implementation).swapaxes(1, 2)
+
+    def cudnn(*args: jax.Array) -> jax.Array:
         if jax.default_backend() != "gpu":
             raise NotImplementedError("cuDNN needs an NVIDIA GPU")
-        swapped = (x.swapaxes(1, 2) for x in (query, key, value))
-        return jax.nn.dot_product_attention(*swapped, is_causal=causal, implementation="cudnn").swapaxes(1, 2)
+        return run(jax.nn.dot_product_attention, "cudnn", *args)
 
-    def tokamax(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    def tokamax(*args: jax.Array) -> jax.Array:
         try:
             from tokamax import dot_product_attention  # pyright: ignore[reportMissingImports]
         except ImportError as missing:
             raise NotImplementedError("tokamax isn't installed") from missing
-        swapped = (x.swapaxes(1, 2) for x in (query, key, value))
-        return dot_product_attention(*swapped, is_causal=causal).swapaxes(1, 2)
+        return run(dot_product_attention, "mosaic", *args)  # without a name, it silently takes XLA's form
 
-    found = {name: chained(call, (query, key, value)) for name, call in (("cuDNN", cudnn), ("tokamax", tokamax))}
+    args = query, key, value, stop[:, 0]
+    found = {name: chained(call, args) for name, call in (("cuDNN", cudnn), ("tokamax", tokamax))}
+    if decode or refused:
+        return found
     try:
         import torch
     except ImportError:
@@ -314,8 +324,10 @@ def tokamax_of(args: tuple[jax.Array, ...]) -> tuple[Timed, Callable[[], jax.Arr
         order = jnp.argsort(index.reshape(-1))
         sizes = jnp.bincount(index.reshape(-1), length=len(gate_up)).astype(jnp.int32)
         rows = hidden.astype(gate_up.dtype)[order // index.shape[1]]
-        inner = xla.swiglu(tokamax.ragged_dot(rows, gate_up, sizes, preferred_element_type=jnp.float32))
-        out = tokamax.ragged_dot(inner.astype(down.dtype), down, sizes, preferred_element_type=jnp.float32)
+        # without a name, it silently takes XLA's form
+        product = partial(tokamax.ragged_dot, preferred_element_type=jnp.float32, implementation="mosaic")
+        inner = xla.swiglu(product(rows, gate_up, sizes))
+        out = product(inner.astype(down.dtype), down, sizes)
         place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
         return jnp.sum(out[place].reshape(*index.shape, -1) * weights[..., None], axis=1)
 

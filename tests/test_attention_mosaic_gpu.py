@@ -5,7 +5,7 @@ Memory that was never written reads as NaN there.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +67,13 @@ class TestResults:
     @pytest.mark.parametrize("name", RANGED)
     def test_ranged(self, name: str):
         assert_as_exact_as_the_plain_form(RANGED[name])
+
+    @pytest.mark.parametrize("name", ["decode", "chunk"])
+    def test_another_dtype_is_the_float32_result_rounded(self, name: str):
+        args = PAGED[name].arrays("bfloat16")
+        rounded = jax.jit(partial(mosaic_gpu.paged_attention, dtype=jnp.bfloat16))(*args)
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(rounded, jitted()(*args).astype(jnp.bfloat16))
 
     @pytest.mark.parametrize("length", [2, 70])
     def test_keys_that_no_row_reads_may_be_nan_even_between_ranges(self, length: int):

@@ -124,6 +124,7 @@ NOT_IMPORTED = {
     "pytest-timeout": "a plugin of pytest",
     "pytest-xdist": "a plugin of pytest",
     "ruff": "a command",
+    "tokamax": "benchmarks/kernels.py measures it beside the kernels",
     "torchvision": "transformers' video processor imports it",
 }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.attention import paged_attention, ranged_attention
+from pallas_kernels.attention import BACKENDS, paged_attention, ranged_attention
 from pallas_kernels.attention.arg_specs import ODD, REAL_PAGED, SMALL_PAGED, TILED, PagedArgSpec
 from tests.float64 import in_order
 from tests.float64 import paged_attention as reference
@@ -168,6 +168,19 @@ def test_turns_that_only_other_rows_need_leave_even_a_negative_zero():
     assert np.all(outs[0] == 0)
     assert np.all(np.signbit(outs[0])), "the case is no longer the one that this test is about"
     assert_same_bits(outs[1], outs[0])
+
+
+def test_another_dtype_is_the_float32_result_rounded():
+    args = arrays(TILED, "bfloat16")
+    rounded = jax.jit(partial(paged_attention, dtype=jnp.bfloat16))(*args)
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rounded, jitted()(*args).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_takes_the_dtype_of_its_result(backend: str):
+    run = partial(paged_attention, dtype=jnp.bfloat16, backend=backend)
+    assert jax.eval_shape(run, *REAL_PAGED["30B-A3B"][0].shapes("bfloat16")).dtype == jnp.bfloat16
 
 
 def test_bits_outside_jit_are_as_independent():
