@@ -83,6 +83,6 @@ def _automatic(*args: jax.Array) -> tuple[str, str]:
         reason = mosaic_tpu.unsupported(*args)
         return ("xla", reason) if reason else ("mosaic_tpu", "the form for TPUs")
     if platform == "cuda":
-        reason = mosaic_gpu.unsupported(*args) if hopper.is_hopper(chip) else chip.kind
+        reason = mosaic_gpu.unsupported(*args) if hopper.is_hopper(chip) else f"{chip.kind} isn't a Hopper chip"
         return ("xla_grouped", f"mosaic_gpu: {reason}") if reason else ("mosaic_gpu", "the form for Hopper")
     return "xla", f"no form for {platform}"
