@@ -280,3 +280,51 @@ def test_a_server_runs_with_64_descriptors(folder: Path, library: Path):  # noqa
         assert node.terminate()[0] == 0
     finally:
         node.close()
+
+
+# ---- the split, and the end
+
+
+@pytest.fixture(scope="module")
+def split(folder: Path, library: Path) -> Iterator[dict[str, FaultyNode]]:  # noqa: F811
+    """An encode node and a language node, each with 64 descriptors."""
+    options = ("--decoders", "1", "--grace", GRACE)
+    encode = FaultyNode(library, folder / "tiny", "--role", "encode", *options, limit="-n 64")
+    try:
+        encode.wait()
+        more = ("--role", "language", "--encoder", encode.control, "--pool-blocks", "64")
+        language = FaultyNode(library, folder / "tiny", *more, *options, limit="-n 64")
+        try:
+            language.wait()
+            language.ask_when_connected(text="Hello?", image_data=picture())
+            yield {"encode": encode, "language": language}
+        finally:
+            language.close()
+    finally:
+        encode.close()
+
+
+GRACE = "1"
+
+
+@pytest.mark.parametrize("role", ["encode", "language"])
+def test_both_sides_of_the_split_run_with_64_descriptors(split: dict[str, FaultyNode], role: str):
+    check_pressure(split[role])
+
+
+@pytest.mark.parametrize("role", ["unified", "language", "encode"])
+def test_a_server_ends_in_order_though_no_thread_can_be_started(
+    role: str,
+    split: dict[str, FaultyNode],
+    folder: Path,
+    library: Path,  # noqa: F811
+):
+    node = split.get(role) or FaultyNode(library, folder / "tiny", "--decoders", "1", "--grace", GRACE).wait()
+    try:
+        body = {"text": "Hi", "sampling_params": {"max_new_tokens": 1900, "ignore_eos": True}, "stream": True}
+        with node.client.stream("POST", "/generate", json=body) as response:
+            next(response.iter_lines())
+            node.arm("p", 0, FOREVER, errno.EAGAIN)
+            assert node.terminate() == (0, "")  # and not what a process says that did not end in its grace
+    finally:
+        node.close()

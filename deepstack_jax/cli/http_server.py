@@ -133,14 +133,19 @@ def serve_node(
     # there is nothing to finish yet, and Python would wait for threads that load or compile
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, lambda *_: _interrupt())
-    asyncio.run(_serve(app, listener, load, tls, reloads, Ending(grace)))
-    import jax
+    runner = asyncio.Runner()
+    try:
+        runner.run(_serve(app, listener, load, tls, reloads, Ending(grace)))
+        import jax
 
-    if not jax.distributed.is_initialized():  # otherwise JAX has to part from the other processes
-        # everything is closed: to take the interpreter and the model's arrays apart would take seconds
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+        if not jax.distributed.is_initialized():  # otherwise JAX has to part from the other processes
+            # everything is closed: to take the interpreter and the model's arrays apart would take seconds, and the
+            # runner would start a thread, which may be refused
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(0)
+    finally:
+        runner.close()
 
 
 async def in_thread[T](call: Callable[[], T]) -> T:

@@ -1,10 +1,16 @@
-"""A bounded pool of daemon threads, for calls that may hang: neither other work nor the end of the process waits."""
+"""A bounded pool of daemon threads, for calls that may hang: neither other work nor the end of the process waits.
 
+`in_thread_or_here` is for calls that have to be made even if no thread can be started.
+"""
+
+import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
+
+from deepstack_jax.errors import shortage
 
 
 class DaemonThreads:
@@ -54,3 +60,19 @@ class DaemonThreads:
             else:
                 future.set_result(result)
             del future, call  # nothing is kept alive while the thread waits for the lock
+
+
+async def in_thread_or_here(call: Callable[[], object]) -> None:
+    """Runs `call` in a thread if one is free or can be started, otherwise here: what closes something must not fail."""
+    left = [call]
+
+    def run() -> None:
+        while left:  # asyncio may also keep what it refused, until a thread is free
+            left.pop()()
+
+    try:
+        await asyncio.to_thread(run)
+    except RuntimeError as error:
+        if shortage(error) != "threads":
+            raise
+        run()

@@ -165,11 +165,9 @@ class Decoders:
         return result
 
     def close(self, grace: float = 0.0) -> None:
-        """Ends all processes in `grace` seconds; tasks get errors then. Returns at once."""
+        """Ends all processes in `grace` seconds, from an event loop; tasks get errors then. Returns at once."""
         if grace > 0:
-            timer = threading.Timer(grace, self.close)
-            timer.daemon = True
-            timer.start()
+            asyncio.get_running_loop().call_later(grace, self.close)  # a timer would need a thread
             return
         with self._changed:
             self._closed = True

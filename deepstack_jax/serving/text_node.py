@@ -25,6 +25,7 @@ from deepstack_jax.engine.runner import Chunk, DeadlineError, Runner
 from deepstack_jax.errors import one_line
 from deepstack_jax.generation import plan_generation
 from deepstack_jax.processing.batch import Batch, prepare_batch
+from deepstack_jax.processing.daemon_threads import in_thread_or_here
 from deepstack_jax.processing.grammar import compile_grammar
 from deepstack_jax.processing.messages import texts_in
 from deepstack_jax.processing.preparation import Preparation
@@ -287,7 +288,7 @@ class TextNode:
             await self._encoders.close()
         self._preparation.close()
         self._texts.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self.runner.join, 10.0)
+        await in_thread_or_here(lambda: self.runner.join(10.0))
 
     def check_tokens(self, count: int) -> None:
         """Refuses a prompt of so many tokens, unless an answer fits beside it.

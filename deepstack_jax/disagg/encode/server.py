@@ -66,6 +66,7 @@ from deepstack_jax.disagg.wire.transfer import (
 )
 from deepstack_jax.errors import one_line
 from deepstack_jax.processing.batch import prepare_batch
+from deepstack_jax.processing.daemon_threads import in_thread_or_here
 from deepstack_jax.processing.media import MediaError
 from deepstack_jax.processing.preparation import Preparation, Release
 
@@ -187,8 +188,8 @@ class EncodeServer:
         await self._closing_bridges.join()
         self.listener.close()
         self._preparation.close()
-        await asyncio.to_thread(self.worker.close)
-        await asyncio.to_thread(self.transport.close)
+        await in_thread_or_here(self.worker.close)
+        await in_thread_or_here(self.transport.close)
 
     # incoming messages
 
@@ -261,7 +262,7 @@ class EncodeServer:
         peer.gone.set_result(None)
         self._perform(self.sender.peer_down(peer.name, time.monotonic()))
         # in a thread, because it waits for the group that is being sent
-        self._closing_bridges.run(f"closing the bridge to {peer.name}", asyncio.to_thread(peer.bridge.close))
+        self._closing_bridges.run(f"closing the bridge to {peer.name}", in_thread_or_here(peer.bridge.close))
 
     def _drop_revoked(self) -> None:
         """Ends everything that is done for nodes that are revoked by now."""

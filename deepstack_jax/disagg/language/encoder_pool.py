@@ -39,6 +39,7 @@ from deepstack_jax.disagg.wire.messages import (
 from deepstack_jax.disagg.wire.prompt import unpack_prompt
 from deepstack_jax.disagg.wire.seals import KEY_BYTES, Purpose
 from deepstack_jax.disagg.wire.transfer import Action, CopyOut, EncodeLocally, Ended, PromptKnown, Send, State, Wipe
+from deepstack_jax.processing.daemon_threads import in_thread_or_here
 
 REPLY_MARGIN_S = 0.1  # a fetch ends this long before its deadline, so that the caller can still report why
 TIMER_RETRY_S = 1.0  # after a failure, timers are checked again after this long
@@ -119,8 +120,8 @@ class EncoderPool:
             link.connection.send(Goodbye("the language node is stopping"))
         for link in self._links:
             link.connection.close()
-        await asyncio.to_thread(self._bridge.close)
-        await asyncio.to_thread(self._transport.close)
+        await in_thread_or_here(self._bridge.close)
+        await in_thread_or_here(self._transport.close)
 
     @property
     def failure(self) -> str | None:
