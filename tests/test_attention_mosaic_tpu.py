@@ -205,6 +205,14 @@ def test_a_copy_without_a_wait_is_seen(monkeypatch: pytest.MonkeyPatch):
         jax.block_until_ready(jax.jit(lambda *args: mosaic_tpu.paged_attention(*args))(*args))
 
 
+def test_the_result_is_rounded_to_the_dtype():
+    args = SPECS[0].arrays("bfloat16")
+    with on_tpu():
+        exact, rounded = (mosaic_tpu.paged_attention(*args, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+        assert rounded.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))
+
+
 def test_gradient_and_vmap_are_the_plain_forms():
     args = RangedArgSpec(2, 2, 1, 20, 30, 64).arrays("bfloat16")
 
