@@ -1,12 +1,16 @@
 """Runs of a simulated cluster (see tests/simulation), and that they repeat exactly and find what they should."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from deepstack_jax.disagg.encode import server
+from deepstack_jax.disagg.wire.seals import BlockSeal
+from tests.simulation import knobs
 from tests.simulation.cluster import Outcome, run
 from tests.simulation.planted import PLANTED
 
@@ -46,6 +50,27 @@ def test_a_seed_repeats_in_another_process_event_by_event():
     assert there.stdout.split() == [here.digest, str(here.events)]
     assert run(12, requests=60).digest == here.digest
     assert run(13, requests=60).digest != here.digest
+
+
+@pytest.mark.parametrize(
+    ("protection", "expected"), [("none", (False, False)), ("tags", (True, False)), ("encryption", (True, True))]
+)
+def test_blocks_have_the_protection_that_is_drawn(protection: str, expected: tuple[bool, bool]):
+    made: set[tuple[bool, bool]] = set()
+
+    def seal(key: bytes, encrypt: bool) -> BlockSeal:
+        made.add((bool(key), encrypt))
+        return BlockSeal(key, encrypt)
+
+    first, again = (run(3, 40, patches=[(server, "BlockSeal", seal)], protection=protection) for _ in range(2))
+    check(first)
+    assert first.digest == again.digest
+    assert made == {expected}
+
+
+def test_every_protection_is_drawn():
+    drawn = {knobs.draw(random.Random(seed), 1).protection for seed in range(20)}
+    assert drawn == {"none", "tags", "encryption"}
 
 
 @pytest.mark.parametrize(

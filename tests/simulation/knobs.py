@@ -44,6 +44,7 @@ class Knobs:
     overlap: bool
     max_waiting: int
     grace: float  # for what runs as a node is stopped
+    protection: str  # of blocks on their way: "none", "tags" or "encryption"
 
 
 def draw(dice: random.Random, requests: int) -> Knobs:
@@ -52,6 +53,7 @@ def draw(dice: random.Random, requests: int) -> Knobs:
     latency = dice.choice([1e-4, 2e-3, 5e-2])
     num_blocks = dice.choice([16, 40] if latency > 0.01 else [1, 2, 3, 5, 8, 16, 40])  # enough for the calls' time-outs
     encoders = dice.choice([1, 2, 2, 3, 4])
+    aside = random.Random(dice.getstate()[1][0])  # leaves the other draws of a seed what they were before it had this
     return Knobs(
         encoders=encoders,
         languages=dice.choice([1, 2, 3]),
@@ -86,6 +88,7 @@ def draw(dice: random.Random, requests: int) -> Knobs:
         overlap=dice.random() < 0.9,
         max_waiting=dice.choice([64, 1000]),
         grace=dice.choice([0.0, 0.5, 5.0]),
+        protection=aside.choice(["none", "tags", "encryption"]),
     )
 
 

@@ -131,7 +131,7 @@ class Context:
     network: Network
 
     def socket(self, kind: int) -> "_Socket":
-        return {zmq.ROUTER: Router, zmq.DEALER: Dealer}[kind](self.network, clock.process())
+        return {zmq.ROUTER: Router, zmq.DEALER: Dealer, zmq.REP: Questions}[kind](self.network, clock.process())
 
     def destroy(self, linger: int | None = None) -> None:
         pass
@@ -184,6 +184,17 @@ class _Socket:
         return self._reader
 
     def _drop(self) -> None:
+        self.closed = True
+
+
+class Questions(_Socket):
+    """Where ZeroMQ asks about the keys of peers: all have the cluster's, and nobody asks."""
+
+    def bind(self, endpoint: str) -> None:
+        """Does nothing."""
+
+    def close(self, linger: int | None = None) -> None:
+        """Receives nothing more."""
         self.closed = True
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from deepstack_jax.disagg.encode.sender import SenderSettings
 from deepstack_jax.disagg.encode.server import EncodeServer, new_incarnation
 from deepstack_jax.disagg.encode.worker import EncodeWorker
+from deepstack_jax.disagg.keys.files import ClusterKey
 from deepstack_jax.disagg.language.bridge import ReceiveBridge
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.language.fetch import TransferFailedError
@@ -28,6 +29,9 @@ from tests.simulation.world import Process
 if TYPE_CHECKING:
     from tests.simulation.clients import Call
     from tests.simulation.cluster import Cluster
+
+
+KEY = ClusterKey(b"0" * 40, b"0" * 40)  # simulated sockets exchange none, but it makes nodes seal their blocks
 
 
 class Machine:
@@ -111,6 +115,10 @@ class Machine:
         """What the node still holds although nothing is asked of it, in words; "" for nothing."""
         raise NotImplementedError
 
+    @property
+    def _key(self) -> ClusterKey | None:
+        return None if self.cluster.knobs.protection == "none" else KEY
+
     def _hello(self, role: Any, **fields: Any) -> Hello:
         return Hello(
             role=role,
@@ -121,6 +129,7 @@ class Machine:
             hidden_size=model.WIDTH,
             num_deepstack_embeddings=model.CONFIG.num_deepstack_levels,
             block_size=self.cluster.knobs.block_size,
+            encrypt_blocks=self.cluster.knobs.protection == "encryption",
             **fields,
         )
 
@@ -146,7 +155,7 @@ class EncodeMachine(Machine):
         fake = model.new_model(encodes=True)
         worker = EncodeWorker(fake, knobs.cache_bytes)
         preparation = Preparation(model.InlineDecoders())
-        listener = Listener(self.endpoint)
+        listener = Listener(self.endpoint, self._key)
         server = EncodeServer(fake, self._hello("encode"), listener, self.transport, worker, preparation)
         server.sender.settings = SenderSettings(knobs.block_size, knobs.max_attempts_at_once)
         self.server = server
@@ -213,7 +222,7 @@ class LanguageMachine(Machine):
         self.cluster.checker.pools[transport.session] = (self.name, pool.layout)
         bridge = ReceiveBridge(transport, pool)
         endpoints = [machine.endpoint for machine in machines]
-        self.encoders = EncoderPool(model.CONFIG, hello, bridge, transport, settings, endpoints)
+        self.encoders = EncoderPool(model.CONFIG, hello, bridge, transport, settings, endpoints, self._key)
 
     async def close(self) -> None:
         assert self.encoders is not None

@@ -122,7 +122,7 @@ _OUTAGES = {"incidents": 8, "load_seconds": 100.0, "encoders": 2, "languages": 1
 PLANTED: dict[str, tuple[Callable[[], list[Patch]], dict[str, Any], int]] = {
     "quarantined blocks are never freed": (_keep_quarantine, {}, 3),
     "slots of failed writes are lost": (_keep_slots, {}, 3),
-    "checksums are not compared": (_trust_checksums, {}, 8),
+    "checksums are not compared": (_trust_checksums, {"protection": "none"}, 8),
     "deadlines are forgotten": (_forget_deadlines, {}, 2),
     "rows of two images change places": (_mix_rows, {}, 0),
     "timers of the encode node end": (_lose_tasks, {}, 0),
