@@ -47,6 +47,7 @@ def parse_json(body: bytes | bytearray) -> Any:
     """
     check_body(body)
     try:
+        bytearray(2 * len(body))  # raises MemoryError where msgspec would end the process; gives it back at once
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise RequestError(f"the body is not valid JSON ({error}): send one JSON object", code="invalid_json") from None
