@@ -325,6 +325,9 @@ def test_a_server_ends_in_order_though_no_thread_can_be_started(
         with node.client.stream("POST", "/generate", json=body) as response:
             next(response.iter_lines())
             node.arm("p", 0, FOREVER, errno.EAGAIN)
-            assert node.terminate() == (0, "")  # and not what a process says that did not end in its grace
+            code, said = node.terminate()
+        # the test before this one took the split's nodes to their limit of open files, which they told
+        said = [line for line in said.splitlines() if "short of open files" not in line]
+        assert (code, said) == (0, [])  # and not what a process says that did not end in its grace
     finally:
         node.close()
