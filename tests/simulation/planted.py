@@ -127,7 +127,7 @@ PLANTED: dict[str, tuple[Callable[[], list[Patch]], dict[str, Any], int]] = {
     "rows of two images change places": (_mix_rows, {}, 0),
     "timers of the encode node end": (_lose_tasks, {}, 0),
     "a repeated grant is written again": (_write_again, {"retry_interval": 0.3, "incidents": 12}, 1),
-    "silent encoders are waited for": (_wait_for_the_dead, _OUTAGES | {"http": False}, 5),
+    "silent encoders are waited for": (_wait_for_the_dead, _OUTAGES | {"http": False, "protection": "none"}, 21),
     "the newest request is served first": (_newest_first, _CROWD, 3),
     "KV pages are never freed": (_keep_pages, {"http": True}, 0),
     "prefill does not wait for rows": (_wait_for_nothing, {"http": True}, 0),
