@@ -34,9 +34,10 @@ def target_chip(*args: jax.Array) -> Chip:
     return Chip("cuda", device.device_kind, getattr(device, "compute_capability", None), multiprocessors)
 
 
-def partitioned_by_xla(*args: jax.Array) -> bool:
-    """Whether XLA splits the program of `args` over devices. XLA can't split a kernel: that takes shard_map."""
-    return any(mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual} for mesh in _meshes(args))
+def unsupported_on_mesh(*args: jax.Array) -> str | None:
+    """Returns why no kernel can run in the program of `args`, which XLA splits over devices, or None."""
+    split = any(mesh.size > 1 and set(mesh.axis_types) != {AxisType.Manual} for mesh in _meshes(args))
+    return "XLA can't split a kernel over a mesh: use shard_map" if split else None
 
 
 def _meshes(args: tuple[jax.Array, ...]) -> list[jax.sharding.AbstractMesh]:

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels import hopper
 from pallas_kernels.attention import mosaic_gpu, mosaic_tpu, xla_paged, xla_ranged
-from pallas_kernels.dispatch import Chip, get_backend, log_choice, partitioned_by_xla, target_chip
+from pallas_kernels.dispatch import Chip, get_backend, log_choice, target_chip, unsupported_on_mesh
 
 
 class Backend(NamedTuple):
@@ -139,8 +139,8 @@ def _automatic(op: str, chip: Chip, *args: jax.Array) -> tuple[str, str]:
     """Returns (backend, reason) for the chip that is compiled for."""
     if chip.platform not in KERNELS or (chip.platform == "cuda" and not hopper.is_hopper(chip)):
         return "xla", f"no kernel for {chip.kind}"
-    if partitioned_by_xla(*args):
-        return "xla", "XLA can't split a kernel over a mesh: use shard_map"
+    if reason := unsupported_on_mesh(*args):
+        return "xla", reason
     name, unsupported = KERNELS[chip.platform]
     reason = getattr(unsupported, op)(*args)
     return ("xla", reason) if reason else (name, f"the form for {chip.platform}")

@@ -3,7 +3,7 @@
 import jax
 
 from pallas_kernels import hopper
-from pallas_kernels.dispatch import get_backend, log_choice, partitioned_by_xla, target_chip
+from pallas_kernels.dispatch import get_backend, log_choice, target_chip, unsupported_on_mesh
 from pallas_kernels.fused_moe import cpu, grouped, mosaic_gpu, mosaic_tpu, xla
 
 BACKENDS = {
@@ -77,8 +77,8 @@ def _automatic(*args: jax.Array) -> tuple[str, str]:
     platform = chip.platform
     if platform == "cpu":
         return "cpu", "the form for XLA on CPU"
-    if partitioned_by_xla(*args):
-        return "xla", "XLA can't split a kernel over a mesh: use shard_map"
+    if reason := unsupported_on_mesh(*args):
+        return "xla", reason
     if platform == "tpu":
         reason = mosaic_tpu.unsupported(*args)
         return ("xla", reason) if reason else ("mosaic_tpu", "the form for TPUs")
