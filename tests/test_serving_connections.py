@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +18,10 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from deepstack_jax.cli.http_server import Shortages, Tls
-from deepstack_jax.serving import bodies, connections
+from deepstack_jax.serving import bodies, connections, refusals
 from deepstack_jax.serving.connections import ConnectionLimits, Gate
 from deepstack_jax.serving.endpoint import Call, Endpoint, Reply
+from deepstack_jax.serving.errors import RequestError
 from deepstack_jax.serving.hosts import HostRule
 from deepstack_jax.serving.http import create_app
 from deepstack_jax.serving.policy import MediaPolicy
@@ -37,14 +39,18 @@ Connect = Callable[..., Any]
 
 
 class App:
-    """An application whose endpoints need no model: /echo counts a body, /hold waits, /flood never stops."""
+    """An application whose endpoints need no model: /echo counts a body, /hold waits, /flood never stops.
+
+    /refuse refuses whatever comes.
+    """
 
     def __init__(self, **options: Any):
         self.release = threading.Event()
         self.app = create_app(None, MediaPolicy(max_bytes=1), **options)
         self.service = self.app.state.service
         self.service.loaded = SimpleNamespace(role="unified", dead=lambda: None, load=dict)
-        for path, respond in (("/echo", self._echo), ("/hold", self._hold), ("/flood", self._flood)):
+        endpoints = {"/echo": self._echo, "/hold": self._hold, "/flood": self._flood, "/refuse": self._refuse}
+        for path, respond in endpoints.items():
             self.app.router.routes.append(Route(path, Endpoint(self.service, respond), methods=["POST"]))
 
     async def _echo(self, call: Call, reply: Reply) -> None:
@@ -59,6 +65,9 @@ class App:
         while True:
             await reply.event("x" * 65536)
             await asyncio.sleep(0)
+
+    async def _refuse(self, call: Call, reply: Reply) -> None:
+        raise RequestError("no")
 
     def cuts(self) -> dict[str, float]:
         """How many connections were cut, by reason."""
@@ -295,6 +304,29 @@ def test_a_client_that_reads_slowly_is_waited_for():
             event.wait(0.05)
             read += len(slow.recv(1 << 20))
         assert (app.cuts(), app.service.in_flight) == ({}, 1)
+
+
+def test_refusals_wait_for_each_other_while_a_request_is_answered(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(refusals, "AT_ONCE", 2)
+    monkeypatch.setattr(refusals, "PER_SECOND", 1e-4)
+    monkeypatch.setattr(refusals, "LONGEST_S", LONG)
+    with server(ConnectionLimits(**PATIENT)) as (app, connect):
+        for _ in range(4):  # nothing else is answered
+            check_refusal(connect(post("/refuse")), 400)
+        held = connect(post("/hold"))
+        until(lambda: app.service.in_flight == 1)
+        for _ in range(2):
+            check_refusal(connect(post("/refuse")), 400)
+        monkeypatch.setattr(refusals, "LONGEST_S", 1.0)
+        began = time.monotonic()
+        waiting = [connect(post("/refuse")) for _ in range(3)]
+        assert read(connect(HEALTH))[0] == 200
+        for each in waiting:
+            check_refusal(each, 400)
+        assert time.monotonic() - began >= 1.0
+        assert app.service.in_flight == 1  # they have given back their places
+        app.release.set()
+        assert read(held)[2] == "held"
 
 
 # ---- requests that are not valid, ambiguous or dear

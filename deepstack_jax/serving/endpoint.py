@@ -264,6 +264,7 @@ class Reply:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send):
         self.begun = False
+        self.refusal: Response | None = None  # to be sent once the request holds nothing any more
         self._scope, self._receive, self._send = scope, receive, send
 
     async def whole(self, response: Response) -> None:
@@ -331,6 +332,9 @@ class Endpoint:
                 await service.while_open(receive, self._answer(call, reply), deadline)
             finally:
                 service.in_flight -= 1
+            del body, call
+            if reply.refusal:
+                await reply.whole(reply.refusal)
         except ClientDisconnect:
             return
         except (DeadlineError, StoppingError) as error:
@@ -338,13 +342,13 @@ class Endpoint:
                 await reply.whole(error_response(error))
 
     async def _answer(self, call: Call, reply: Reply) -> None:
-        """Responds; an error becomes a response, or the last event of a stream that has begun."""
+        """Responds; an error becomes `reply.refusal`, or the last event of a stream that has begun."""
         try:
             await self._respond(call, reply)
         except Exception as error:
             error = reported(error)
             if not reply.begun:
-                await reply.whole(error_response(error))
+                reply.refusal = error_response(error)
                 return
             await reply.event({"error": error_fields(error)})
             await reply.event("[DONE]")

@@ -20,6 +20,7 @@ from deepstack_jax.serving.native import generate_endpoint
 from deepstack_jax.serving.openai.routes import openai_routes
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.probes import OnlyProbes, probe_routes
+from deepstack_jax.serving.refusals import PacedRefusals
 
 _EXPOSED = ["retry-after", "x-request-id"] + [
     f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
@@ -54,7 +55,11 @@ def create_app(
         *openai_routes(service),
         *probe_routes(service, vllm_metrics=vllm_metrics, options=options or {}),
     ]
-    middleware = [Middleware(RequestLog, service.metrics), Middleware(OnlyProbes)]
+    middleware = [
+        Middleware(RequestLog, service.metrics),
+        Middleware(PacedRefusals, lambda: service.in_flight > 0),
+        Middleware(OnlyProbes),
+    ]
     if hosts is not None:
         middleware.append(Middleware(HostMiddleware, hosts))
     if origins:
