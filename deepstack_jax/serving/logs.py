@@ -5,9 +5,9 @@ What a request chooses is escaped and cut short in every line, and keys, prompts
 
 import json
 import logging
+import random
 import re
 import time
-import uuid
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
@@ -91,7 +91,7 @@ class RequestLog:
         status: int | None = None
         counted = False
         given = headers.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = given if _ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
         state: dict[str, Any] = scope.setdefault("state", {})
         state |= {"request_id": request_id, "tokens": (tokens := TokenCount())}
         token = _request_id.set(request_id)

@@ -1,6 +1,6 @@
 """The bodies of OpenAI's endpoints, with the extensions that vLLM and SGLang serve; unknown fields are ignored."""
 
-import secrets
+import random
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -226,7 +226,7 @@ def sampling_fields(
         min_p=body.min_p,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        seed=secrets.randbits(31) if body.seed is None else body.seed,
+        seed=random.getrandbits(31) if body.seed is None else body.seed,
         stop=body.stop,
         stop_token_ids=body.stop_token_ids,
         ignore_eos=body.ignore_eos,
