@@ -30,7 +30,10 @@ def sealed(encrypts: bool, seal: BlockSeal | None = None) -> tuple[bytes, list[n
 
 def opened(seal: BlockSeal, wire: list[np.ndarray], proof: bytes, purpose=PURPOSE, token_block=4, pool_block=9) -> bool:
     targets = [np.empty_like(each) for each in wire]
-    fits = seal.open(purpose, token_block, pool_block, zip(wire, targets, strict=True), proof) == proof
+    arrived = [each.copy() for each in wire]
+    fits = seal.open(purpose, token_block, pool_block, list(zip(arrived, targets, strict=True)), proof) == proof
+    if seal.has_key:
+        assert not any(each.any() for each in arrived)  # it is wiped whether it fits or not
     if fits:
         np.testing.assert_array_equal(targets[0], IDS)
         np.testing.assert_array_equal(targets[2], ROWS)

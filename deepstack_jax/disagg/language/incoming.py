@@ -114,8 +114,6 @@ class IncomingRequest:
         parts = [*zip(sources, small, strict=True), *self._row_parts(rows, tokens, pool_block)]
         opened = seal.open(purpose, token_block, pool_block, parts, expected.checksum)
         copy = BlockCopy(opened, sum(target.nbytes for _, target in parts))
-        for source, _ in parts if seal.has_key else ():
-            source.fill(0)
         if copy == expected:
             if not (
                 np.array_equal(small[0], self.input_ids[tokens]) and np.array_equal(small[1], self._positions[tokens])

@@ -21,13 +21,23 @@ class StageTimes:
     num_segments: int = 0
 
 
-def copy_in_parts(source: np.ndarray, target: np.ndarray) -> Iterator[np.ndarray]:
-    """Copies rows [n, ...] to contiguous memory, and yields each part while it is still in the CPU's cache."""
+def in_parts(source: np.ndarray, target: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts two arrays of one shape [n, ...] into parts of so many rows that they stay in the CPU's cache."""
     step = max(1, PART_BYTES // max(1, source[:1].nbytes))
     for start in range(0, len(source), step):
-        part = target[start : start + step]
-        part[...] = source[start : start + step]
-        yield part
+        yield source[start : start + step], target[start : start + step]
+
+
+def copy_in_parts(source: np.ndarray, target: np.ndarray, wipes: bool = False) -> Iterator[np.ndarray]:
+    """Copies rows [n, ...] to contiguous memory, and yields each part while it is still in the CPU's cache.
+
+    `wipes` leaves zeros in the source.
+    """
+    for part, copy in in_parts(source, target):
+        copy[...] = part
+        if wipes:
+            part[...] = 0
+        yield copy
 
 
 def block_runs(visual: np.ndarray) -> tuple[tuple[int, int], ...]:

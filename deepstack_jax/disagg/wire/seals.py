@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from deepstack_jax.disagg.wire.layout import checksum
-from deepstack_jax.disagg.wire.rows import copy_in_parts
+from deepstack_jax.disagg.wire.rows import copy_in_parts, in_parts
 
 KEY_BYTES = 32
 _SALT_BYTES, _COUNTER_BYTES, _TAG_BYTES = 16, 8, 16
@@ -73,7 +73,10 @@ class BlockSeal:
         return self._salt + counter + cipher.tag
 
     def open(self, purpose: Purpose, token_block: int, pool_block: int, parts: Parts, seal: bytes) -> bytes:
-        """Fills targets from sources. Returns `seal` if it is theirs, otherwise something else."""
+        """Fills targets from sources. Returns `seal` if it is theirs, otherwise something else.
+
+        With a key it leaves zeros in the sources, whatever it returns: others may read them.
+        """
         if not self._key:
             return checksum(_filled(parts))
         from cryptography.exceptions import InvalidTag
@@ -81,24 +84,27 @@ class BlockSeal:
         salt, rest = seal[:_SALT_BYTES], seal[_SALT_BYTES:]
         counter, tag = rest[:_COUNTER_BYTES], rest[_COUNTER_BYTES:]
         if len(tag) != _TAG_BYTES:
+            for source, _ in parts:
+                source[...] = 0
             return b""
         cipher = self._cipher(salt, counter).decryptor()
-        self._run(cipher, _header(purpose, token_block, pool_block), parts)
+        self._run(cipher, _header(purpose, token_block, pool_block), parts, wipes=True)
         try:
             cipher.finalize_with_tag(tag)
         except InvalidTag:
             return b""
         return seal
 
-    def _run(self, cipher: Any, header: bytes, parts: Parts) -> None:
+    def _run(self, cipher: Any, header: bytes, parts: Parts, wipes: bool = False) -> None:
         cipher.authenticate_additional_data(header)
-        if self.encrypts:
-            for source, target in parts:
-                if source.size:
-                    cipher.update_into(_bytes(source), _bytes(target))
-        else:
-            for part in _filled(parts):  # empty parts yield nothing
+        if not self.encrypts:
+            for part in _filled(parts, wipes):
                 cipher.authenticate_additional_data(_bytes(part))
+            return
+        for source, target in itertools.chain.from_iterable(in_parts(*pair) for pair in parts):
+            cipher.update_into(_bytes(source), _bytes(target))
+            if wipes:
+                source[...] = 0
 
     def _cipher(self, salt: bytes, counter: bytes) -> Any:
         from cryptography.hazmat.primitives.ciphers import Cipher, modes
@@ -125,10 +131,13 @@ def _header(*what: Any) -> bytes:
     return msgspec.msgpack.encode(what)
 
 
-def _filled(parts: Parts) -> Iterator[np.ndarray]:
-    """Fills targets, and yields what they have while it is in the CPU's cache."""
+def _filled(parts: Parts, wipes: bool = False) -> Iterator[np.ndarray]:
+    """Fills targets, and yields what they have while it is in the CPU's cache; `wipes` leaves zeros in the sources."""
     for source, target in parts:
-        yield from (target,) if target is source else copy_in_parts(source, target)
+        if target is not source:
+            yield from copy_in_parts(source, target, wipes)
+        elif len(target):
+            yield target
 
 
 def _bytes(part: np.ndarray) -> memoryview:
