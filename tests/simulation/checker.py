@@ -162,6 +162,8 @@ class Checker:
             return "" if cluster.encode_failures else "no encoder failed"
         if status not in (503, 504):
             return "this status is never expected"
+        if status == 503 and knobs.encode_here and knobs.http and not own:
+            return "it could have encoded the pictures itself"
         if own or writes or cluster.encode_failures or (status == 504 and call.short):
             return ""
         overload = self._at_once(call) >= knobs.max_attempts_at_once if status == 503 else self._has_slow_writes(call)

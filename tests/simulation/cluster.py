@@ -12,6 +12,7 @@ from typing import Any
 
 from deepstack_jax.disagg.encode import server, worker
 from deepstack_jax.disagg.encode.bridge import SendBridge
+from deepstack_jax.engine import core
 from tests.simulation import clock, knobs, model, threads
 from tests.simulation.checker import Checker, ErrorLog
 from tests.simulation.clients import Call
@@ -89,7 +90,7 @@ class Cluster:
         return machine.session
 
     def encode_images(self, fake: Any, visuals: Any) -> Any:
-        """Stands for `encoding.encode_images`: it takes time and fails as the knobs say."""
+        """Stands for the functions of `encoding`: it takes time and fails as the knobs say."""
         dice = self.world.dice
         if visuals:
             threads.sleep(dice.random() * self.knobs.encode_seconds * len(visuals))
@@ -220,7 +221,12 @@ def _run(cluster: Cluster, patches: Sequence[tuple[Any, str, Any]]) -> Outcome:
     log.addHandler(handler)
     clock.enter(world)
     try:
-        with simulated((worker, "encode_images", cluster.encode_images), (server, "SendBridge", bridge), *patches):
+        with simulated(
+            (worker, "encode_images", cluster.encode_images),
+            (core, "encode_group", cluster.encode_images),
+            (server, "SendBridge", bridge),
+            *patches,
+        ):
             with contextlib.suppress(_GiveUp):
                 cluster.run()
             for process in cluster.processes:

@@ -86,7 +86,7 @@ class SimulatedEngine(Engine):
         rows = np.zeros((count, model.ROW_WIDTH), np.float32)
         visual = 0
         for tokens, image, skip in _visual_runs(request, slice(start, start + count)):
-            rows[tokens] = model.joined(image.encoded, skip + len(tokens))[skip:]  # type: ignore[arg-type]
+            rows[tokens] = model.joined(image.encoded, skip + len(tokens))[skip:]
             visual += len(tokens)
         if visual != int((request.visual_index[start : start + count] >= 0).sum()):
             clock.world().violated(clock.process().name, "prefilled tokens whose rows had not come")

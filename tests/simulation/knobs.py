@@ -45,6 +45,7 @@ class Knobs:
     max_waiting: int
     grace: float  # for what runs as a node is stopped
     protection: str  # of blocks on their way: "none", "tags" or "encryption"
+    encode_here: bool  # whether language nodes with HTTP encode if no encoder is left
 
 
 def draw(dice: random.Random, requests: int) -> Knobs:
@@ -89,6 +90,7 @@ def draw(dice: random.Random, requests: int) -> Knobs:
         max_waiting=dice.choice([64, 1000]),
         grace=dice.choice([0.0, 0.5, 5.0]),
         protection=aside.choice(["none", "tags", "encryption"]),
+        encode_here=aside.random() < 0.3,
     )
 
 

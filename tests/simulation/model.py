@@ -227,8 +227,10 @@ def to_device(host: np.ndarray, _: Any = None) -> np.ndarray:
     return host
 
 
-def joined(rows: VisualRows, count: int) -> np.ndarray:
-    """float32 [count, (1+N)*D]: the first rows with their deepstack levels beside them."""
+def joined(rows: Any, count: int) -> np.ndarray:
+    """float32 [count, (1+N)*D]: the first rows with their deepstack levels beside them, as this node encoded them."""
+    if isinstance(rows, np.ndarray):
+        return rows[:count]
     assert rows.deepstack is not None
     return np.concatenate([rows.embeds[:count], rows.deepstack[:count]], axis=1)  # type: ignore[arg-type]
 

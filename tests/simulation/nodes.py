@@ -215,6 +215,7 @@ class LanguageMachine(Machine):
             transfer_timeout=knobs.transfer_timeout,
             max_attempts=knobs.max_attempts,
             max_damaged=knobs.max_damaged,
+            encodes_locally=knobs.http and knobs.encode_here,
         )
         ptrs, total_lens, item_lens = (tuple(sizes) for sizes in pool.get_buf_infos())
         sizes = {"ptrs": ptrs, "total_lens": total_lens, "item_lens": item_lens}

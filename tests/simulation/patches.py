@@ -43,6 +43,7 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (incoming, "to_device", model.to_device),
     (runner, "threading", _THREADING),
     (text_node, "ThreadPoolExecutor", threads.ThreadPoolExecutor),
+    (text_node, "prepare_batch", model.batch_of),
     (core, "_empty_state", engine.empty_state),
     (core, "empty_rows", lambda *_: None),
     (httpx, "AsyncHTTPTransport", http.Transport),

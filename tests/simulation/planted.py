@@ -1,11 +1,14 @@
 """Faults of the product that a run has to find: each replaces one function by a wrong one."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from deepstack_jax.disagg.encode.bridge import SendBridge
 from deepstack_jax.disagg.encode.sender import Sender
 from deepstack_jax.disagg.encode.server import EncodeServer
+from deepstack_jax.disagg.language import encoder_pool
+from deepstack_jax.disagg.language.fetch import TransferFailedError
 from deepstack_jax.disagg.language.link import Link
 from deepstack_jax.disagg.language.receiver import Receiver
 from deepstack_jax.disagg.wire import seals
@@ -115,6 +118,10 @@ def _wait_for_nothing() -> list[Patch]:
     return [(Request, "ready", property(lambda self: self.length))]
 
 
+def _never_encode_here() -> list[Patch]:
+    return [(encoder_pool, "NoEncoderError", partial(TransferFailedError, 503))]
+
+
 _CROWD = {"incidents": 0, "load_seconds": 2.0, "num_blocks": 2, "share": 1, "max_attempts_at_once": 256}
 _OUTAGES = {"incidents": 8, "load_seconds": 100.0, "encoders": 2, "languages": 1, "writes": Rates()}
 
@@ -131,4 +138,5 @@ PLANTED: dict[str, tuple[Callable[[], list[Patch]], dict[str, Any], int]] = {
     "the newest request is served first": (_newest_first, _CROWD, 3),
     "KV pages are never freed": (_keep_pages, {"http": True}, 0),
     "prefill does not wait for rows": (_wait_for_nothing, {"http": True}, 0),
+    "a node that could encode does not": (_never_encode_here, _OUTAGES | {"http": True, "encode_here": True}, 0),
 }

@@ -151,7 +151,7 @@ class TextMachine(_HttpMachine, LanguageMachine):
         knobs = self.cluster.knobs
         options = engine.Options(knobs.shape, knobs.num_pages, knobs.program_seconds)
         self.node = TextNode(
-            model.new_model(),
+            model.new_model(encodes=knobs.encode_here),
             _POLICY,
             max_waiting=knobs.max_waiting,
             encoders=self.encoders,
