@@ -48,18 +48,22 @@ from deepstack_jax.models.registry import parse_config
 from pallas_kernels import attention as attention_module
 from pallas_kernels import deepstack_add as add_module
 from pallas_kernels import fused_moe as moe_module
+from pallas_kernels import norm_rope_append as append_module
 from pallas_kernels.attention import arg_specs as attention_arg_specs
 from pallas_kernels.attention import paged_attention, ranged_attention
 from pallas_kernels.deepstack_add import arg_specs as add_arg_specs
 from pallas_kernels.deepstack_add import deepstack_add
 from pallas_kernels.fused_moe import arg_specs as moe_arg_specs
 from pallas_kernels.fused_moe import fused_moe
+from pallas_kernels.norm_rope_append import arg_specs as append_arg_specs
+from pallas_kernels.norm_rope_append import norm_rope_append
 from tests import float64
 
 ON_CPU = jax.default_backend() == "cpu"
 ROUNDS = 5
 OF_OTHER_CHIPS = {"tpu": "mosaic_gpu", "gpu": "mosaic_tpu", "cpu": "mosaic"}  # backends that can't run on a platform
 LAYERS = (48, 36, 24, 12, 6, 3)
+EPS = 1e-6
 PLAIN_ERROR = 0.01  # of values around 1, in bfloat16
 FREE = 0.7  # of the chip's memory: weights may take this much, and the cache and temporaries the rest
 
@@ -161,6 +165,18 @@ def kernel_cases() -> Iterator[tuple[str, str, str, Callable[[], tuple[float, fl
             (paged_attention, float64.paged_attention) if paged else (ranged_attention, float64.ranged_attention)
         )
         yield from cases(op.__name__, str(spec), op, attention_module.BACKENDS, args, exact(*args))
+    for spec in append_arg_specs.SMALL:
+        args = spec.arrays("bfloat16")
+        exact = float64.norm_rope_append(*args, eps=EPS)
+        active = np.asarray(args[-1])[:, 0] >= 0
+        exact = np.concatenate(exact, axis=1)[active]
+        yield from cases("norm_rope_append", str(spec), partial(appended, active), append_module.BACKENDS, args, exact)
+
+
+def appended(active: np.ndarray, *args: jax.Array, backend: str | None) -> jax.Array:
+    """The queries of active rows, and what they appended to the pages."""
+    query, *pages = norm_rope_append(*args, eps=EPS, backend=backend)
+    return jnp.concatenate([query, *(append_arg_specs.at_slots(x, *args[-2:]) for x in pages)], axis=1)[active]
 
 
 def cases(

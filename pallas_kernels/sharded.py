@@ -17,6 +17,11 @@ def varying(x: jax.Array, *args: jax.Array) -> jax.Array:
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
+def varies(*args: jax.Array) -> bool:
+    """Returns whether an argument differs between devices of a mesh."""
+    return bool(_axes(args))
+
+
 def zeros(shape: tuple[int, ...], dtype: Any, *args: jax.Array) -> jax.Array:
     """Returns zeros to which a loop adds `args`: the state of a loop must vary from its start."""
     return varying(jnp.zeros(shape, dtype), *args)

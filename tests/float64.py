@@ -68,6 +68,30 @@ def paged_attention(
     return ranged_attention(query, *pages, start, stop)
 
 
+def norm_rope_append(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    query_norm: ArrayLike,
+    key_norm: ArrayLike,
+    cos: ArrayLike,
+    sin: ArrayLike,
+    *_: ArrayLike,
+    eps: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The queries [B, H, T, h], and the keys and values [B, K, T, h] that belong into the tokens' slots."""
+    turn = np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64)
+
+    def norm_rope(x: ArrayLike, weight: ArrayLike) -> np.ndarray:
+        x, weight = (np.asarray(each).astype(np.float64) for each in (x, weight))
+        x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * weight
+        first, second = np.split(x, 2, axis=-1)
+        turned = (first + 1j * second) * turn[:, :, None]
+        return np.concatenate([turned.real, turned.imag], axis=-1).swapaxes(1, 2)
+
+    return norm_rope(query, query_norm), norm_rope(key, key_norm), np.asarray(value).astype(np.float64).swapaxes(1, 2)
+
+
 def in_order(pages: np.ndarray, page_table: np.ndarray) -> np.ndarray:
     """[B, K, P * page, h]: the keys or values of each row, one after another."""
     rows = np.moveaxis(pages[page_table], 1, 2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepstack_jax.models import rope
+from pallas_kernels.norm_rope_append import xla
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 5, 16), (7, 1, 72)])
@@ -14,6 +14,6 @@ def test_both_forms_are_the_pairs_rotated_by_their_angles(shape: tuple[int, ...]
     cos, sin = (of(angles)[..., :1, : shape[-1] // 2] for of in (jnp.cos, jnp.sin))
     (first, second), c, s = np.split(np.asarray(x, np.float64), 2, axis=-1), np.asarray(cos), np.asarray(sin)
     expected = np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
-    for form in (rope._rotate_halves, rope._rotate_whole):
+    for form in (xla._rotate_halves, xla._rotate_whole):
         # two products and a sum in float32 of values below 5
         np.testing.assert_allclose(form(x, cos, sin), expected, rtol=0, atol=2e-6)

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deepstack_jax.models.param import param
+from pallas_kernels.norm_rope_append.xla import rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -17,9 +18,7 @@ class RMSNorm(nnx.Module):
         self.weight = param(rngs, (size,), (axis,), dtype, nnx.initializers.ones)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        x = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps)
-        return x * scale * self.weight[...].astype(jnp.float32)
+        return rms_norm(x, self.weight[...], self.eps)
 
 
 class LayerNorm(nnx.Module):

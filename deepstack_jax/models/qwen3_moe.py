@@ -20,10 +20,11 @@ from deepstack_jax.config import TextConfig
 from deepstack_jax.models.moe import DenseMLP, SparseMoE
 from deepstack_jax.models.norm import RMSNorm
 from deepstack_jax.models.param import Linear, param, product
-from deepstack_jax.models.rope import Rotation, rotate, text_rotation
-from deepstack_jax.rounding import cdiv
+from deepstack_jax.models.rope import Rotation, text_rotation
 from pallas_kernels.attention import paged_attention, ranged_attention
 from pallas_kernels.deepstack_add import deepstack_add
+from pallas_kernels.norm_rope_append import norm_rope_append
+from pallas_kernels.norm_rope_append.xla import norm_rope
 
 # keys and values of one layer, [B, K, S, h], or [N, K, page, h] in pages
 LayerCache = tuple[Float[Array, "_ K _ h"], Float[Array, "_ K _ h"]]
@@ -106,15 +107,57 @@ class Attention(nnx.Module):
             proj(hidden).reshape(*hidden.shape[:-1], -1, self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query = rotate(self.q_norm(query), rotation).astype(self.dtype)
-        key = rotate(self.k_norm(key), rotation).astype(self.dtype)
-        value = value.astype(self.dtype)
-        query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
         if (repeats := sharding.kv_repeats(*self.heads)) > 1:
-            key, value = (jnp.repeat(x, repeats, axis=1) for x in (key, value))
+            key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
         start = jnp.maximum(slots - self.window + 1, 0) if self.window else jnp.zeros_like(slots)
-        attended, cached = _attend(query, key, value, start, slots, cached, page_table)
+        attended, cached = self._attend((query, key, value), rotation, start, slots, cached, page_table)
         return self.o_proj(attended.reshape(*hidden.shape[:-1], -1)), cached
+
+    def _attend(
+        self,
+        products: tuple[Array, Array, Array],
+        rotation: Rotation,
+        start: Array,
+        slots: Array,
+        cached: LayerCache | None,
+        page_table: Array | None,
+    ) -> tuple[Array, LayerCache]:
+        """Returns the attention [B, T, H, h] of tokens at `slots`, and keys and values with those of the tokens.
+
+        `products` are the tokens' queries, keys and values [B, T, H or K, h], which are not yet normalised. On a mesh,
+        each device computes its own rows and heads.
+        """
+        eps, dtype = self.q_norm.eps, self.dtype
+
+        def own(
+            products: tuple[Array, Array, Array],
+            norms: tuple[Array, Array],
+            rotation: Rotation,
+            start: Array,
+            slots: Array,
+            cached: LayerCache | None,
+            page_table: Array | None,
+        ) -> tuple[Array, LayerCache]:
+            query, key, value = products
+            if cached is not None and page_table is not None:
+                rest = *norms, *rotation, *cached, page_table, slots
+                query, keys, values = norm_rope_append(query, key, value, *rest, eps=eps)
+                # rounded at once to what the output product reads, so that no pass of its own does it
+                attended = paged_attention(query, keys, values, page_table, start, slots + 1, dtype=dtype)
+                return attended, (keys, values)
+            query, key = (norm_rope(*pair, *rotation, eps, dtype) for pair in ((query, norms[0]), (key, norms[1])))
+            value = value.astype(dtype).swapaxes(1, 2)
+            if cached is not None:
+                key, value = _write(cached[0], key, slots[:, 0]), _write(cached[1], value, slots[:, 0])
+            return ranged_attention(query, key, value, start, slots + 1), (key, value)
+
+        norms = self.q_norm.weight[...], self.k_norm.weight[...]
+        rows = sharding.split(len(slots), "slots") or None
+        heads = sharding.split(products[1].shape[2], "kv_heads") or None
+        of_rows, of_heads, of_cache = PartitionSpec(rows), PartitionSpec(rows, None, heads), PartitionSpec(rows, heads)
+        specs = of_heads, PartitionSpec(), of_rows, of_rows, of_rows, of_cache, of_rows
+        run = sharding.each_device(own, specs, (of_heads, of_cache))
+        return run(products, norms, rotation, start, slots, cached, page_table)
 
 
 class DecoderLayer(nnx.Module):
@@ -296,73 +339,9 @@ def _cached_heads(config: TextConfig) -> int:
     return config.num_key_value_heads * sharding.kv_repeats(*heads)
 
 
-def _attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    start: jax.Array,
-    slots: jax.Array,
-    cached: LayerCache | None,
-    page_table: jax.Array | None,
-) -> tuple[jax.Array, LayerCache]:
-    """Returns the attention [B, T, H, h] of tokens at `slots`, and keys and values with those of the tokens in them.
-
-    On a mesh, each device computes its own rows and heads.
-    """
-
-    def own(
-        query: jax.Array,
-        new: LayerCache,
-        start: jax.Array,
-        slots: jax.Array,
-        cached: LayerCache | None,
-        page_table: jax.Array | None,
-    ) -> tuple[jax.Array, LayerCache]:
-        if cached is None:
-            return ranged_attention(query, *new, start, slots + 1), new
-        if page_table is None:
-            key, value = (_write(*pair, slots[:, 0]) for pair in zip(cached, new, strict=True))
-            return ranged_attention(query, key, value, start, slots + 1), (key, value)
-        key, value = (_write_pages(*pair, page_table, slots) for pair in zip(cached, new, strict=True))
-        # rounded at once to what the output product reads, so that no pass of its own does it
-        attended = paged_attention(query, key, value, page_table, start, slots + 1, dtype=query.dtype)
-        return attended, (key, value)
-
-    rows, heads = sharding.split(len(query), "slots") or None, sharding.split(key.shape[1], "kv_heads") or None
-    of_rows, of_heads = PartitionSpec(rows), PartitionSpec(rows, heads)
-    specs = of_heads, of_heads, of_rows, of_rows, of_heads, of_rows
-    run = sharding.each_device(own, specs, (PartitionSpec(rows, None, heads), of_heads))
-    return run(query, (key, value), start, slots, cached, page_table)
-
-
 def _write(cached: jax.Array, new: jax.Array, first: jax.Array) -> jax.Array:
     """Writes `new` [B, K, T, h] to slots first[b], first[b] + 1, ... of `cached` [B, K, S, h]."""
     if new.shape == cached.shape:
         return new  # a prompt that fills the cache can only start at slot 0
     write_row = partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
     return jax.vmap(write_row)(cached, new, first)
-
-
-def _write_pages(pages: jax.Array, new: jax.Array, page_table: jax.Array, slots: jax.Array) -> jax.Array:
-    """Writes `new` [B, K, T, h] to the slots [B, T] of `pages` [N, K, page, h]; tokens at slot -1 go to page 0.
-
-    Several tokens of a row begin at a multiple of the page size and are written page by page, together with inactive
-    ones that follow them: a slot is not read before its own token is written.
-    """
-    batch, heads, length, width = new.shape
-    page, first = pages.shape[2], slots[:, 0]
-    if length == 1:
-        place = jnp.maximum(first, 0)
-        where = jnp.take_along_axis(page_table, place[:, None] // page, axis=1)
-        where = jnp.where(first[:, None] < 0, 0, where) * heads + jnp.arange(heads)
-        # pages are viewed as one list of rows, into which a TPU scatters without changing their layout
-        rows = pages.reshape(-1, width).at[(where * page + place[:, None] % page).reshape(-1)]
-        return rows.set(new.reshape(-1, width)).reshape(pages.shape)
-    height = min(length, page)
-    count = cdiv(length, height)
-    new = jnp.pad(new, [(0, 0), (0, 0), (0, count * height - length), (0, 0)])
-    blocks = new.reshape(batch, heads, count, height, width).swapaxes(1, 2).reshape(-1, heads, height, width)
-    numbers = jnp.maximum(first, 0)[:, None] // page + jnp.arange(count)
-    where = jnp.take_along_axis(page_table, jnp.minimum(numbers, page_table.shape[1] - 1), axis=1)
-    active = (slots[:, ::height] >= 0) & (numbers < page_table.shape[1])
-    return pages.at[jnp.where(active, where, 0).reshape(-1), :, :height].set(blocks)

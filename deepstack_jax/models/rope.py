@@ -1,12 +1,11 @@
 """Rotary position embeddings: interleaved M-RoPE for text (1-D rope is the case without sections), 2-D for patches.
 
-Angles and rotations are float32 in both. Sources: RoFormer (arXiv:2104.09864), the interleaved M-RoPE of Qwen3-VL
-(arXiv:2511.21631), YaRN (arXiv:2309.00071).
+Both give float32 cosines and sines; `pallas_kernels.norm_rope_append` rotates by them. Sources: RoFormer
+(arXiv:2104.09864), the interleaved M-RoPE of Qwen3-VL (arXiv:2511.21631), YaRN (arXiv:2309.00071).
 """
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -30,23 +29,6 @@ def patch_rotation(theta: float, head_dim: int, coordinates: Int[Array, "P 2"]) 
     angles = coordinates.astype(jnp.float32)[..., None] * (1.0 / np.float32(theta) ** quarter)
     angles = angles.reshape(len(coordinates), -1)
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "*batch T H h"], rotation: Rotation) -> Float[Array, "*batch T H h"]:
-    """Rotates each pair (x[i], x[i + h/2]) by its angle, in float32."""
-    cos, sin = (part[..., None, :] for part in rotation)
-    # XLA for NVIDIA would launch each half by itself, for one token together with its norm
-    return jax.lax.platform_dependent(x.astype(jnp.float32), cos, sin, cuda=_rotate_whole, default=_rotate_halves)
-
-
-def _rotate_halves(x: Array, cos: Array, sin: Array) -> Array:
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def _rotate_whole(x: Array, cos: Array, sin: Array) -> Array:
-    swapped = x.reshape(*x.shape[:-1], 2, -1)[..., ::-1, :].reshape(x.shape)
-    return x * jnp.concatenate([cos, cos], axis=-1) + swapped * jnp.concatenate([-sin, sin], axis=-1)
 
 
 def _frequency_axis(rope: RopeConfig, head_dim: int) -> np.ndarray:

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Int
 from deepstack_jax.config import VisionConfig
 from deepstack_jax.models.norm import LayerNorm
 from deepstack_jax.models.param import AnyArray, Linear, param
-from deepstack_jax.models.rope import Rotation, patch_rotation, rotate
+from deepstack_jax.models.rope import Rotation, patch_rotation
 from pallas_kernels.attention import ranged_attention
+from pallas_kernels.norm_rope_append.xla import rotate
 
 
 @no_type_check  # JAX puts shapes, specifications and placeholders into it as well
@@ -135,7 +136,7 @@ class VisionAttention(nnx.Module):
         self, hidden: Float[Array, "P D"], rotation: Rotation, start: jax.Array, stop: jax.Array
     ) -> Float[Array, "P D"]:
         query, key, value = jnp.moveaxis(self.qkv(hidden).reshape(len(hidden), 3, -1, self.head_dim), 1, 0)
-        query, key = rotate(query, rotation), rotate(key, rotation)
+        query, key = rotate(query, *rotation), rotate(key, *rotation)
         query, key, value = (x.astype(self.dtype).swapaxes(0, 1)[None] for x in (query, key, value))
         return self.proj(ranged_attention(query, key, value, start[None], stop[None])[0].reshape(len(hidden), -1))
 

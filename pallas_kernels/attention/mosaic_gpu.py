@@ -144,11 +144,12 @@ def _attend(
     tile = ROWS * warp_groups
     rows = query.reshape(batch, kv_heads, groups, length, head_dim).swapaxes(2, 3)
     rows = rows.reshape(batch, kv_heads, count, head_dim)
-    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, -count % tile), (0, 0)])
+    # of the 64 rows of a product in decoding, all beyond these hold what was in shared memory before
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, -count % (8 if warp_groups == 1 else tile)), (0, 0)])
     capacity = key.shape[2] if page_table is None else page_table.shape[1] * key.shape[2]
     bounds = _bounds(start, stop, capacity, groups, tile)
     if warp_groups == 1:
-        out = _combine(*_decode(rows, key, value, page_table, bounds, count, capacity, scale), bounds, dtype)
+        out = _combine(*_decode(rows, key, value, page_table, bounds, capacity, scale), bounds, dtype)
     else:
         out = _prefill(rows, key, value, page_table, bounds, scale).astype(dtype)
     tables = [] if page_table is None else [page_table]
@@ -423,20 +424,18 @@ def _decode(
     value: jax.Array,
     page_table: jax.Array | None,
     bounds: Bounds,
-    count: int,
     capacity: int,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """[B, K, 64, h], of which `count` are rows -> the results of splits, float32, and the logarithms of their sums.
+    """[B, K, R, h], R = 8, 16 ... 64 -> the results of splits, float32, and the logarithms of their sums.
 
     The results are [B, K, splits, h / 16, R, 16] and the logarithms (to base 2) [B, K, splits, R, 16], equal along the
-    last axis; R is `count` rounded up to a multiple of 8. Only splits of which a row reads something are written. A
-    block reads every `workers`-th of a row's splits, so that all multiprocessors have work if the splits suffice.
+    last axis. Only splits of which a row reads something are written. A block reads every `workers`-th of a row's
+    splits, so that all multiprocessors have work if the splits suffice.
     """
-    batch, kv_heads, _, head_dim = rows.shape
+    batch, kv_heads, count, head_dim = rows.shape
     splits = _splits_before(pl.cdiv(capacity, BLOCK), min, max)
     workers = min(splits, pl.cdiv(2 * hopper.multiprocessors(rows, key), batch * kv_heads))
-    written = pl.cdiv(count, 8) * 8
     pieces = head_dim // COLUMNS
     tables = [] if page_table is None else [page_table]
 
@@ -467,7 +466,7 @@ def _decode(
         @pl.when((role == 0) & (own_splits > 0))
         def multiply() -> None:
             queries, arrived = scratch["queries"].at[0], scratch["queries_arrived"].at[0]
-            plgpu.copy_gmem_to_smem(query_ref.at[b, head], queries, arrived)
+            plgpu.copy_gmem_to_smem(query_ref.at[b, head], queries.at[pl.ds(0, count)], arrived)
             ranges = Ranges.load(start_ref.at[b], stop_ref.at[b], 0)
             plgpu.barrier_wait(arrived)
 
@@ -475,7 +474,7 @@ def _decode(
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 staged[number % 2] = piece
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(staged.at[number % 2, pl.ds(0, written)], target)
+                plgpu.copy_smem_to_gmem(staged.at[number % 2, pl.ds(0, count)], target)
 
             def attend(number: jax.Array, step: jax.Array) -> jax.Array:
                 split, part = split_of(number)
@@ -497,8 +496,8 @@ def _decode(
     return plgpu.kernel(
         body,
         out_type=(
-            sharded.result((batch, kv_heads, splits, pieces, written, COLUMNS), jnp.float32, *args),
-            sharded.result((batch, kv_heads, splits, written, COLUMNS), jnp.float32, *args),
+            sharded.result((batch, kv_heads, splits, pieces, count, COLUMNS), jnp.float32, *args),
+            sharded.result((batch, kv_heads, splits, count, COLUMNS), jnp.float32, *args),
         ),
         grid=(batch, kv_heads, workers),
         grid_names=("batch", "head", "worker"),

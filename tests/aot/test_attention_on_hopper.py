@@ -1,6 +1,7 @@
 """What the compiler makes of attention on Hopper: kernels, and no score and no copy of a key in device memory."""
 
 import re
+from functools import partial
 from math import prod
 
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 from pallas_kernels import aot
 from pallas_kernels.attention import paged_attention, ranged_attention
 from pallas_kernels.attention.arg_specs import REAL_PAGED, REAL_RANGED, ArgSpec, PagedArgSpec, RangedArgSpec
+from pallas_kernels.norm_rope_append import arg_specs as append_specs
+from pallas_kernels.norm_rope_append import norm_rope_append
 
 pytestmark = pytest.mark.gpu
 
@@ -53,3 +56,17 @@ def test_compiles_within_its_memory(target: str, spec: ArgSpec):
     assert compiled.memory_analysis().temp_size_in_bytes <= bound + MiB
     pages = f"[{','.join(str(n) for n in keys.shape)}]"
     assert [line for line in aot.copies(compiled, at_least=MiB) if pages in line] == []
+
+
+@pytest.mark.parametrize("target", aot.GPUS)
+@pytest.mark.parametrize("spec", [spec for specs in append_specs.REAL.values() for spec in specs], ids=str)
+def test_tokens_are_appended_in_place(spec: append_specs.ArgSpec, target: str):
+    shapes = spec.shapes(jnp.bfloat16)
+    run = partial(norm_rope_append, eps=1e-6)
+    compiled = aot.compile_for(target, run, *shapes, donate_argnums=(7, 8))
+    assert aot.kernels(compiled) == (["mosaic_gpu_v2"] if spec.length == 1 else [])
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == 2 * prod(shapes[7].shape) * 2
+    # products side by side, and float32 queries and keys of a chunk
+    products = 4 * spec.batch * spec.length * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+    assert memory.temp_size_in_bytes <= 2 * products + MiB
