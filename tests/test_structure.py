@@ -56,6 +56,8 @@ ALLOWED = {
         "deepstack_jax.generation",
         "deepstack_jax.engine",
         "deepstack_jax.disagg",
+        "deepstack_jax.demo",  # pictures to ask tiny-vl about
+        "deepstack_jax.bundled",
         *MODEL,
     ),
 }

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 DEFAULT_IMAGE = Path(__file__).parent.parent / "data" / "coffee.jpg"
-UNSEEN_SEEDS = 1_000_000  # seeds from here on are training's
 QUESTIONS = ("Describe the picture.", "How many shapes are there?", "Do you see a number?")  # of one's own picture
 
 
@@ -48,6 +47,8 @@ def run(
     """
     existing_checkpoint(checkpoint)
     if seed is None:
+        from deepstack_jax.demo.samples import UNSEEN_SEEDS
+
         seed = secrets.randbelow(UNSEEN_SEEDS)
     picture, questions = _drawn(seed) if image is None else (_loaded(image), [Question(text) for text in QUESTIONS])
     if prompt:

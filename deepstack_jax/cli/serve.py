@@ -167,6 +167,7 @@ def run(
     ] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="log a line for each request")] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="log JSON objects, and one for each request")] = False,
+    page: Annotated[bool, typer.Option(help="GET / shows the page in a browser")] = True,
     vllm_metrics: Annotated[bool, typer.Option(help="/metrics also has the names that vLLM gives them")] = True,
     name: Annotated[str | None, typer.Option(help="the model's name; the directory's by default")] = None,
     dtype: Annotated[Literal["float32", "bfloat16"] | None, typer.Option(help="the checkpoint's by default")] = None,
@@ -265,6 +266,7 @@ def run(
             hosts=HostRule.of(host, is_loopback(listener), (split.node_address, *(allow_host or ()))),
             vllm_metrics=vllm_metrics,
             options=options,
+            page=page,
         )
         url = f"{'https' if tls else 'http'}://{in_url(split.node_address)}:{listener.getsockname()[1]}"
 

@@ -11,7 +11,8 @@ from deepstack_jax.demo.rendering import render
 from deepstack_jax.demo.scenes import Scene, draw_scene
 
 KINDS = ("picture", "pair", "clip")
-__all__ = ["KINDS", "Drawing", "Exchange", "Sample", "draw", "sample"]
+UNSEEN_SEEDS = 1_000_000  # seeds from here on are training's
+__all__ = ["KINDS", "UNSEEN_SEEDS", "Drawing", "Exchange", "Sample", "draw", "sample"]
 
 
 @dataclass(frozen=True)

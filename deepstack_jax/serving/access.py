@@ -27,6 +27,11 @@ RIGHTS: Mapping[str, Right] = MappingProxyType(
         "/ready": "open",
         "/version": "open",
         "/openapi.json": "open",
+        "/": "open",
+        "/page/info": "open",
+        "/page/samples/{name}": "open",
+        "/page/{name:path}": "open",
+        "/page/draw": "key",
         "/generate": "key",
         "/health_generate": "key",
         "/metrics": "key",
@@ -41,6 +46,13 @@ RIGHTS: Mapping[str, Right] = MappingProxyType(
         "/drain": "admin",
     }
 )
+_PAGE = "/page/"  # its files, which hold no data
+
+
+def right_of(path: str) -> Right:
+    """What a path needs."""
+    return RIGHTS.get(path, "open" if path.startswith(_PAGE) else "key")
+
 
 ADMIN = "admin"  # the name of the admin key, whose requests have no limits
 _NAME = r"[A-Za-z0-9._@-]{1,64}"
@@ -163,12 +175,12 @@ class Access:
         Raises:
             RequestError: 401 without a valid key, 403 where it has to be another one.
         """
-        right = RIGHTS.get(path, "key")
+        right = right_of(path)
         if right == "admin" and not self.keys.has_admin:
             raise RequestError(f"{path} needs an admin key, and this server has none: serve with --admin-key", 403)
         if right == "open" or (right == "key" and not self.keys):
             return ""
-        name = self.keys.name_of(_presented(headers))
+        name = self.keys.name_of(presented_key(headers))
         if name is None:
             raise RequestError(
                 "no valid API key: send one as 'Authorization: Bearer KEY'",
@@ -182,12 +194,13 @@ class Access:
 
     def limited(self, scope: Scope, tenant: str) -> Tenant | None:
         """Whose limits apply to a call: those of work, which is what a POST asks for."""
-        if scope["method"] != "POST" or tenant == ADMIN or RIGHTS.get(scope["path"], "key") != "key":
+        if scope["method"] != "POST" or tenant == ADMIN or right_of(scope["path"]) != "key":
             return None
         return self._tenants[tenant]
 
 
-def _presented(headers: Headers) -> str:
+def presented_key(headers: Headers) -> str:
+    """The API key that a request has, "" for none."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 

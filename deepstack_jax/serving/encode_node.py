@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import StreamingResponse
 
 from deepstack_jax.checkpoint import Model
+from deepstack_jax.config import ModelConfig
 from deepstack_jax.disagg.encode.server import EncodeServer
 from deepstack_jax.engine.runner import Chunk, tiny_prompt
 from deepstack_jax.errors import one_line
@@ -60,6 +61,11 @@ class EncodeNode:
     def max_model_len(self) -> int:
         """The model's positions; language nodes may allow fewer."""
         return self._model.config.text.max_position_embeddings
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self._model.config
 
     async def start(self) -> None:
         """Encodes a tiny picture, then opens to language nodes.

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
+from deepstack_jax.config import ModelConfig
 from deepstack_jax.engine.runner import Chunk, DeadlineError, QueueFullError, RequestFailed, StoppingError
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.serving.bodies import Bodies
@@ -41,6 +42,11 @@ class Node(Protocol):
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and answer at most."""
+        ...
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
         ...
 
     def generate(
@@ -122,6 +128,7 @@ class Service:
         timeout: seconds from a request's arrival to its last token.
         origins: other sites whose pages may call, "*" for all.
         draining: whether the server takes no more requests, and only finishes those that it has.
+        research: whether requests may look into the model and change it (see `research`).
     """
 
     loaded: Node | None
@@ -130,6 +137,7 @@ class Service:
     timeout: float = 600.0
     origins: Collection[str] = ()
     draining: bool = False
+    research: bool = False
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))
     in_flight: int = 0

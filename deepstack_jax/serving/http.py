@@ -18,6 +18,7 @@ from deepstack_jax.serving.hosts import HostMiddleware, HostRule
 from deepstack_jax.serving.logs import RequestLog
 from deepstack_jax.serving.native import generate_endpoint
 from deepstack_jax.serving.openai.routes import openai_routes
+from deepstack_jax.serving.page.routes import page_routes
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.probes import OnlyProbes, probe_routes
 from deepstack_jax.serving.refusals import PacedRefusals
@@ -38,6 +39,8 @@ def create_app(
     hosts: HostRule | None = None,
     vllm_metrics: bool = True,
     options: Mapping[str, Any] | None = None,
+    page: bool = True,
+    research: bool = False,
 ) -> Starlette:
     """The application of one node. Its `state.service` is the `Service`.
 
@@ -47,13 +50,17 @@ def create_app(
         access: who may call; anybody by default.
         hosts: the names to which the server answers; any by default.
         vllm_metrics, options: see `probe_routes`.
+        page: whether GET / shows the page.
+        research: see `Service`.
     """
-    service = Service(None, policy, max_requests, timeout, origins)
+    service = Service(None, policy, max_requests, timeout, origins, research=research)
+    access = access or Access()
 
     routes = [
         Route("/generate", generate_endpoint(service), methods=["POST"]),
         *openai_routes(service),
         *probe_routes(service, vllm_metrics=vllm_metrics, options=options or {}),
+        *(page_routes(service, access) if page else ()),
     ]
     middleware = [
         Middleware(RequestLog, service.metrics),
@@ -72,7 +79,7 @@ def create_app(
                 expose_headers=_EXPOSED,
             )
         )
-    middleware.append(Middleware(AccessMiddleware, access or Access()))
+    middleware.append(Middleware(AccessMiddleware, access))
     app = Starlette(
         routes=routes,
         middleware=middleware,

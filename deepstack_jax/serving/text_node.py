@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.config import read_sampling_defaults
+from deepstack_jax.config import ModelConfig, read_sampling_defaults
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.language.fetch import NoEncoderError, TransferFailedError
 from deepstack_jax.disagg.wire.payload import pack
@@ -215,6 +215,11 @@ class TextNode:
     def max_model_len(self) -> int:
         """Tokens of prompt and answer at most."""
         return min(self._max_context, self.runner.engine.token_capacity // self.runner.engine.shape.pools)
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self._model.config
 
     @cached_property
     def fingerprint(self) -> str:
