@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -25,7 +25,7 @@ from deepstack_jax.encoding import encode_group, group_size
 from deepstack_jax.engine.grammar import TokenGrammar
 from deepstack_jax.engine.pages import PageLedger
 from deepstack_jax.engine.prefix_cache import PrefixCache
-from deepstack_jax.engine.request import GenerationPlan, Image, Request, chunk_of
+from deepstack_jax.engine.request import GenerationPlan, Image, Request, Stage, chunk_of
 from deepstack_jax.engine.scheduler import Scheduler
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Part, Prefill, Turn
@@ -85,6 +85,7 @@ class _Flight:
     rows: np.ndarray | None = None  # the slots of `tokens`, None for all
     first_logprobs: Logprobs | None = None  # [R]
     logprobs: Logprobs | None = None  # [B, N]
+    launched_at: float = field(default_factory=time.monotonic)
 
 
 class Engine:
@@ -440,8 +441,9 @@ class Engine:
         pictures = list(same.values())[: group_size(self.model, len(same))]
         taken = {id(image) for images in pictures for image in images}
         group = [each for each in alike if id(each[1]) in taken]
+        timed = any(request.stages is not None for request, _ in group)
         try:
-            self._encode_images(pictures)
+            self._encode_images(pictures, wait=timed)
         except Exception:
             for request, image in group:  # one by one: only requests whose images can't be encoded fail
                 if request.id in self._requests:
@@ -449,15 +451,18 @@ class Engine:
                         self._encode_images([[image]])
         seconds = time.monotonic() - started
         self.encode_seconds += seconds
+        for request, image in group:
+            if request.stages is not None:
+                request.stages.append(Stage("encode", started, started + seconds, image.first_row, image.rows))
         for request in {request.id: request for request, _ in group}.values():
             request.encode_seconds += seconds
             self.scheduler.arrived(request.id, request.ready)
         return True
 
-    def _encode_images(self, pictures: Sequence[Sequence[Image]]) -> None:
+    def _encode_images(self, pictures: Sequence[Sequence[Image]], wait: bool = False) -> None:
         """Encodes pictures of one bucket, each for all images that show it."""
         encoded = encode_group(self.model, [images[0].pixels for images in pictures if images[0].pixels])
-        if not self._flights:
+        if wait or not self._flights:
             jax.block_until_ready(encoded)
         self.images_encoded += len(pictures)
         for images, rows in zip(pictures, encoded, strict=False):
@@ -466,6 +471,7 @@ class Engine:
 
     def _read(self, flight: _Flight) -> Iterator[Event]:
         """Waits for what a turn launched, reports it to the scheduler and gives out the tokens."""
+        self._note_prefill(flight)
         if flight.prefill and flight.first_tokens is not None:
             rows = zip(flight.prefill.rows, flight.prefill.parts, strict=True)
             last = [(row, part.id) for row, part in rows if part.last]
@@ -492,6 +498,17 @@ class Engine:
                 self.scheduler.decoded(id, len(tokens), _ends(event))
                 if event:
                     yield event
+
+    def _note_prefill(self, flight: _Flight) -> None:
+        """Writes down when a prefill ran, for those of its requests that want to know: nobody else waits for it."""
+        parts = flight.prefill.parts if flight.prefill else ()
+        told = [(part, one) for part in parts if (one := self._requests.get(part.id)) and one.stages is not None]
+        if not told:
+            return
+        jax.block_until_ready(flight.first_tokens)
+        for part, request in told:
+            assert request.stages is not None
+            request.stages.append(Stage("prefill", flight.launched_at, time.monotonic(), part.start, part.count))
 
     def _read_logprobs(self, logprobs: Logprobs | None, ids: Iterable[int]) -> Logprobs | None:
         """Waits for log probabilities [rows, n]; None if none of these requests wants them."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,22 @@ class Image:
     encoded: jax.Array | VisualRows | None = None
 
 
+class Stage(NamedTuple):
+    """What the device did for a request between two times of time.monotonic().
+
+    Attributes:
+        kind: "encode" an image, or "prefill" a piece of the prompt.
+        first: the image's first visual row, or the piece's first token.
+        count: how many of them.
+    """
+
+    kind: Literal["encode", "prefill"]
+    begin: float
+    end: float
+    first: int
+    count: int
+
+
 @dataclass(eq=False)
 class Request:
     """One prompt and how far its answer has come. `submitted` and the other times are those of time.monotonic()."""
@@ -99,6 +115,7 @@ class Request:
     made: int = 0
     # "stop" at an end token (included) or where the grammar ends, "length" at max_new_tokens
     finish_reason: Literal["stop", "length"] | None = None
+    stages: list[Stage] | None = None  # what was done for it, if somebody wants to know
 
     @staticmethod
     def of_row(prompt: Batch | PromptArrays, plan: GenerationPlan, row: int = 0, **options: Any) -> "Request":

@@ -68,6 +68,7 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...] = ()  # of `tokens`, if asked for
     prompt_ids: np.ndarray | None = None  # int32 [T]
     choice: int = 0  # which of the answers to its request it belongs to
+    timeline: tuple[Any, ...] = ()  # where the request asks for it: the spans so far, see `serving.timeline`
 
 
 Event = Chunk | RequestFailed

@@ -17,6 +17,7 @@ from deepstack_jax.engine.request import Request as EngineRequest
 from deepstack_jax.engine.runner import Chunk, Runner
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.programs import PromptArrays
+from deepstack_jax.serving.timeline import split_spans
 
 
 @dataclass
@@ -39,6 +40,7 @@ class RemoteRows:
         payload: bytes,
         plan: Callable[[PromptArrays], GenerationPlan],
         deadline: float,
+        timed: bool = False,
         **options: Any,
     ) -> AsyncGenerator[Chunk]:
         """The chunks of the answer to a request.
@@ -47,6 +49,7 @@ class RemoteRows:
             payload: what `disagg.wire.payload.pack` returned.
             plan: called with the prompt's tokens as soon as they are known; it may raise an error to refuse them.
             deadline: on time.monotonic()'s clock.
+            timed: whether the chunks have a timeline.
             options: other fields of the engine's request: `tenant`, `salt`, `grammar`.
 
         Raises:
@@ -67,6 +70,7 @@ class RemoteRows:
         async with self.encoders.fetch(secrets.token_hex(16), payload, deadline, on_rows) as fetch:
             prompt = await fetch.prompt
             prepared = engine_request(prompt, plan(prompt.arrays), deadline=deadline, **options)
+            prepared.stages = [] if timed else None
             if self.overlap:
                 prepared.on_admitted = _in_this_loop(lambda cached: fetch.want(cached, admitted=True))
                 fetch.want(self.runner.find_cached(prepared), admitted=False)
@@ -81,7 +85,8 @@ class RemoteRows:
             async with aclosing(chunks), aclosing(_unless_failed(chunks, fetch.done)) as answer:
                 async for chunk in answer:
                     timings, split = chunk.timings | fetch.timings, _transfer_stats(fetch, started)
-                    yield replace(chunk, timings=timings, transfer_stats=split)
+                    spans = split_spans(prepared, prompt, fetch, started) if timed else ()
+                    yield replace(chunk, timings=timings, transfer_stats=split, timeline=spans)
 
     def warm_up(self) -> None:
         """Compiles what places the rows of a token block in a chunk."""

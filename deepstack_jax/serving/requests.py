@@ -160,6 +160,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stream: bool = False
     stream_deltas: bool = False
     rid: Annotated[str, Meta(max_length=128)] = ""
+    timeline: bool = False
 
     @property
     def top_logprobs(self) -> int | None:
@@ -297,6 +298,8 @@ def _check_whole(request: GenerateRequest, plain: dict[str, Any]) -> None:
         )
     if request.sampling_params.n > 1:
         raise RequestError("n above 1 is served by /v1/chat/completions: leave it out", param="sampling_params.n")
+    if request.timeline:
+        raise RequestError("a timeline is served by /v1/chat/completions: leave it out", param="timeline")
     if unknown := [name for name in request.mm_processor_kwargs if name not in MEDIA_OPTIONS]:
         raise _unknown_field(f"mm_processor_kwargs.{unknown[0]}", MEDIA_OPTIONS)
     try:

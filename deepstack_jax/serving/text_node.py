@@ -38,6 +38,7 @@ from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.readings import Reading, encoder_pool_readings, engine_readings
 from deepstack_jax.serving.remote_rows import RemoteRows
 from deepstack_jax.serving.requests import GenerateRequest, Inputs, admit_media, check_logprobs
+from deepstack_jax.serving.timeline import image_names, local_spans
 
 NUM_TEXT_THREADS = 2
 LEAST_DEFAULT_TOKENS = 1024  # of an answer whose length the request leaves open, as far as the context allows
@@ -132,6 +133,7 @@ class TextNode:
         ended: Collection[int],
     ) -> AsyncGenerator[tuple[int, Chunk]]:
         """The chunks of answers for which this node encodes the pictures, if there are any, by choice."""
+        began = time.monotonic()
         with ExitStack() as prepared:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
@@ -140,6 +142,7 @@ class TextNode:
                 raise DeadlineError(_NO_ANSWER) from None
             options = {"deadline": deadline, "tenant": tenant, "salt": request.cache_salt}
             prompts = [EngineRequest.of_row(batch, plan, **options) for plan in plans]
+            timed = [_timed(self.config, each) for each in prompts] if request.timeline else []
             del inputs, batch
             runs = [
                 self.runner.run(each, each.plan, deadline, tenant, grammar)
@@ -147,9 +150,9 @@ class TextNode:
             ]
             del prompts
             async with closing_all(runs), aclosing(merged(runs, ended)) as chunks:
-                async for chunk in chunks:
+                async for choice, chunk in chunks:
                     prepared.close()  # the pixels are encoded
-                    yield chunk
+                    yield choice, replace(chunk, timeline=local_spans(*timed[choice], began)) if timed else chunk
 
     async def _answer_remotely(
         self,
@@ -172,7 +175,7 @@ class TextNode:
         def planned(choice: int) -> Callable[[PromptArrays], GenerationPlan]:
             return lambda prompt: self._plan(request, prompt, choice)
 
-        options = {"tenant": tenant, "salt": request.cache_salt}
+        options = {"tenant": tenant, "salt": request.cache_salt, "timed": request.timeline}
         runs = [
             self._remote.answer(payload, planned(choice), deadline, grammar=grammar, **options)
             for choice, grammar in enumerate(grammars)
@@ -390,6 +393,12 @@ class TextNode:
             )
         options = request.sampling_params.options(self._model.eos_token_ids, wanted, choice, request.top_logprobs)
         return plan_generation(self._model, prompt, options)
+
+
+def _timed(config: ModelConfig, request: EngineRequest) -> tuple[EngineRequest, dict[int, str]]:
+    """A request that notes its stages, and what its images are called."""
+    request.stages = []
+    return request, image_names(config, request)
 
 
 def _texts_of(message: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from deepstack_jax.disagg.language.incoming import BlockRows, IncomingRequest
 from deepstack_jax.disagg.wire.messages import Encoded, ImageRows, Prepared
+from deepstack_jax.disagg.wire.transfer import from_ranges
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.programs import PromptArrays
 
@@ -28,10 +29,18 @@ class NoEncoderError(Exception):
 
 @dataclass
 class Interval:
-    """An activity between two times of time.monotonic()."""
+    """An activity between two times of time.monotonic(), for some token blocks of a request.
+
+    Attributes:
+        encoder: index of the encode node's endpoint.
+        num_bytes: received in it.
+    """
 
     start: float
     end: float = 0.0
+    encoder: int = 0
+    blocks: set[int] = field(default_factory=set)
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Fetch:
         done: resolved once all rows that are wanted have arrived. Both futures raise TransferFailedError with the
             reason, or NoEncoderError if no encoder is left and the settings say that this node can encode too.
         encoder: index of the encode node's endpoint.
-        prepare_seconds: what the encode node has spent on the request before it encoded anything.
+        prepared: when an encode node prepared the request, to the time of the message about it.
         encoded: when images were encoded, to the time of the message about it.
         rounds: from each grant of blocks to the arrival of its last one so far.
         num_bytes: received for the request.
@@ -73,7 +82,7 @@ class Fetch:
     prompt: "asyncio.Future[KnownPrompt]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     done: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     encoder: int = 0
-    prepare_seconds: float = 0.0
+    prepared: Interval | None = None
     encoded: list[Interval] = field(default_factory=list)
     num_bytes: int = 0
     incoming: IncomingRequest | None = None
@@ -97,7 +106,8 @@ class Fetch:
         """Seconds of each stage. They overlap each other and prefill."""
         transfer = sum(interval.end - interval.start for interval in self.rounds)
         encode = sum(self._encode_us.values()) / 1e6
-        return {"prepare": self.prepare_seconds, "encode": encode, "transfer": transfer}
+        prepare = self.prepared.end - self.prepared.start if self.prepared else 0.0
+        return {"prepare": prepare, "encode": encode, "transfer": transfer}
 
     # events of the encoder pool
 
@@ -125,20 +135,24 @@ class Fetch:
     def heard(self, message: Prepared | Encoded, encoder: int, now: float) -> None:
         """A message about the request has arrived from an encode node."""
         if isinstance(message, Prepared):
-            self.encoder, self.prepare_seconds = encoder, message.prepare_us / 1e6
+            self.encoder, self.prepared = encoder, Interval(now - message.prepare_us / 1e6, now, encoder)
         elif message.encode_us > self._encode_us.get(message.attempt, 0):
             seconds = (message.encode_us - self._encode_us.get(message.attempt, 0)) / 1e6
-            self.encoded.append(Interval(now - seconds, now))
+            known = set[int]().union(*(each.blocks for each in self.encoded if each.encoder == encoder))
+            new = from_ranges(message.blocks, len(self.incoming.input_ids)) - known if self.incoming else set()
+            self.encoded.append(Interval(now - seconds, now, encoder, new))
             self._encode_us[message.attempt] = message.encode_us
 
     def granted(self, round: int, now: float) -> None:
         """Blocks of the receive pool were granted."""
-        self._rounds.setdefault(round, Interval(now))
+        self._rounds.setdefault(round, Interval(now, encoder=self.encoder))
 
     def copied(self, round: int, token_block: int, num_bytes: int, now: float) -> None:
         """A block was copied out of the receive pool; its rows are passed on, once."""
         assert self.incoming is not None
-        self._rounds.setdefault(round, Interval(now)).end = now
+        interval = self._rounds.setdefault(round, Interval(now, encoder=self.encoder))
+        interval.end, interval.num_bytes = now, interval.num_bytes + num_bytes
+        interval.blocks.add(token_block)
         self.num_bytes += num_bytes
         rows = self.incoming.take_rows(token_block)
         if rows is not None:

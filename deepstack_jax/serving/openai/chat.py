@@ -22,6 +22,7 @@ from deepstack_jax.serving.openai.tools import after_reasoning, chosen_tools, to
 from deepstack_jax.serving.parsing import read_body, to_json
 from deepstack_jax.serving.requests import GenerateRequest, check_parts
 from deepstack_jax.serving.text_node import TextNode
+from deepstack_jax.serving.timeline import Span, timeline_fields
 
 
 async def respond_to_chat(service: Service, node: TextNode, call: Call, reply: Reply) -> None:
@@ -35,8 +36,10 @@ async def respond_to_chat(service: Service, node: TextNode, call: Call, reply: R
 
     body, thinking, request = await read_body(call.body, read)
     choices = [new_choice(body, node, thinking) for _ in range(body.n)]
-    answer = _Answer(body, node, call, choices)
+    answer = _Answer(body, node, call, choices, call.deadline - service.timeout)
     async for number, choice, part, chunk in run_choices(service, call, request, choices, answer.usage):
+        if body.timeline:
+            answer.spans[number] = chunk.timeline
         if body.return_token_ids and chunk.prompt_ids is not None:
             answer.prompt_ids = chunk.prompt_ids.tolist()
         if body.stream:
@@ -46,7 +49,7 @@ async def respond_to_chat(service: Service, node: TextNode, call: Call, reply: R
         await reply.json(answer.body)
         return
     if body.stream_options.include_usage:
-        await reply.event(answer.frame([]) | {"usage": answer.usage.fields(choices)})
+        await reply.event(answer.frame([]) | {"usage": answer.usage.fields(choices)} | answer.timeline())
     await reply.event("[DONE]")
     await reply.end()
 
@@ -85,6 +88,7 @@ def chat_request(body: ChatRequest, node: TextNode, thinking: tuple[bool, bool])
         add_generation_prompt=not body.continue_final_message if prompts is None else prompts,
         continue_final_message=body.continue_final_message,
         allow_empty=True,
+        timeline=body.timeline,
     )
 
 
@@ -115,10 +119,12 @@ def thinking_of(body: ChatRequest, node: TextNode) -> tuple[bool, bool]:
 class _Answer:
     """The answer in OpenAI's shape: whole, or the events of a stream."""
 
-    def __init__(self, body: ChatRequest, node: TextNode, call: Call, choices: list[Choice]):
+    def __init__(self, body: ChatRequest, node: TextNode, call: Call, choices: list[Choice], arrived: float):
         self.usage = Usage()
+        self.spans: dict[int, tuple[Span, ...]] = {}  # of each choice, if the timeline is asked for
         self.prompt_ids: list[int] = []
         self._request, self._node, self._choices = body, node, choices
+        self._arrived = arrived
         self._began = [False] * len(choices)
         self._head = {
             "id": f"chatcmpl-{call.id}",
@@ -142,7 +148,15 @@ class _Answer:
         ]
         whole = self._head | {"object": "chat.completion", "choices": choices}
         whole["usage"] = self.usage.fields(self._choices)
+        whole |= self.timeline()
         return whole | ({"prompt_token_ids": self.prompt_ids} if self._request.return_token_ids else {})
+
+    def timeline(self) -> dict[str, Any]:
+        """The field with the timeline, if it is asked for."""
+        if not self._request.timeline:
+            return {}
+        usage = self.usage.fields(self._choices)
+        return {"timeline": timeline_fields(self.spans, self._node.role, self._arrived, usage)}
 
     def frame(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         """One event of a stream."""

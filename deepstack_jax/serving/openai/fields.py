@@ -161,6 +161,7 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True):
     mm_processor_kwargs: Options = {}
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    timeline: bool = False
 
 
 class CompletionRequest(CommonFields, frozen=True, kw_only=True):
