@@ -39,6 +39,7 @@ from deepstack_jax.disagg.wire.messages import (
     HeartbeatReply,
     Hello,
     Message,
+    NodeLoad,
     Prepared,
     Refused,
     Release,
@@ -513,7 +514,7 @@ class TestLiving:
                 bare = BareSocket(server.listener.endpoint)
                 assert isinstance(await bare.ask(pack_message(a_hello(server))), Welcome)
                 reply = await bare.ask(pack_message(Heartbeat(7)))
-                assert reply == HeartbeatReply(7, server.hello.incarnation, 0)
+                assert reply == HeartbeatReply(7, server.hello.incarnation, 0, load=NodeLoad(0, 0, 0, 0, 0, 0, 0, 0))
                 bare.close()
                 await until(lambda: not server.peers and not server.num_closing_bridges, 5)
                 assert not server.sender.peers

@@ -80,6 +80,7 @@ class Watched:
         self.dead, self.unable, self.self_test = node.dead, node.unable, node.self_test
         self.decode_stream, self.readings, self.describe = node.decode_stream, node.readings, node.describe
         self.max_model_len, self.load, self.config = node.max_model_len, node.load, node.config
+        self.cluster = node.cluster
         self.ended: list[tuple[int, str | None]] = []  # tokens, and why it ended; None: it was closed before
 
     async def generate(

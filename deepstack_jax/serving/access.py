@@ -35,6 +35,7 @@ RIGHTS: Mapping[str, Right] = MappingProxyType(
         "/generate": "key",
         "/health_generate": "key",
         "/metrics": "key",
+        "/cluster": "key",
         "/tokenize": "key",
         "/detokenize": "key",
         "/v1/models": "key",

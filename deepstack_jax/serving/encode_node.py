@@ -17,6 +17,7 @@ from deepstack_jax.engine.runner import Chunk, tiny_prompt
 from deepstack_jax.errors import one_line
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.sampling import TokenLogprobs
+from deepstack_jax.serving.cluster import Cluster, encode_cluster
 from deepstack_jax.serving.endpoint import NO_HEADERS, Call, Reply
 from deepstack_jax.serving.errors import RequestError
 from deepstack_jax.serving.forwarding import Answer, Forwarder, refusal
@@ -161,6 +162,10 @@ class EncodeNode:
     def readings(self) -> Iterator[Reading]:
         """Numbers for the metrics."""
         return encode_readings(self._server)
+
+    def cluster(self) -> Cluster:
+        """This node and the language nodes that use it."""
+        return encode_cluster(self._server)
 
     def describe(self) -> dict[str, Any]:
         """The model's encoder."""

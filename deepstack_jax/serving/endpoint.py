@@ -20,6 +20,7 @@ from deepstack_jax.config import ModelConfig
 from deepstack_jax.engine.runner import Chunk, DeadlineError, QueueFullError, RequestFailed, StoppingError
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.serving.bodies import Bodies
+from deepstack_jax.serving.cluster import Cluster
 from deepstack_jax.serving.errors import OVERLOADED, RequestError, error_fields, error_response, reported, retry_after
 from deepstack_jax.serving.metrics import Metrics
 from deepstack_jax.serving.parsing import TEXT_BYTES, to_json
@@ -100,6 +101,10 @@ class Node(Protocol):
         """Numbers for the metrics."""
         ...
 
+    def cluster(self) -> Cluster:
+        """What the node tells of itself and of the nodes that it is linked with. It returns at once."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What the node runs, in values that JSON has."""
         ...
@@ -129,6 +134,7 @@ class Service:
         origins: other sites whose pages may call, "*" for all.
         draining: whether the server takes no more requests, and only finishes those that it has.
         research: whether requests may look into the model and change it (see `research`).
+        since: time.monotonic() when it began to load, or was ready.
     """
 
     loaded: Node | None
@@ -141,6 +147,7 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     started: int = field(default_factory=lambda: int(time.time()))
     in_flight: int = 0
+    since: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._ended = asyncio.Event()
@@ -161,7 +168,7 @@ class Service:
     def open(self, node: Node) -> None:
         """Answers requests from here on."""
         self.metrics.ready()
-        self.loaded = node
+        self.loaded, self.since = node, time.monotonic()
 
     def check_open(self) -> None:
         """

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from deepstack_jax.serving.access import Access, AccessMiddleware
+from deepstack_jax.serving.cluster_route import cluster_route
 from deepstack_jax.serving.endpoint import Node, Service
 from deepstack_jax.serving.errors import RequestError, error_response
 from deepstack_jax.serving.hosts import HostMiddleware, HostRule
@@ -60,6 +61,7 @@ def create_app(
         Route("/generate", generate_endpoint(service), methods=["POST"]),
         *openai_routes(service),
         *probe_routes(service, vllm_metrics=vllm_metrics, options=options or {}),
+        cluster_route(service),
         *(page_routes(service, access) if page else ()),
     ]
     middleware = [

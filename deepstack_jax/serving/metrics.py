@@ -101,6 +101,15 @@ class Metrics:
             if outcome in ("stop", "length"):
                 answer.end()
 
+    def outcomes(self) -> tuple[int, int]:
+        """How many answers ended, and how many of them by a fault or a lack of the server."""
+        counts = {sample.labels["outcome"]: int(sample.value) for sample in self._samples()}
+        return sum(counts.values()), sum(counts.get(outcome, 0) for outcome in ("failed", "deadline", "overloaded"))
+
+    def _samples(self) -> Iterator[Sample]:
+        for family in self._answers.collect():
+            yield from (sample for sample in family.samples if sample.name.endswith("_total"))
+
     def http(self, path: str, status: int) -> None:
         """Counts one HTTP request. `path` has to be one of a few: a client must not be able to add series."""
         self._http.labels(path, str(status)).inc()

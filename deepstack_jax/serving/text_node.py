@@ -31,6 +31,7 @@ from deepstack_jax.processing.messages import texts_in
 from deepstack_jax.processing.preparation import Preparation
 from deepstack_jax.processing.processor import DecodeStream, Processor
 from deepstack_jax.programs import PromptArrays
+from deepstack_jax.serving.cluster import Cluster, language_cluster
 from deepstack_jax.serving.endpoint import NO_HEADERS
 from deepstack_jax.serving.errors import RequestError, without_places
 from deepstack_jax.serving.merged import closing_all, merged
@@ -269,6 +270,10 @@ class TextNode:
         yield from engine_readings(self.runner)
         if self._encoders:
             yield from encoder_pool_readings(self._encoders)
+
+    def cluster(self) -> Cluster:
+        """This node and the encode nodes that it uses."""
+        return language_cluster(self.runner, self._encoders)
 
     def describe(self) -> dict[str, Any]:
         """The engine and the model."""

@@ -6,6 +6,7 @@ after another, and the rows of each are written while the next one is encoded.
 """
 
 import asyncio
+import itertools
 import logging
 import secrets
 import time
@@ -23,6 +24,7 @@ from deepstack_jax.disagg.encode.images import OutgoingImage, images_of
 from deepstack_jax.disagg.encode.outgoing import OutgoingRequest
 from deepstack_jax.disagg.encode.sender import Sender, SenderSettings
 from deepstack_jax.disagg.encode.worker import EncodedImage, EncodeWorker
+from deepstack_jax.disagg.events import Events
 from deepstack_jax.disagg.tasks import Tasks
 from deepstack_jax.disagg.transports import TransferError, Transport
 from deepstack_jax.disagg.wire.control import Listener
@@ -45,6 +47,7 @@ from deepstack_jax.disagg.wire.messages import (
     Hello,
     ImageRows,
     Message,
+    NodeLoad,
     Prepared,
     Refused,
     Welcome,
@@ -88,6 +91,16 @@ class _Peer:
     bridge: SendBridge
     last_heard: float
     gone: "asyncio.Future[None]"  # ends when it leaves or is silent for too long
+    number: int  # which of the language nodes that connected it is
+    since: float = field(default_factory=time.monotonic)
+    num_requests: int = 0
+    num_failures: int = 0
+    bytes_written: int = 0
+
+    @property
+    def public_name(self) -> str:
+        """What clients are told of it, which is not its address."""
+        return f"language {self.number}"
 
     @property
     def http_url(self) -> str:
@@ -131,6 +144,9 @@ class EncodeServer:
         self.sender = Sender(SenderSettings(hello.block_size))
         self.peers: dict[bytes, _Peer] = {}  # by connection
         self.blocks_written = self.bytes_written = 0
+        self.num_requests = self.num_failures = 0
+        self.events = Events()
+        self._numbers = itertools.count(1)
         self._model, self.transport = model, transport
         self._names: dict[str, _Peer] = {}
         self._attempts: dict[AttemptKey, _Attempt] = {}
@@ -156,6 +172,14 @@ class EncodeServer:
     def num_attempts(self) -> int:
         """The number of attempts that are being prepared or whose rows are kept."""
         return len(self._attempts)
+
+    @property
+    def load(self) -> NodeLoad:
+        """What this node has to do and has done."""
+        worker = self.worker
+        encoded, cached = worker.num_encoded, worker.num_cached
+        sizes = len(worker.cache), int(worker.cache.currsize), cached, encoded + cached
+        return NodeLoad(self.num_attempts, worker.queued, self.num_requests, self.num_failures, *sizes)
 
     @property
     def failure(self) -> str | None:
@@ -212,7 +236,7 @@ class EncodeServer:
         if isinstance(message, Heartbeat):
             busy_ms = min(int(self.worker.busy_seconds * 1000), MAX_MILLISECONDS)
             preparing_ms = min(int(self.preparing_seconds * 1000), MAX_MILLISECONDS)
-            reply = HeartbeatReply(message.sequence, self.hello.incarnation, busy_ms, preparing_ms)
+            reply = HeartbeatReply(message.sequence, self.hello.incarnation, busy_ms, preparing_ms, self.load)
             self.listener.send(connection, reply)
         elif isinstance(message, Goodbye):
             self._disconnect(connection)
@@ -250,14 +274,16 @@ class EncodeServer:
             self.listener.send(connection, Refused(f"the encode node can't allocate memory for another peer ({kind})"))
             return
         self.peers[connection] = peer = _Peer(
-            name, connection, hello, bridge, time.monotonic(), self._loop.create_future()
+            name, connection, hello, bridge, time.monotonic(), self._loop.create_future(), next(self._numbers)
         )
+        self.events.add(peer.public_name, "connected")
         self._names[name] = peer
         self._perform(self.sender.peer_up(name, hello.layout.num_blocks, time.monotonic()))
         self.listener.send(connection, Welcome(self.hello))
 
-    def _disconnect(self, connection: bytes) -> None:
+    def _disconnect(self, connection: bytes, reason: str = "left") -> None:
         peer = self.peers.pop(connection)
+        self.events.add(peer.public_name, reason)
         self._names.pop(peer.name, None)
         peer.gone.set_result(None)
         self._perform(self.sender.peer_down(peer.name, time.monotonic()))
@@ -282,7 +308,7 @@ class EncodeServer:
                         peer.last_heard += now - last
                 last = now
                 for connection in [c for c, peer in self.peers.items() if now - peer.last_heard > PEER_TIMEOUT_S]:
-                    self._disconnect(connection)
+                    self._disconnect(connection, f"has sent nothing for {PEER_TIMEOUT_S:g} s")
                 self._perform(self.sender.tick(now))
                 if now - reminded > REMINDER_INTERVAL_S:
                     reminded = now
@@ -319,6 +345,9 @@ class EncodeServer:
                     self.listener.send(connected.connection, message)
             case Prepare(key):
                 self._attempts[key] = attempt = _Attempt()
+                self.num_requests += 1
+                if peer := self._names.get(key.peer):
+                    peer.num_requests += 1
                 attempt.task = self._preparing.run("preparing a request", self._prepare(action))
             case EncodeBlocks(key, blocks):
                 self._encode(key, blocks)
@@ -423,6 +452,10 @@ class EncodeServer:
     def _report_failure(self, key: AttemptKey, stage: str, error: BaseException) -> None:
         _log.error("%s failed", stage, exc_info=error)
         reason = f"{stage} failed ({type(error).__name__}): see the encode node's log"  # clients get the reason
+        self.num_failures += 1
+        if peer := self._names.get(key.peer):
+            peer.num_failures += 1
+            self.events.add(peer.public_name, f"a request failed here: {reason}")
         self._perform(self.sender.failed(key, 500, reason, time.monotonic()))
 
     def _in_loop(self, call: Callable[..., None], *args: Any) -> None:
@@ -453,7 +486,10 @@ class EncodeServer:
         if error is None:
             done = [WrittenBlock(block.token_block, block.checksum, block.num_bytes) for block in blocks]
             self.blocks_written += len(done)
-            self.bytes_written += sum(block.num_bytes for block in done)
+            num_bytes = sum(block.num_bytes for block in done)
+            self.bytes_written += num_bytes
+            if peer := self._names.get(key.peer):
+                peer.bytes_written += num_bytes
             self._perform(self.sender.written(key, round, done, now))
         elif isinstance(error, WriteSkippedError):
             self._perform(self.sender.write_skipped(key, round, token_blocks, now))

@@ -10,10 +10,13 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
 
 import msgspec
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.disagg.events import Events
 from deepstack_jax.disagg.keys.certificates import NodeKey
 from deepstack_jax.disagg.keys.files import Key
 from deepstack_jax.disagg.language.bridge import ReceiveBridge
@@ -29,22 +32,69 @@ from deepstack_jax.disagg.wire.messages import (
     Abort,
     Accepted,
     Encoded,
+    Error,
     Goodbye,
     Grant,
     Hello,
     Message,
+    NodeLoad,
     Prepared,
+    Submit,
     Written,
 )
 from deepstack_jax.disagg.wire.prompt import unpack_prompt
 from deepstack_jax.disagg.wire.seals import KEY_BYTES, Purpose
-from deepstack_jax.disagg.wire.transfer import Action, CopyOut, EncodeLocally, Ended, PromptKnown, Send, State, Wipe
+from deepstack_jax.disagg.wire.transfer import (
+    Action,
+    CopyOut,
+    EncodeLocally,
+    Ended,
+    PromptKnown,
+    Send,
+    State,
+    Wipe,
+    name_of,
+)
 from deepstack_jax.processing.daemon_threads import in_thread_or_here
 
 REPLY_MARGIN_S = 0.1  # a fetch ends this long before its deadline, so that the caller can still report why
 TIMER_RETRY_S = 1.0  # after a failure, timers are checked again after this long
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass
+class EncoderStatus:
+    """What this node knows of an encode node.
+
+    Attributes:
+        number: index of its endpoint.
+        state: "unhealthy" is one that answers and can't be used.
+        reason: why it isn't ready.
+        since: time.monotonic() when it came into this state.
+        known: whether it was connected before.
+        load: what it said last of itself, None before and while it is gone.
+        requests, failures: of this node, that it got and that it didn't fulfil.
+        num_bytes, seconds: of rows that it sent to this node.
+    """
+
+    number: int
+    name: str
+    state: Literal["ready", "unreachable", "unhealthy"] = "unreachable"
+    reason: str | None = "not connected yet"
+    since: float = field(default_factory=time.monotonic)
+    known: bool = False
+    load: NodeLoad | None = None
+    requests: int = 0
+    failures: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+    def become(self, state: Literal["ready", "unreachable", "unhealthy"], reason: str | None = None) -> None:
+        """Changes the state."""
+        if state != self.state:
+            self.state, self.since = state, time.monotonic()
+        self.reason = reason
 
 
 class EncoderPool:
@@ -95,6 +145,8 @@ class EncoderPool:
         ]
         if isinstance(key, NodeKey):
             key.revoked.watch(self._drop_revoked)
+        self.events = Events()
+        self._status = {link: EncoderStatus(number, link.name) for number, link in enumerate(self._links)}
         self._by_peer: dict[str, Link] = {}
         self._fetches: dict[str, Fetch] = {}
         self._changed = asyncio.Event()
@@ -132,6 +184,13 @@ class EncoderPool:
     def num_encoders(self) -> int:
         """The number of compatible encoders that are connected."""
         return len(self.receiver.peers)
+
+    @property
+    def encoders(self) -> list[EncoderStatus]:
+        """What is known of each encode node, in the order of their endpoints."""
+        for link, status in self._status.items():
+            status.load = link.load if link.connected else None
+        return list(self._status.values())
 
     @property
     def num_fetches(self) -> int:
@@ -196,6 +255,8 @@ class EncoderPool:
                 if isinstance(message, Grant) and (fetch := self._fetches.get(message.request_id)):
                     fetch.granted(message.round, time.monotonic())
                 if link := self._by_peer.get(peer):
+                    if isinstance(message, Submit):
+                        self._note_submit(link, peer, message.request_id)
                     link.connection.send(message)
             case PromptKnown(request_id, prepared):
                 self._know_prompt(request_id, prepared)
@@ -204,12 +265,29 @@ class EncoderPool:
             case Wipe(blocks):
                 self._bridge.wipe(blocks)
             case EncodeLocally(request_id, reason):
+                self.events.add(self._last_encoder(request_id), f"a request is encoded here: {reason}")
                 self._fail(request_id, NoEncoderError(reason))
             case Ended(request_id, State.SUCCESS):
                 if fetch := self._fetches.get(request_id):
                     fetch.end()
             case Ended(request_id, _, status, reason):
+                if status >= 500:
+                    self.events.add(self._last_encoder(request_id), f"a request failed: {reason}")
                 self._fail(request_id, TransferFailedError(status, reason))
+
+    def _note_submit(self, link: Link, peer: str, request_id: str) -> None:
+        """Writes down that a request goes to an encoder, and whether it comes from another one."""
+        fetch = self._fetches.get(request_id)
+        if fetch is None or fetch.peer == peer:
+            return
+        self._status[link].requests += 1
+        if fetch.peer:
+            self.events.add(link.name, f"took over a request of {name_of(fetch.peer)}")
+        fetch.peer = peer
+
+    def _last_encoder(self, request_id: str) -> str:
+        fetch = self._fetches.get(request_id)
+        return name_of(fetch.peer) if fetch and fetch.peer else "encoders"
 
     def _fail(self, request_id: str, error: Exception) -> None:
         if fetch := self._fetches.get(request_id):
@@ -230,9 +308,9 @@ class EncoderPool:
         incoming = fetch.incoming
         assert incoming is not None
         expected = BlockCopy(action.checksum, action.num_bytes)
-        seal = self._by_peer[self.receiver.requests[action.request_id].peer].seal
+        link = self._by_peer[self.receiver.requests[action.request_id].peer]
         purpose = Purpose(action.request_id, action.attempt, action.round)
-        copy = self._bridge.copy_out(incoming, action.token_block, action.pool_block, expected, seal, purpose)
+        copy = self._bridge.copy_out(incoming, action.token_block, action.pool_block, expected, link.seal, purpose)
 
         def ended(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # the event loop is closed
@@ -245,7 +323,9 @@ class EncoderPool:
                 found = BlockCopy(b"", 0)
             else:
                 found = copy.result()
-            fetch.copied(action.round, action.token_block, found.num_bytes, now)
+            status = self._status[link]
+            status.seconds += fetch.copied(action.round, action.token_block, found.num_bytes, now)
+            status.num_bytes += found.num_bytes
             block = action.request_id, action.attempt, action.round, action.token_block
             self._perform(self.receiver.copied(*block, *found, now))
 
@@ -271,6 +351,10 @@ class EncoderPool:
 
     def peer_up(self, link: Link, peer: str) -> None:
         _log.info("%s, %s, is connected", link.name, link.connection.endpoint)
+        status = self._status[link]
+        self.events.add(link.name, "is back" if status.known else "connected")
+        status.known = True
+        status.become("ready")
         self._by_peer[peer] = link
         self.refused.pop(link.connection.endpoint, None)
         self._perform(self.receiver.peer_up(peer, time.monotonic()))
@@ -281,10 +365,17 @@ class EncoderPool:
     def peer_refused(self, link: Link, reason: str) -> None:
         if self.refused.get(link.connection.endpoint) != reason:
             _log.warning("%s, %s, is not used: %s", link.name, link.connection.endpoint, reason)
+            self.events.add(link.name, f"is not used: {reason}")
         self.refused[link.connection.endpoint] = reason
+        self._status[link].become("unhealthy", reason)
 
     def peer_down(self, peer: str, reason: str) -> None:
         _log.info("%s", reason)
+        if link := self._by_peer.get(peer):
+            status = self._status[link]
+            status.failures += sum(request.peer == peer for request in self.receiver.requests.values())
+            status.become("unhealthy" if link.stuck else "unreachable", reason)
+            self.events.add(link.name, reason)
         self._perform(self.receiver.peer_down(peer, reason, time.monotonic()))
         self._by_peer.pop(peer, None)
 
@@ -295,6 +386,8 @@ class EncoderPool:
             assert isinstance(message, Accepted | Prepared | Encoded | Written)
             self._by_peer[peer].connection.send(Abort(message.request_id, message.attempt))
             return
+        if isinstance(message, Error) and message.status >= 500:
+            self._status[self._by_peer[peer]].failures += 1
         if isinstance(message, Prepared | Encoded) and (fetch := self._fetches.get(message.request_id)):
             fetch.heard(message, self._links.index(self._by_peer[peer]), now)
         self._perform(self.receiver.receive(peer, message, now))

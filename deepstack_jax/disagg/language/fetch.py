@@ -70,6 +70,7 @@ class Fetch:
         prompt: resolved as soon as an encode node has prepared the request, before it encodes anything.
         done: resolved once all rows that are wanted have arrived. Both futures raise TransferFailedError with the
             reason, or NoEncoderError if no encoder is left and the settings say that this node can encode too.
+        peer: which encoder has the request, as `Receiver` names it; "" before the first.
         encoder: index of the encode node's endpoint.
         prepared: when an encode node prepared the request, to the time of the message about it.
         encoded: when images were encoded, to the time of the message about it.
@@ -81,6 +82,7 @@ class Fetch:
     _want: Callable[[Iterable[int], bool], None]
     prompt: "asyncio.Future[KnownPrompt]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     done: "asyncio.Future[None]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    peer: str = ""
     encoder: int = 0
     prepared: Interval | None = None
     encoded: list[Interval] = field(default_factory=list)
@@ -147,16 +149,19 @@ class Fetch:
         """Blocks of the receive pool were granted."""
         self._rounds.setdefault(round, Interval(now, encoder=self.encoder))
 
-    def copied(self, round: int, token_block: int, num_bytes: int, now: float) -> None:
-        """A block was copied out of the receive pool; its rows are passed on, once."""
+    def copied(self, round: int, token_block: int, num_bytes: int, now: float) -> float:
+        """A block was copied out of the receive pool; its rows are passed on, once. Returns the seconds that it took
+        after the block before it."""
         assert self.incoming is not None
         interval = self._rounds.setdefault(round, Interval(now, encoder=self.encoder))
+        seconds = now - (interval.end or interval.start)
         interval.end, interval.num_bytes = now, interval.num_bytes + num_bytes
         interval.blocks.add(token_block)
         self.num_bytes += num_bytes
         rows = self.incoming.take_rows(token_block)
         if rows is not None:
             self.on_rows(self.incoming.blocks[token_block], rows)
+        return seconds
 
     def end(self) -> None:
         """All rows have arrived."""

@@ -16,6 +16,7 @@ from deepstack_jax.disagg.wire.messages import (
     HeartbeatReply,
     Hello,
     Message,
+    NodeLoad,
     Refused,
     Welcome,
     refusal,
@@ -75,6 +76,17 @@ class Link:
         self._unheard = 0  # consecutive messages of `keep_alive` without any message from the encoder
         self._stuck = False  # the node replies, but its device is stuck
         self._sequence = itertools.count()
+        self.load: NodeLoad | None = None  # of the encoder, as it said last
+
+    @property
+    def connected(self) -> bool:
+        """Whether a compatible encoder is connected and answers."""
+        return self._peer is not None
+
+    @property
+    def stuck(self) -> bool:
+        """Whether the encoder answers, but its device is stuck."""
+        return self._stuck
 
     async def listen(self) -> None:
         """Handles messages until it is cancelled."""
@@ -155,7 +167,7 @@ class Link:
         self.seal = BlockSeal(self._hello.block_key, self._hello.encrypt_blocks)
 
     def _receive_heartbeat_reply(self, reply: HeartbeatReply) -> None:
-        busy_seconds = reply.work_age_ms / 1000
+        busy_seconds, self.load = reply.work_age_ms / 1000, reply.load
         stuck = busy_seconds > DEVICE_STUCK_S
         if self._peer is None:
             if self._stuck and not stuck:

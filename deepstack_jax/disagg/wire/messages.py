@@ -11,7 +11,7 @@ from msgspec import Meta
 
 from deepstack_jax.disagg.wire.layout import BufferLayout
 
-PROTOCOL = 4  # version of these messages and of the payload of Submit
+PROTOCOL = 5  # version of these messages and of the payload of Submit
 MAX_PAYLOAD = 128 << 20  # bytes per request, images and videos included
 MAX_MESSAGE = MAX_PAYLOAD + (1 << 20)
 MAX_TOKENS = 1 << 20  # per prompt
@@ -84,6 +84,19 @@ class Heartbeat(Message, frozen=True):
     sequence: Counter
 
 
+class NodeLoad(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What an encode node has to do and has done since its start."""
+
+    attempts: Counter  # that are being prepared, encoded or sent
+    queue: Counter  # images and videos in line for the encoder
+    requests: Counter
+    failures: Counter  # of requests, by this node's fault
+    cache_entries: Counter  # images and videos in the row cache
+    cache_bytes: Counter
+    cache_hits: Counter
+    cache_queries: Counter
+
+
 class HeartbeatReply(Message, frozen=True):
     """Answers a Heartbeat."""
 
@@ -91,6 +104,7 @@ class HeartbeatReply(Message, frozen=True):
     incarnation: Name
     work_age_ms: Milliseconds  # how long the worker has run its current program, 0 when idle
     preparing_ms: Milliseconds = 0  # how long the oldest request that is being prepared has been, 0 when none is
+    load: NodeLoad | None = None
 
 
 class Goodbye(Message, frozen=True):
