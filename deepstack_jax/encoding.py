@@ -6,9 +6,11 @@ import jax
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
+from deepstack_jax.config import ModelConfig
+from deepstack_jax.errors import short
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, VisionInput, bucket
-from deepstack_jax.programs import empty_rows, encode_vision, write_rows
+from deepstack_jax.programs import empty_rows, encode_vision, scale_deepstack, write_rows
 
 ENCODE_TOGETHER = 4  # the most images per run of the encoder
 
@@ -50,11 +52,34 @@ def encode_images(model: Model, visuals: Sequence[VisionInput]) -> list[jax.Arra
     return [rows[i] for i in range(len(visuals))]
 
 
-def encode_rows(model: Model, batch: Batch) -> VisualRows | None:
-    """Returns the visual rows of a batch, padded to a bucket, or None if it has neither images nor videos."""
+def encode_rows(model: Model, batch: Batch, scales: Sequence[float] = ()) -> VisualRows | None:
+    """Returns the visual rows of a batch, padded to a bucket, or None if it has neither images nor videos.
+
+    `scales` multiply the DeepStack levels; see `checked_scales`.
+    """
     if not batch.visuals:
         return None
-    return concat_rows(model, encode_images(model, batch.visuals), batch.visuals)
+    rows = concat_rows(model, encode_images(model, batch.visuals), batch.visuals)
+    if not scales or rows.deepstack is None:
+        return rows
+    each_row = np.tile(np.asarray(scales, np.float32), (len(rows.embeds), 1))
+    return rows._replace(deepstack=scale_deepstack(rows.deepstack, each_row))
+
+
+def checked_scales(config: ModelConfig, scales: Sequence[float] | None) -> tuple[float, ...]:
+    """Returns the factors of a model's DeepStack levels; () where all of them are 1, or none is given.
+
+    Raises:
+        ValueError: another number of them than the model has levels, or one that is not a finite number.
+    """
+    if scales is None:
+        return ()
+    levels = config.num_deepstack_levels
+    if len(scales) != levels:
+        raise ValueError(f"{len(scales)} deepstack_scales: the model has {levels} DeepStack levels, give one for each")
+    if not np.isfinite(scales).all():
+        raise ValueError(f"deepstack_scales {short(list(scales))}: give finite numbers")
+    return () if all(scale == 1 for scale in scales) else tuple(map(float, scales))
 
 
 def concat_rows(model: Model, parts: Sequence[jax.Array], visuals: Sequence[VisionInput]) -> VisualRows:

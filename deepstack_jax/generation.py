@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from deepstack_jax import sharding
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.encoding import encode_images, encode_rows
+from deepstack_jax.encoding import checked_scales, encode_images, encode_rows
 from deepstack_jax.engine.core import Engine, Failed, NewTokens
 from deepstack_jax.engine.options import default_chunk
 from deepstack_jax.engine.request import GenerationPlan, Request
@@ -88,6 +88,7 @@ def forward(
     pixel_values_videos: ArrayLike | None = None,
     video_grid_thw: ArrayLike | None = None,
     mm_token_type_ids: ArrayLike | None = None,
+    deepstack_scales: Sequence[float] | None = None,
 ) -> jax.Array:
     """Returns float32 logits [B, T, V], which are unspecified where attention_mask is 0.
 
@@ -98,14 +99,19 @@ def forward(
         pixel_values, pixel_values_videos: float [P, C*Tp*p*p], the patches of all images and of all videos.
         image_grid_thw, video_grid_thw: int [n, 3], the grid of each in patches (time, height, width).
         mm_token_type_ids: ignored; it is accepted so that the whole output of a processor can be passed.
+        deepstack_scales: N factors of the DeepStack levels: 1 leaves a level as it is, 0 leaves it out.
 
     Raises:
-        ValueError: the arrays don't fit the model or each other.
+        ValueError: the arrays don't fit the model or each other, or there are other than N scales.
     """
     del mm_token_type_ids
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
     batch = prepare_batch(model.config, input_ids, attention_mask, *visuals)
-    compact = np.asarray(all_logits(model.config, model.text_params, encode_prompt(model, batch)))
+    compact = np.asarray(
+        all_logits(
+            model.config, model.text_params, encode_prompt(model, batch, checked_scales(model.config, deepstack_scales))
+        )
+    )
     length = np.shape(input_ids)[-1]
     logits = np.zeros((len(batch.token_columns), length, compact.shape[-1]), np.float32)
     for row, where in enumerate(batch.token_columns):
@@ -139,6 +145,7 @@ def generate(
     sampling: SamplingOptions | None = None,
     slots: int | None = None,
     chunk: int | None = None,
+    deepstack_scales: Sequence[float] | None = None,
 ) -> GenerateOutput:
     """Answers prompts; the arrays are those of `forward`. A row's answer doesn't depend on the other rows of its batch.
 
@@ -151,6 +158,7 @@ def generate(
             server's. None takes the smallest of 1, 2, 4, ... 64 that holds the prompts; more than 64 take turns.
         chunk: the tokens of a prefill chunk, a multiple of 128, on which bits depend in the same way. None takes a
             server's default.
+        deepstack_scales: as for `forward`, for all prompts.
 
     Raises:
         ValueError: the arrays don't fit, an option or a size is out of range, or single options are given beside
@@ -176,7 +184,7 @@ def generate(
     options = _one_of(sampling, options)
     visuals = pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw
     batch = prepare_batch(model.config, input_ids, attention_mask, *visuals)
-    requests = _requests(model, batch, options)
+    requests = _requests(model, batch, options, deepstack_scales)
     tokens = np.full((len(requests), options.max_new_tokens), model.pad_token_id, np.int32)
     lengths = np.zeros(len(requests), np.int32)
     engine = engine_for(model, requests, slots, chunk)
@@ -202,6 +210,7 @@ def stream(
     sampling: SamplingOptions | None = None,
     slots: int | None = None,
     chunk: int | None = None,
+    deepstack_scales: Sequence[float] | None = None,
     **named: Any,
 ) -> Iterator[np.ndarray]:
     """Runs `generate` token by token: yields int32 [B], -1 for rows that have ended.
@@ -217,7 +226,7 @@ def stream(
     if options.top_logprobs is not None:
         raise ValueError(f"top_logprobs {options.top_logprobs}: a stream yields tokens only: take generate")
     batch = prepare_batch(model.config, **(inputs or {}), **named)
-    requests = _requests(model, batch, options)
+    requests = _requests(model, batch, options, deepstack_scales)
 
     def tokens() -> Iterator[np.ndarray]:
         waiting: list[deque[int]] = [deque() for _ in requests]
@@ -231,9 +240,11 @@ def stream(
     return tokens()
 
 
-def _requests(model: Model, batch: Batch, options: SamplingOptions) -> list[Request]:
-    plan = plan_generation(model, batch, options)
-    return [Request.of_row(batch, plan, row) for row in range(len(batch.lengths))]
+def _requests(
+    model: Model, batch: Batch, options: SamplingOptions, deepstack_scales: Sequence[float] | None
+) -> list[Request]:
+    plan, scales = plan_generation(model, batch, options), checked_scales(model.config, deepstack_scales)
+    return [Request.of_row(batch, plan, row, deepstack_scales=scales) for row in range(len(batch.lengths))]
 
 
 def _run(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, NewTokens]]:
@@ -284,9 +295,9 @@ def plan_generation(model: Model, prompt: Batch | PromptArrays, options: Samplin
     return GenerationPlan(sampling, options.max_new_tokens)
 
 
-def encode_prompt(model: Model, batch: Batch) -> PromptArrays:
-    """Returns the arrays of a batch, with its visual rows encoded."""
-    rows = encode_rows(model, batch)
+def encode_prompt(model: Model, batch: Batch, scales: Sequence[float] = ()) -> PromptArrays:
+    """Returns the arrays of a batch, with its visual rows encoded and their DeepStack levels scaled."""
+    rows = encode_rows(model, batch, scales)
     return PromptArrays(batch.input_ids, batch.position_ids, batch.lengths, batch.rope_deltas, batch.visual_index, rows)
 
 

@@ -154,6 +154,14 @@ def write_rows(
     return jax.tree.map(lambda new, old: sharding.constrain(jnp.where(inside, new, old)), new, rows)
 
 
+@sharding.on_mesh_of(argument=0)
+@partial(jax.jit, donate_argnums=0)
+def scale_deepstack(deepstack: Float[Array, "M ND"], scales: Float[AnyArray, "M N"]) -> Float[Array, "M ND"]:
+    """Returns DeepStack rows (donated) with level i of row m multiplied by scales[m, i]; a 1 leaves its bits."""
+    factors = jnp.repeat(jnp.asarray(scales, jnp.float32), deepstack.shape[1] // scales.shape[1], axis=1)
+    return sharding.constrain((deepstack * factors).astype(deepstack.dtype))
+
+
 def empty_rows(config: ModelConfig, height: int, mesh: Mesh | None = None) -> VisualRows:
     """Returns `height` visual rows of zeros in the model's dtype, on every device of a mesh."""
     width, levels = config.text.hidden_size, config.num_deepstack_levels

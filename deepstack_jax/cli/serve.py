@@ -167,6 +167,9 @@ def run(
     ] = None,
     access_log: Annotated[bool, typer.Option("--access-log", help="log a line for each request")] = False,
     log_json: Annotated[bool, typer.Option("--log-json", help="log JSON objects, and one for each request")] = False,
+    research: Annotated[
+        bool, typer.Option("--research", help="requests may scale DeepStack levels and look at rows and experts")
+    ] = False,
     page: Annotated[bool, typer.Option(help="GET / shows the page in a browser")] = True,
     vllm_metrics: Annotated[bool, typer.Option(help="/metrics also has the names that vLLM gives them")] = True,
     name: Annotated[str | None, typer.Option(help="the model's name; the directory's by default")] = None,
@@ -215,7 +218,7 @@ def run(
     from deepstack_jax.engine.options import EngineOptions
     from deepstack_jax.processes import is_first
 
-    engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache, _widths(decode_widths))
+    engine = EngineOptions(slots, chunk, kv_bytes, decode_steps, prefix_cache, _widths(decode_widths), research)
     if coordinator is not None and role == "encode":
         raise ValueError("--role encode runs in one process: leave out --coordinator, and start more encode nodes")
     split = SplitOptions(
@@ -267,6 +270,7 @@ def run(
             vllm_metrics=vllm_metrics,
             options=options,
             page=page,
+            research=research,
         )
         url = f"{'https' if tls else 'http'}://{in_url(split.node_address)}:{listener.getsockname()[1]}"
 

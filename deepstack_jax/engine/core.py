@@ -21,7 +21,7 @@ from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from deepstack_jax import sharding
 from deepstack_jax.checkpoint import Model
-from deepstack_jax.encoding import encode_group, group_size
+from deepstack_jax.encoding import checked_scales, encode_group, group_size
 from deepstack_jax.engine.grammar import TokenGrammar
 from deepstack_jax.engine.pages import PageLedger
 from deepstack_jax.engine.prefix_cache import PrefixCache
@@ -30,7 +30,15 @@ from deepstack_jax.engine.scheduler import Scheduler
 from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.engine.turn import Admitted, Decode, Ended, Job, Part, Prefill, Turn
 from deepstack_jax.models.vision import VisualRows
-from deepstack_jax.programs import EngineState, PromptChunk, decode_loop, empty_rows, prefill_chunk, write_rows
+from deepstack_jax.programs import (
+    EngineState,
+    PromptChunk,
+    decode_loop,
+    empty_rows,
+    prefill_chunk,
+    scale_deepstack,
+    write_rows,
+)
 from deepstack_jax.sampling import Logprobs, SamplingParams, TokenLogprobs, TokenMask
 
 # one program, not one per array
@@ -109,6 +117,7 @@ class Engine:
         max_waiting: int = 64,
         prefix_cache: bool = True,
         end_tokens: int = 16,
+        research: bool = False,
     ):
         """
         Args:
@@ -118,10 +127,11 @@ class Engine:
             max_waiting: requests in line at most, those in slots not counted.
             prefix_cache: whether whole chunks of prompts are kept for those that begin alike.
             end_tokens: end tokens of a request at most, a multiple of 16.
+            research: whether `warm_up` also compiles what scales DeepStack levels.
         """
         self.model, self.shape, self.num_pages = model, shape, num_pages
         self._end_tokens, self._max_waiting, self._cache_prefixes = end_tokens, max_waiting, prefix_cache
-        self._ids = itertools.count()
+        self._ids, self._research = itertools.count(), research
         self.images_encoded, self.encode_seconds = 0, 0.0
         self.lost: str | None = None
         self._stalled = True
@@ -156,6 +166,9 @@ class Engine:
         """Compiles every language program: decodes nothing at each width, then prefills a prompt of each width."""
         for width in self.shape.decode_widths:
             self._decode(np.zeros(self.shape.slots, bool), 1, False, width, self._no_mask(self.shape.slots))
+        if self._research and self._no_rows is not None and (levels := self.model.config.num_deepstack_levels):
+            rows = jax.tree.map(jnp.zeros_like, self._no_rows)
+            scale_deepstack(rows.deepstack, np.ones((len(rows.embeds), levels), np.float32))
         options = SamplingParams.of(1, end_token_ids=[-1] * self._end_tokens)
         limit = self.model.config.text.max_position_embeddings
         for width, _ in self.shape.tail_rows:
@@ -203,8 +216,9 @@ class Engine:
 
         Raises:
             NeverFits: a ValueError: the pages can't hold its prompt and answer.
-            ValueError: more end tokens than a row has room for.
+            ValueError: more end tokens than a row has room for, or not one scale for each DeepStack level.
         """
+        checked_scales(self.model.config, request.deepstack_scales or None)
         if request.plan.sampling.end_token_ids.shape[1] > self._end_tokens:
             raise ValueError(f"{len(request.plan.ends)} end tokens: give at most {self._end_tokens}")
         self.scheduler.check_fits(request.length, request.plan.max_new_tokens)

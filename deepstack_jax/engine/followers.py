@@ -278,7 +278,7 @@ def _read(connection: socket.socket, size: int) -> bytes | None:
 
 
 # of a request, beside its images and plan
-_SENT = ("input_ids", "position_ids", "visual_index", "rope_delta", "deadline", "tenant")
+_SENT = ("input_ids", "position_ids", "visual_index", "rope_delta", "deadline", "tenant", "deepstack_scales")
 
 
 def _pack(request: Request) -> dict[str, Any]:

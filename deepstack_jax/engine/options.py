@@ -33,6 +33,7 @@ class EngineOptions:
         decode_widths: widths of more decode programs, below `slots`. Few rows then run faster on a CPU, but the bits
             of an answer depend on how many requests run.
         prefix_cache: whether the pages of whole chunks are kept for prompts with the same beginning.
+        research: whether programs that only research takes are compiled at the start.
     """
 
     slots: int | None = None
@@ -41,6 +42,7 @@ class EngineOptions:
     decode_steps: int = 8
     prefix_cache: bool = True
     decode_widths: tuple[int, ...] = ()
+    research: bool = False
 
     def shape(self, mesh: Mesh | None = None) -> EngineShape:
         """The sizes of the programs on a mesh, or on one device.
@@ -79,7 +81,8 @@ class EngineOptions:
         kind = Engine
         if jax.process_count() > 1 and jax.process_index() == 0:
             from deepstack_jax.engine.followers import LeadingEngine as kind
-        return kind(model, shape, min(fitting, most), max_waiting=in_line, prefix_cache=self.prefix_cache)
+        options = {"prefix_cache": self.prefix_cache, "research": self.research}
+        return kind(model, shape, min(fitting, most), max_waiting=in_line, **options)
 
 
 def default_chunk(mesh: Mesh | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ from deepstack_jax.engine.shape import EngineShape
 from deepstack_jax.engine.turn import Prefill
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch, VisionInput
-from deepstack_jax.programs import PromptArrays, PromptChunk, write_rows
+from deepstack_jax.programs import PromptArrays, PromptChunk, scale_deepstack, write_rows
 from deepstack_jax.sampling import IN_PROMPT, SamplingParams, TokenMask
 
 
@@ -115,6 +115,7 @@ class Request:
     made: int = 0
     # "stop" at an end token (included) or where the grammar ends, "length" at max_new_tokens
     finish_reason: Literal["stop", "length"] | None = None
+    deepstack_scales: tuple[float, ...] = ()  # of the levels of its visual rows; () for none, see `checked_scales`
     stages: list[Stage] | None = None  # what was done for it, if somebody wants to know
 
     @staticmethod
@@ -225,6 +226,8 @@ class Request:
             spans = tuple(ImageSpan(im.first_row, im.rows, im.pixels.digest) for im in self.images if im.pixels)
         if spans is None:
             return ()
+        if self.deepstack_scales:  # pages depend on them
+            salt = json.dumps([salt.hex(), *self.deepstack_scales]).encode()
         return chunk_keys(self.input_ids, self.visual_index, spans, chunk=shape.chunk, salt=salt, shape=shape.name())
 
 
@@ -253,6 +256,7 @@ def chunk_of(
     starts, counts, deltas, limits = (np.zeros(count, np.int32) for _ in range(4))
     rows = np.full(count, shape.slots, np.int32)
     visual_rows, taken = no_rows, 0
+    scaled: list[tuple[slice, tuple[float, ...]]] = []
     options = [requests[prefill.parts[0].id].plan.sampling] * count
     for row, part in zip(prefill.rows, prefill.parts, strict=True):
         request = requests[part.id]
@@ -274,6 +278,8 @@ def chunk_of(
             index[row, tokens] = taken + np.arange(len(tokens))
             place = (np.int32(x) for x in (taken, skip, len(tokens)))
             visual_rows = write_rows(config, visual_rows, image.encoded, *place)
+            if request.deepstack_scales:
+                scaled.append((slice(taken, taken + len(tokens)), request.deepstack_scales))
             taken += len(tokens)
     return PromptChunk(
         ids,
@@ -288,8 +294,18 @@ def chunk_of(
         jax.tree.map(lambda *arrays: np.concatenate(arrays), *options),
         mask,
         None if no_rows is None else index,
-        visual_rows,
+        _scale(visual_rows, scaled),
     )
+
+
+def _scale(rows: VisualRows | None, scaled: Sequence[tuple[slice, tuple[float, ...]]]) -> VisualRows | None:
+    """A chunk's visual rows, some of whose DeepStack levels are multiplied by scales: one program for any of them."""
+    if not scaled or rows is None or rows.deepstack is None:
+        return rows
+    scales = np.ones((len(rows.embeds), len(scaled[0][1])), np.float32)
+    for place, of_request in scaled:
+        scales[place] = of_request
+    return rows._replace(deepstack=scale_deepstack(rows.deepstack, scales))
 
 
 def _visual_runs(request: Request, piece: slice) -> Iterator[tuple[np.ndarray, Image, int]]:

@@ -37,6 +37,7 @@ _WHOLE = 2**31 - 1  # what the programs' int32 holds
 Name = Annotated[str, Meta(max_length=256)]
 Options = Annotated[dict[Name, Any], Meta(max_length=MAX_OPTIONS)]
 Messages = Annotated[list[Any], Meta(max_length=MAX_MESSAGES)]
+Scales = Annotated[list[Annotated[float, Meta(ge=0, le=4)]], Meta(max_length=64)]  # of DeepStack levels
 _Stop = Annotated[str, Meta(max_length=MAX_STOP_CHARACTERS)]
 Stops = _Stop | Annotated[list[_Stop], Meta(max_length=MAX_STOPS)]
 
@@ -161,6 +162,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stream_deltas: bool = False
     rid: Annotated[str, Meta(max_length=128)] = ""
     timeline: bool = False
+    deepstack_scales: Scales | None = None
 
     @property
     def top_logprobs(self) -> int | None:

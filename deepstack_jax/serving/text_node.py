@@ -17,6 +17,7 @@ from deepstack_jax.config import ModelConfig, read_sampling_defaults
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.language.fetch import NoEncoderError, TransferFailedError
 from deepstack_jax.disagg.wire.payload import pack
+from deepstack_jax.encoding import checked_scales
 from deepstack_jax.engine.grammar import TokenGrammar
 from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.request import GenerationPlan
@@ -91,6 +92,7 @@ class TextNode:
         most = model.config.text.max_position_embeddings
         self._warm_up = warm_up
         self.sampling_defaults = {} if model.path is None else read_sampling_defaults(model.path)
+        self.research = engine is not None and engine.research
         self._max_context = most if max_context is None else min(max_context, most)
         self._preparation = preparation or Preparation()
         # separate threads, so that texts never wait for pictures
@@ -141,7 +143,7 @@ class TextNode:
                     batch, plans = await self._prepare(request, inputs, prepared)
             except TimeoutError:
                 raise DeadlineError(_NO_ANSWER) from None
-            options = {"deadline": deadline, "tenant": tenant, "salt": request.cache_salt}
+            options = {"deadline": deadline, "tenant": tenant, **self._engine_options(request)}
             prompts = [EngineRequest.of_row(batch, plan, **options) for plan in plans]
             timed = [_timed(self.config, each) for each in prompts] if request.timeline else []
             del inputs, batch
@@ -176,7 +178,7 @@ class TextNode:
         def planned(choice: int) -> Callable[[PromptArrays], GenerationPlan]:
             return lambda prompt: self._plan(request, prompt, choice)
 
-        options = {"tenant": tenant, "salt": request.cache_salt, "timed": request.timeline}
+        options = {"tenant": tenant, "timed": request.timeline, **self._engine_options(request)}
         runs = [
             self._remote.answer(payload, planned(choice), deadline, grammar=grammar, **options)
             for choice, grammar in enumerate(grammars)
@@ -316,9 +318,25 @@ class TextNode:
                 code="context_length_exceeded",
             )
 
+    def _engine_options(self, request: GenerateRequest) -> dict[str, Any]:
+        """Fields of the engine's request that the client chooses."""
+        scales = checked_scales(self.config, request.deepstack_scales)
+        return {"salt": request.cache_salt, "deepstack_scales": scales}
+
+    def check_research(self) -> None:
+        """
+        Raises:
+            RequestError: the server was started without research.
+        """
+        if not self.research:
+            raise RequestError("research is off: serve with --research", code="research_off")
+
     def _checked(self, request: GenerateRequest) -> Grammars:
         """The grammars of a request whose prompt and log probabilities may fit."""
         sampling = request.sampling_params
+        if request.deepstack_scales is not None:
+            self.check_research()
+            self._engine_options(request)
         check_logprobs(sampling.n, sampling.max_new_tokens, request.top_logprobs)
         self._check_prompt(request)
         return self._grammars(request)

@@ -89,6 +89,7 @@ def chat_request(body: ChatRequest, node: TextNode, thinking: tuple[bool, bool])
         continue_final_message=body.continue_final_message,
         allow_empty=True,
         timeline=body.timeline,
+        deepstack_scales=body.deepstack_scales,
     )
 
 

@@ -22,6 +22,7 @@ from deepstack_jax.serving.requests import (
     Name,
     Options,
     SamplingFields,
+    Scales,
     Stops,
     explain_invalid,
 )
@@ -162,6 +163,7 @@ class ChatRequest(CommonFields, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     timeline: bool = False
+    deepstack_scales: Scales | None = None
 
 
 class CompletionRequest(CommonFields, frozen=True, kw_only=True):
