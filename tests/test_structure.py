@@ -50,6 +50,7 @@ ALLOWED = {
     "deepstack_jax/disagg": ("deepstack_jax.disagg", *MODEL),
     "deepstack_jax/engine": ("deepstack_jax.engine", *MODEL),
     "deepstack_jax/generation.py": ("deepstack_jax.engine", *MODEL),
+    "deepstack_jax/research.py": MODEL,
     "deepstack_jax/bench": ("deepstack_jax.bench", "deepstack_jax.generation", *MODEL),
     "deepstack_jax/serving": (
         "deepstack_jax.serving",
@@ -58,6 +59,7 @@ ALLOWED = {
         "deepstack_jax.disagg",
         "deepstack_jax.demo",  # pictures to ask tiny-vl about
         "deepstack_jax.bundled",
+        "deepstack_jax.research",
         *MODEL,
     ),
 }

@@ -36,6 +36,8 @@ RIGHTS: Mapping[str, Right] = MappingProxyType(
         "/health_generate": "key",
         "/metrics": "key",
         "/cluster": "key",
+        "/research/rows": "key",
+        "/research/tokens": "key",
         "/tokenize": "key",
         "/detokenize": "key",
         "/v1/models": "key",

@@ -23,6 +23,7 @@ from deepstack_jax.serving.page.routes import page_routes
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.probes import OnlyProbes, probe_routes
 from deepstack_jax.serving.refusals import PacedRefusals
+from deepstack_jax.serving.research import research_routes
 
 _EXPOSED = ["retry-after", "x-request-id"] + [
     f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
@@ -62,6 +63,7 @@ def create_app(
         *openai_routes(service),
         *probe_routes(service, vllm_metrics=vllm_metrics, options=options or {}),
         cluster_route(service),
+        *research_routes(service),
         *(page_routes(service, access) if page else ()),
     ]
     middleware = [

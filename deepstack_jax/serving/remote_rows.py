@@ -17,6 +17,7 @@ from deepstack_jax.engine.request import Request as EngineRequest
 from deepstack_jax.engine.runner import Chunk, Runner
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.programs import PromptArrays
+from deepstack_jax.serving.looked_at import LookedAt, joined_rows
 from deepstack_jax.serving.timeline import split_spans
 
 
@@ -87,6 +88,29 @@ class RemoteRows:
                     timings, split = chunk.timings | fetch.timings, _transfer_stats(fetch, started)
                     spans = split_spans(prepared, prompt, fetch, started) if timed else ()
                     yield replace(chunk, timings=timings, transfer_stats=split, timeline=spans)
+
+    async def rows_of(self, payload: bytes, deadline: float, check: Callable[[int], None]) -> LookedAt:
+        """A prompt with all of its rows, as encode nodes send them.
+
+        Args:
+            payload, deadline: as for `answer`.
+            check: called with the prompt's tokens before anything is encoded; it may raise an error to refuse them.
+
+        Raises:
+            TransferFailedError, NoEncoderError: as `answer`.
+        """
+        arrived: dict[int, VisualRows] = {}
+
+        def on_rows(block: BlockRows, rows: VisualRows) -> None:
+            arrived[block.first_row] = VisualRows(*(None if x is None else x[: block.rows] for x in rows))  # type: ignore[arg-type]
+
+        async with self.encoders.fetch(secrets.token_hex(16), payload, deadline, on_rows) as fetch:
+            prompt = await fetch.prompt
+            check(int(prompt.arrays.lengths[0]))
+            fetch.want(0, admitted=True)
+            await fetch.done
+        rows = await asyncio.to_thread(joined_rows, [arrived[first] for first in sorted(arrived)])
+        return LookedAt(replace(prompt.arrays, rows=rows), [(image.first_row, image.rows) for image in prompt.images])
 
     def warm_up(self) -> None:
         """Compiles what places the rows of a token block in a chunk."""

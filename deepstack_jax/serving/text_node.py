@@ -17,7 +17,7 @@ from deepstack_jax.config import ModelConfig, read_sampling_defaults
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.language.fetch import NoEncoderError, TransferFailedError
 from deepstack_jax.disagg.wire.payload import pack
-from deepstack_jax.encoding import checked_scales
+from deepstack_jax.encoding import checked_scales, encode_rows
 from deepstack_jax.engine.grammar import TokenGrammar
 from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.engine.request import GenerationPlan
@@ -35,6 +35,7 @@ from deepstack_jax.programs import PromptArrays
 from deepstack_jax.serving.cluster import Cluster, language_cluster
 from deepstack_jax.serving.endpoint import NO_HEADERS
 from deepstack_jax.serving.errors import RequestError, without_places
+from deepstack_jax.serving.looked_at import LookedAt, of_batch, scaled_rows
 from deepstack_jax.serving.merged import closing_all, merged
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.readings import Reading, encoder_pool_readings, engine_readings
@@ -190,6 +191,41 @@ class TextNode:
         except TransferFailedError as error:
             raise RequestError(without_places(one_line(error)), error.status) from None
 
+    async def look_at(self, request: GenerateRequest, deadline: float, check: Callable[[int], None]) -> LookedAt:
+        """The prompt of a request with its visual rows, from encode nodes or encoded here, without an answer.
+
+        Args:
+            check: called with the prompt's tokens before anything is encoded; it may raise an error to refuse them.
+
+        Raises:
+            RequestError, MediaError, ValueError: what is wrong with the request, or that rows can't be had.
+        """
+        await asyncio.to_thread(self._checked, request)
+        inputs = await admit_media(request, self._policy, self._preparation.decoders)
+        looked_at = None
+        if inputs.has_media and self._remote:
+            with suppress(NoEncoderError):
+                looked_at = await self._look_remotely(self._remote, inputs, deadline, check)
+        if looked_at is None:
+            with ExitStack() as prepared:
+                batch, _ = await self._prepare(request, inputs, prepared)
+                check(int(batch.lengths[0]))
+                looked_at = of_batch(batch, await asyncio.to_thread(encode_rows, self._model, batch))
+        if scales := checked_scales(self.config, request.deepstack_scales):
+            looked_at = await asyncio.to_thread(scaled_rows, looked_at, scales)
+        return looked_at
+
+    async def _look_remotely(
+        self, remote: RemoteRows, inputs: Inputs, deadline: float, check: Callable[[int], None]
+    ) -> LookedAt:
+        payload = await self._preparation.in_thread(
+            lambda: pack(inputs.prompt, inputs.images, inputs.videos, inputs.options)
+        )
+        try:
+            return await remote.rows_of(payload, deadline, check)
+        except TransferFailedError as error:
+            raise RequestError(without_places(one_line(error)), error.status) from None
+
     async def start(self) -> None:
         """Reads the tokenizer, compiles the language programs and runs a tiny prompt.
 
@@ -206,6 +242,11 @@ class TextNode:
             raise ValueError(reason)
         if self._encoders:
             await self._encoders.start()
+
+    @property
+    def model(self) -> Model:
+        """What the node runs."""
+        return self._model
 
     @property
     def processor(self) -> Processor:
