@@ -38,6 +38,10 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(help="length of an answer at most")] = 32,
     seed: Annotated[int | None, typer.Option(help="draws the same picture again", min=0)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="start an encode and a language node, and open their page instead")
+    ] = False,
+    browser: Annotated[bool, typer.Option(help="with --page: open it; its URL is printed in any case")] = True,
 ) -> None:
     """Draws a picture, asks three questions about it, and shows the answers beside the truth and what took how long.
 
@@ -46,6 +50,13 @@ def run(
     Example: deepstack-jax demo --image holiday.jpg --prompt "What do you see?"
     """
     existing_checkpoint(checkpoint)
+    # processes share an accelerator here: none may take all of its memory at the start
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if page:
+        from deepstack_jax.cli.demo_page import show_page
+
+        show_page(checkpoint, browser)
+        return
     if seed is None:
         from deepstack_jax.demo.samples import UNSEEN_SEEDS
 
@@ -53,8 +64,6 @@ def run(
     picture, questions = _drawn(seed) if image is None else (_loaded(image), [Question(text) for text in QUESTIONS])
     if prompt:
         questions = [Question(text) for text in prompt]
-    # three processes share an accelerator here: none may take all of its memory at the start
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     shown: dict[str, Any] = {"image": image, "seed": None if image else seed}
     if not as_json:
         _show_picture(picture, f"{image}" if image else f"seed {seed}")

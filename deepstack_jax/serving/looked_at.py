@@ -69,12 +69,11 @@ def with_answer(looked_at: LookedAt, answer_ids: Sequence[int]) -> LookedAt:
     if index is not None:
         text = np.full(len(answer_ids), -1, np.int32)
         index = np.concatenate([np.asarray(index)[0, :length], text])[None]
+    positions = np.concatenate([np.asarray(prompt.position_ids)[:, 0, :length], np.tile(slots, (3, 1))], axis=1)
     longer = replace(
         prompt,
         input_ids=np.concatenate([looked_at.ids, np.asarray(answer_ids, np.int32)])[None],
-        position_ids=np.concatenate([np.asarray(prompt.position_ids)[:, 0, :length], np.tile(slots, (3, 1))], 1)[
-            :, None
-        ],
+        position_ids=positions[:, None],
         lengths=np.asarray([length + len(answer_ids)], np.int32),
         visual_index=index,
     )
