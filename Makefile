@@ -23,7 +23,7 @@ INSTALL_LOCKED = $(BIN)/python -m pip install --quiet --require-hashes -r $(LOCK
 WORKERS ?= 3
 PYTEST = $(PLATFORM_TESTS) $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: demo lock test test-slow test-exhaustive fuzz test-newest-orbax test-aot docs lint types clean
+.PHONY: demo lock test test-slow test-exhaustive fuzz test-newest-orbax test-aot docs screenshots lint types clean
 
 demo: .venv/demo-ready
 	@$(BIN)/deepstack-jax demo
@@ -85,6 +85,10 @@ test-aot: .venv-aot/ready
 # The site, in build/site; NO_MKDOCS_2_WARNING silences the theme's announcement
 docs: .venv/test-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Those of docs/page.md; they need chromium
+screenshots: .venv/test-ready
+	$(PLATFORM_TESTS) $(BIN)/python -m tests.page_screenshots
 
 lock: .venv/bin/python
 	$(BIN)/python tests/write_lock.py > $(LOCK).new && mv $(LOCK).new $(LOCK)
