@@ -53,6 +53,24 @@ class TestRegimes:
         args = replace(TILED, tokens=200).arrays("bfloat16", "bfloat16")  # 400 rows of 6 experts
         assert_like_the_plain_form(jax.jit(mosaic_gpu._prefill)(*args), args)
 
+    def test_the_empty_half_of_an_experts_last_tile_is_neither_computed_nor_read(self):
+        """What nobody wrote is NaN. Experts have 130, 64, 65 and 1 rows; tiles have 128."""
+        spec = ArgSpec(260, width=128, experts=4, top_k=1, inner=128)
+        hidden, gate_up, down, _, weights = spec.arrays("bfloat16")
+        index = jnp.repeat(jnp.arange(4), jnp.array([130, 64, 65, 1]), total_repeat_length=260)[::-1, None]
+
+        @jax.jit
+        def products(hidden, gate_up, down, index, weights):
+            rows = mosaic_gpu._sorted_rows(index, weights, 4, 128)
+            inner = mosaic_gpu._prefill_gate_up(hidden.astype(gate_up.dtype), gate_up, rows, 2)
+            return inner, mosaic_gpu._prefill_down(inner, down, rows, 2)
+
+        args = hidden, gate_up, down, index.astype(jnp.int32), weights
+        for product in products(*args):
+            unwritten = np.isnan(np.asarray(product, np.float32)).reshape(-1, 64 * product.shape[1]).all(axis=1)
+            assert np.flatnonzero(unwritten[:10]).tolist() == [3, 5, 9]  # the second tile's, the third's, the last's
+        assert_like_the_plain_form(jax.jit(mosaic_gpu._prefill)(*args), args)
+
     def test_prefill_of_one_token(self):
         args = TILED.arrays("bfloat16")
         assert_like_the_plain_form(jax.jit(mosaic_gpu._prefill)(*args), args)
@@ -107,6 +125,7 @@ class TestSortedRows:
         assert len(np.unique(row)) == len(row)
         np.testing.assert_array_equal(rows.expert[row // tile], expert)
         np.testing.assert_array_equal(rows.token[row], token)
+        assert np.sum(np.asarray(rows.token) >= 0) == len(row)
         np.testing.assert_array_equal(rows.share[row], weights[token, choice])
         counts = np.bincount(expert)
         assert rows.count.item() == np.sum(pl.cdiv(counts, tile)) == len(np.unique(row // tile))

@@ -242,7 +242,7 @@ class Rows(NamedTuple):
 
     expert: jax.Array  # int32 [tiles]
     count: jax.Array  # int32 [1], tiles in use
-    token: jax.Array  # int32 [tiles * rows]; 0 in rows past an expert's last row, which are computed but never read
+    token: jax.Array  # int32 [tiles * rows]; -1 in rows past an expert's last row, which are never read
     share: jax.Array  # float32 [tiles * rows], the routing weight
     of_choice: jax.Array  # int32 [T, k], the row of a token's j-th expert; 0 for a choice that goes nowhere
 
@@ -279,11 +279,11 @@ def _sorted_rows(top_k_index: jax.Array, top_k_weights: jax.Array, experts: int,
     row = jnp.arange(choices, dtype=jnp.int32) + moves_by[jnp.minimum(expert_of_row, experts - 1)]
     is_row = expert_of_row < experts
     row_or_none = jnp.where(is_row, row, tiles * tile)
-    share = top_k_weights.reshape(-1)[order].astype(jnp.float32)
+    token, share = (order // top_k).astype(jnp.int32), top_k_weights.reshape(-1)[order].astype(jnp.float32)
     return Rows(
         expert=jnp.minimum(expert, experts - 1).astype(jnp.int32),
         count=next_tile[-1:],
-        token=jnp.zeros(tiles * tile, jnp.int32).at[row_or_none].set((order // top_k).astype(jnp.int32), mode="drop"),
+        token=jnp.full(tiles * tile, -1, jnp.int32).at[row_or_none].set(token, mode="drop"),
         share=jnp.zeros(tiles * tile, jnp.float32).at[row_or_none].set(share, mode="drop"),
         of_choice=jnp.zeros(choices, jnp.int32).at[order].set(jnp.where(is_row, row, 0)).reshape(tokens, top_k),
     )
@@ -344,68 +344,87 @@ def _prefill_gate_up(x: jax.Array, gate_up: jax.Array, rows: Rows, groups: int) 
                 at, _ = place(lax.div(turn, parts * groups))
                 of_d = pl.ds(lax.rem(lax.div(turn, groups), parts) * part, part)
                 first = at * tile + lax.rem(turn, groups) * 64
-                return [x_ref[token_ref[first + i], of_d] for i in range(64)]
+                return [x_ref[jnp.maximum(token_ref[first + i], 0), of_d] for i in range(64)]
 
-            def hand_over(turn: jax.Array, loaded: list[jax.Array]) -> list[jax.Array]:
-                for i, row in enumerate(loaded):
-                    gathered[i] = row
-                plgpu.commit_smem()
-                following = load(jnp.minimum(turn + 1, turns - 1))  # the last loads its own again, unused
-                for i in range(steps_of_part):
-                    step = lax.div(turn, groups) * steps_of_part + i
-                    group, buffer = lax.rem(turn, groups), lax.rem(step, row_buffers)
-                    own = group * row_buffers + buffer
-                    pl.when(step >= row_buffers)(partial(plgpu.barrier_wait, rows_consumed.at[own]))
-                    layout = plgpu.Layout.SMEM_GMEM_COPY((64, K), x.dtype, 128)
-                    operands[group, buffer] = plgpu.load(gathered.at[:, pl.ds(i * K, K)], layout=layout)
+            def hand_over(
+                turn: jax.Array, state: tuple[list[jax.Array], jax.Array]
+            ) -> tuple[list[jax.Array], jax.Array]:
+                loaded, skipped = state
+                at, _ = place(lax.div(turn, parts * groups))
+                group = lax.rem(turn, groups)
+                has_rows = _has_rows(token_ref, at * tile, group)
+
+                @pl.when(has_rows)
+                def store() -> None:
+                    for i, row in enumerate(loaded):
+                        gathered[i] = row
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(rows_arrived.at[own])
-                return following
 
-            @pl.when(turns > 0)
-            def _() -> None:
-                lax.fori_loop(0, turns, hand_over, load(jnp.int32(0)))
+                following = load(jnp.minimum(turn + 1, turns - 1))  # the last loads its own again, unused
 
+                @pl.when(has_rows)
+                def copy() -> None:
+                    for i in range(steps_of_part):
+                        step = lax.div(turn, groups) * steps_of_part + i - jnp.where(group > 0, skipped, 0)
+                        buffer = lax.rem(step, row_buffers)
+                        own = group * row_buffers + buffer
+                        pl.when(step >= row_buffers)(partial(plgpu.barrier_wait, rows_consumed.at[own]))
+                        layout = plgpu.Layout.SMEM_GMEM_COPY((64, K), x.dtype, 128)
+                        operands[group, buffer] = plgpu.load(gathered.at[:, pl.ds(i * K, K)], layout=layout)
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(rows_arrived.at[own])
+
+                return following, skipped + jnp.where(has_rows, 0, steps_of_part)
+
+            _, skipped = lax.fori_loop(0, turns, hand_over, (load(jnp.int32(0)), jnp.int32(0)))
             for group in range(groups):
-                hopper.wait_for_the_last(rows_consumed, items * steps, row_buffers, group * row_buffers)
+                of_group = items * steps - (skipped if group else 0)
+                hopper.wait_for_the_last(rows_consumed, of_group, row_buffers, group * row_buffers)
 
         @pl.when(role < groups)
         def multiply() -> None:
             plgpu.set_max_registers(176, action="increase")
 
-            def release(step: jax.Array) -> None:
-                plgpu.barrier_arrive(weights_consumed.at[lax.rem(step, weight_buffers)])
-                plgpu.barrier_arrive(rows_consumed.at[role * row_buffers + lax.rem(step, row_buffers)])
+            def release(of_weights: jax.Array, of_rows: jax.Array) -> None:
+                plgpu.barrier_arrive(weights_consumed.at[lax.rem(of_weights, weight_buffers)])
+                plgpu.barrier_arrive(rows_consumed.at[role * row_buffers + lax.rem(of_rows, row_buffers)])
 
-            @pl.loop(0, items)
-            def _(item: jax.Array) -> None:
+            def multiply_item(item: jax.Array, done: jax.Array) -> jax.Array:
+                """Takes and returns the number of steps of rows that this warp group has multiplied."""
                 at, chunk = place(item)
 
                 def products(gate_acc: Any, up_acc: Any) -> tuple[jax.Array, jax.Array]:
                     @pl.loop(0, steps)
                     def _(k: jax.Array) -> None:
-                        step = item * steps + k
-                        of_weights, of_rows = lax.rem(step, weight_buffers), lax.rem(step, row_buffers)
+                        of_weights, of_rows = lax.rem(item * steps + k, weight_buffers), lax.rem(done + k, row_buffers)
                         plgpu.barrier_wait(rows_arrived.at[role * row_buffers + of_rows])
                         plgpu.barrier_wait(weights_arrived.at[of_weights])
                         plgpu.wgmma(gate_acc, operands.at[role, of_rows], weights.at[of_weights, 0])
                         plgpu.wgmma(up_acc, operands.at[role, of_rows], weights.at[of_weights, 1])
                         plgpu.wgmma_wait(2)  # these may still run; the previous step is done
-                        pl.when(k > 0)(lambda: release(step - 1))
+                        pl.when(k > 0)(lambda: release(item * steps + k - 1, done + k - 1))
 
                     gate, up = gate_acc[...], up_acc[...]
-                    release(item * steps + (steps - 1))
+                    release(item * steps + (steps - 1), done + (steps - 1))
                     return gate, up
 
-                acc = plgpu.WGMMAAccumulatorRef((64, columns))
-                inner = _swiglu(*pl.run_scoped(products, acc, acc)).astype(x.dtype)
-                for first in range(0, columns, K):
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    staged[role] = inner[:, first : first + K]
-                    plgpu.commit_smem()
-                    to = inner_ref.at[pl.ds(at * tile + role * 64, 64), pl.ds(chunk * columns + first, K)]
-                    plgpu.copy_smem_to_gmem(staged.at[role], to)
+                has_rows = _has_rows(token_ref, at * tile, role)
 
+                @pl.when(has_rows)
+                def _() -> None:
+                    acc = plgpu.WGMMAAccumulatorRef((64, columns))
+                    inner = _swiglu(*pl.run_scoped(products, acc, acc)).astype(x.dtype)
+                    for first in range(0, columns, K):
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        staged[role] = inner[:, first : first + K]
+                        plgpu.commit_smem()
+                        to = inner_ref.at[pl.ds(at * tile + role * 64, 64), pl.ds(chunk * columns + first, K)]
+                        plgpu.copy_smem_to_gmem(staged.at[role], to)
+
+                pl.when(~has_rows)(lambda: _pass_by(weights_arrived, weights_consumed, item * steps, steps))
+                return done + jnp.where(has_rows, steps, 0)
+
+            lax.fori_loop(0, items, multiply_item, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
@@ -445,7 +464,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
     piece = 32  # float32 values per copy of results: 128 bytes of a row
 
     def body(*refs: Any) -> None:
-        inner_ref, weights_ref, expert_ref, count_ref, share_ref, out_ref, *scratch = refs
+        inner_ref, weights_ref, expert_ref, count_ref, token_ref, share_ref, out_ref, *scratch = refs
         weights, inners, staged, arrived, consumed = scratch
         role = lax.axis_index("role")
         items, place = _share_of_work(count_ref[0] * chunks, chunks, blocks)
@@ -464,7 +483,14 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
                 barrier = arrived.at[buffer]
                 pl.when(step >= buffers)(lambda: plgpu.barrier_wait(consumed.at[buffer]))
                 plgpu.copy_gmem_to_smem(weights_ref.at[expert, of_f, of_d], weights.at[buffer], barrier)
-                plgpu.copy_gmem_to_smem(inner_ref.at[pl.ds(at * tile, tile), of_f], inners.at[buffer], barrier)
+
+                def fetch_rows(count: int) -> None:
+                    source, target = inner_ref.at[pl.ds(at * tile, count), of_f], inners.at[buffer, pl.ds(0, count)]
+                    plgpu.copy_gmem_to_smem(source, target, barrier)
+
+                is_whole = _has_rows(token_ref, at * tile, groups - 1)
+                pl.when(is_whole)(lambda: fetch_rows(tile))
+                pl.when(~is_whole)(lambda: fetch_rows(64))
 
             hopper.wait_for_the_last(consumed, items * steps, buffers)
 
@@ -495,15 +521,21 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
                     release(item * steps + (steps - 1))
                     return out
 
-                out = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((64, columns)))
-                of_row = plgpu.load(share_ref.at[own], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
-                out = out * lax.broadcast_in_dim(of_row, out.shape, [0])
-                for i in range(columns // piece):
-                    plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                    staged[role, i % 2] = out[:, i * piece : (i + 1) * piece]
-                    plgpu.commit_smem()
-                    to = out_ref.at[own, pl.ds(chunk * columns + i * piece, piece)]
-                    plgpu.copy_smem_to_gmem(staged.at[role, i % 2], to)
+                has_rows = _has_rows(token_ref, at * tile, role)
+
+                @pl.when(has_rows)
+                def _() -> None:
+                    out = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((64, columns)))
+                    of_row = plgpu.load(share_ref.at[own], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+                    out = out * lax.broadcast_in_dim(of_row, out.shape, [0])
+                    for i in range(columns // piece):
+                        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                        staged[role, i % 2] = out[:, i * piece : (i + 1) * piece]
+                        plgpu.commit_smem()
+                        to = out_ref.at[own, pl.ds(chunk * columns + i * piece, piece)]
+                        plgpu.copy_smem_to_gmem(staged.at[role, i % 2], to)
+
+                pl.when(~has_rows)(lambda: _pass_by(arrived, consumed, item * steps, steps))
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -522,7 +554,7 @@ def _prefill_down(inner: jax.Array, down: jax.Array, rows: Rows, groups: int) ->
             plgpu.Barrier(num_arrivals=groups, num_barriers=buffers),
         ),
         compiler_params=hopper.params(hands_over_by_barrier=True),
-    )(inner, down, rows.expert, rows.count, rows.share)
+    )(inner, down, rows.expert, rows.count, rows.token, rows.share)
 
 
 def _share_of_work(
@@ -540,6 +572,22 @@ def _share_of_work(
         return lax.div(item, chunks), lax.rem(item, chunks)
 
     return lax.div(items - block + (blocks - 1), blocks), place
+
+
+def _has_rows(token_ref: Any, tile_start: jax.Array, group: jax.Array | int) -> jax.Array:
+    """Returns whether a warp group's 64 rows of a tile that is in use hold any. Only an expert's last tile may lack."""
+    return token_ref[tile_start + group * 64] >= 0
+
+
+def _pass_by(arrived: Any, consumed: Any, first: jax.Array, steps: int) -> None:
+    """Hands weights that another warp group multiplies back unread, as it waits for all warp groups of the block."""
+    buffers = consumed.shape[0]
+
+    @pl.loop(0, steps)
+    def _(k: jax.Array) -> None:
+        buffer = lax.rem(first + k, buffers)
+        plgpu.barrier_wait(arrived.at[buffer])
+        plgpu.barrier_arrive(consumed.at[buffer])
 
 
 # ---- both ----
