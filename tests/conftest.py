@@ -34,6 +34,8 @@ install_import_hook(["deepstack_jax.models", "deepstack_jax.programs"], "beartyp
 QUICKLY_COMPILED = {
     "test_bench",
     "test_cli",
+    "test_disagg_overlap",
+    "test_disagg_split",
     "test_docs",
     "test_engine_core",
     "test_openai_api",
