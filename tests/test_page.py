@@ -569,3 +569,5 @@ def test_a_dead_encoder_turns_red_and_answers_still_come(page: Page, encode: Ser
     expect(page.locator(".events li").first).to_contain_text("encode")
     page.get_by_role("tab", name="Chat").click()
     assert ask(page, "Tell me the color of the square.", PICTURE) == "It is orange."
+    page.get_by_role("tab", name="Cluster").click()
+    expect(page.locator(".events li", has_text="encoded here")).not_to_have_count(0)

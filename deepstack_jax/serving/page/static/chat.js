@@ -30,11 +30,14 @@ export function startChat(serverInfo, openView) {
     attachFiles([...event.target.files]);
     event.target.value = "";
   });
-  byId("camera").hidden = !hasCamera();
+  const sees = info.video !== false; // a model of text alone takes neither
+  document.querySelector("label[for=files]").hidden = byId("files").hidden = !sees;
+  if (!sees) byId("question").placeholder = "Ask something";
+  byId("camera").hidden = !sees || !hasCamera();
   byId("camera").addEventListener("click", () => attempt(async () => attach(await takePicture())));
   byId("draw").hidden = !info.demo;
   byId("draw").addEventListener("click", () => attempt(draw));
-  onFiles(() => !byId("view-chat").hidden && !document.querySelector("dialog[open]"), attachFiles);
+  onFiles(() => sees && !byId("view-chat").hidden && !document.querySelector("dialog[open]"), attachFiles);
   showSamples();
 }
 

@@ -24,7 +24,7 @@ export class HeatMaps {
     this.picture = null;
     this.underneath = true;
     this.names = image.norms.map((_, index) => (index === 0 ? "embeddings" : `level ${index - 1}`));
-    this.ranges = image.norms.map((norms) => [Math.min(...norms), Math.max(...norms)]);
+    this.ranges = image.norms.map(rangeOf);
     this.maps = [this.#map("picture", null), ...this.names.map((name, index) => this.#map(name, index))];
     this.readout = el("output", { class: "detail" }, "Point at a token for its numbers, or move with the arrow keys.");
     const { kind, size } = image;
@@ -164,6 +164,9 @@ export class HeatMaps {
     this.draw();
   }
 }
+
+/** The least and the largest of many numbers: more than a call may have arguments. */
+const rangeOf = (values) => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 
 function imageOf(url) {
   const image = new Image();

@@ -49,9 +49,6 @@ export function checkMedia(info, present, added) {
     throw new Failure(`that makes ${count(items, "picture")} and videos, and the server takes ${info.max_items} per ` +
       "request: attach fewer, or start a new chat");
   }
-  if (info.video === false && added.some((medium) => medium.kind === "video")) {
-    throw new Failure("this model takes no videos: attach pictures");
-  }
   const size = (media) => media.reduce((sum, medium) => sum + medium.bytes, 0);
   const [before, more] = [size(present), size(added)];
   if (info.max_bytes && before + more > info.max_bytes) {

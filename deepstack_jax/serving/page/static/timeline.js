@@ -104,7 +104,8 @@ function drawing(timeline, nodes, spans, width, detail) {
     group,
     first === null ? null : svg("g", { class: "first-token", "aria-hidden": "true" },
       svg("line", { x1: x(first), x2: x(first), y1: 2, y2: bottom }),
-      svg("text", { x: Math.min(x(first) + 3, width - 62), y: 10 }, "first token")),
+      x(first) < width - 70 ? svg("text", { x: x(first) + 3, y: 10 }, "first token")
+        : svg("text", { x: x(first) - 3, y: 10, "text-anchor": "end" }, "first token")),
   );
 }
 
