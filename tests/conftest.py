@@ -41,6 +41,7 @@ QUICKLY_COMPILED = {
     "test_openai_api",
     "test_openai_tools",
     "test_packaging",
+    "test_page",
     "test_public_surface",
     "test_resource_faults",
     "test_same_inputs",
