@@ -22,7 +22,8 @@ from deepstack_jax.engine.request import Request
 from deepstack_jax.engine.runner import Runner
 from deepstack_jax.engine.scheduler import NeverFits, QueueFull
 from deepstack_jax.engine.shape import EngineShape
-from deepstack_jax.programs import decode_loop, prefill_chunk
+from deepstack_jax.models.vision import separate_deepstack_embeds
+from deepstack_jax.programs import decode_loop, prefill_chunk, write_rows
 from deepstack_jax.testing.random_checkpoint import write_random_checkpoint
 from tests.cases import IMAGE, VIDEO, batch_of
 from tests.counting_grammar import CountingGrammar
@@ -546,3 +547,21 @@ def tokens_by_runner(model: dsj.Model, options: EngineOptions, question: Questio
     finally:
         runner.stop()
         assert runner.join(60)
+
+
+def test_rows_from_elsewhere_compile_nothing_after_the_warm_up(model: dsj.Model):
+    """`device_put` binds them to a device, and with them everything that they touch."""
+    engine = engine_of(model, EngineShape(slots=5, chunk=32, page=16, tail_rows=((16, 1), (32, 1))))
+    question = ask(model, batch_of(CONFIG, [[7, (IMAGE, (1, 4, 6)), 5]]), max_new_tokens=4)
+    engine.warm_up()
+    engine.warm_up_rows(len(question.rows[0]))
+    programs = prefill_chunk, decode_loop, write_rows
+    compiled = [program._cache_size() for program in programs]
+    for _ in range(2):
+        request = request_of(question)
+        (image,) = request.images
+        bound = jax.device_put(question.rows[0], jax.local_devices()[0])
+        image.pixels, image.encoded = None, separate_deepstack_embeds(bound, model.config.num_deepstack_levels)
+        engine.add(request)
+        assert run(engine)[request]
+    assert [program._cache_size() for program in programs] == compiled

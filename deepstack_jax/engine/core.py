@@ -137,7 +137,7 @@ class Engine:
         self._stalled = True
         vision = model.config.vision is not None
         most_rows = shape.pools * max(width * requests for width, requests in shape.tail_rows)
-        self._no_rows = empty_rows(model.config, most_rows, model.mesh) if vision else None
+        self._no_rows = self._placed(empty_rows(model.config, most_rows, model.mesh)) if vision else None
         self._no_masks: dict[int, TokenMask] = {}
         self._turns = 0
         self._reset()
@@ -153,7 +153,7 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._flights: deque[_Flight] = deque()
         pages = self.shape.pools * self.num_pages
-        self._state = _empty_state(
+        state = _empty_state(
             next(iter(self.model.params.values()), None),  # one tells the mesh
             self.model.config,
             self.shape.slots,
@@ -161,6 +161,17 @@ class Engine:
             self.shape.page,
             self._end_tokens,
         )
+        self._state = self._placed(state)
+
+    def _placed[Arrays](self, arrays: Arrays) -> Arrays:
+        """Arrays bound to the model's device, as rows from elsewhere are: JAX compiles programs anew for unbound ones.
+
+        On a mesh they are bound already.
+        """
+        if self.model.mesh is not None:
+            return arrays
+        first = next((each for each in self.model.params.values() if isinstance(each, jax.Array)), None)
+        return jax.device_put(arrays, jax.local_devices()[0] if first is None else next(iter(first.devices())))
 
     def warm_up(self) -> None:
         """Compiles every language program: decodes nothing at each width, then prefills a prompt of each width."""
@@ -186,7 +197,7 @@ class Engine:
     def warm_up_rows(self, count: int) -> None:
         """Compiles what puts `count` visual rows that come from elsewhere into a chunk."""
         zero = np.int32(0)
-        rows = empty_rows(self.model.config, count, self.model.mesh)
+        rows = self._placed(empty_rows(self.model.config, count, self.model.mesh))
         if jax.process_count() > 1:
             rows = jax.tree.map(np.asarray, rows)  # as they come then
         write_rows(self.model.config, jax.tree.map(jnp.zeros_like, self._no_rows), rows, zero, zero, zero)
