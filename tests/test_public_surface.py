@@ -30,7 +30,7 @@ def model() -> dsj.Model:
     return dsj.Model(config, init_params(config))
 
 
-OTHERS = ("sampling", "slots", "chunk")  # not options of how tokens are drawn
+OTHERS = ("sampling", "slots", "chunk", "deepstack_scales")  # not options of how tokens are drawn
 LIBRARY_ONLY = ("min_tokens", "logit_bias", "top_logprobs")  # neither fields of /generate nor options of the command
 
 
