@@ -21,9 +21,11 @@ import pytest
 from PIL import Image
 
 from deepstack_jax.cli import main
+from deepstack_jax.disagg.language.link import HEARTBEAT_TIMEOUT_S
 from tests.api_server import client_of
 from tests.films import shared_samples
 from tests.nodes import BLOCK, CONFIG, POOL, TOKENS, ServeNode, serving, write_image_sensitive_checkpoint
+from tests.waiting import until
 
 MARKED = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -43,14 +45,15 @@ def encode(checkpoint: Path) -> Iterator[ServeNode]:
 
 @pytest.fixture(scope="module")
 def language(checkpoint: Path, encode: ServeNode) -> Iterator[ServeNode]:
-    with serving(checkpoint, "--role", "language", "--encoder", encode.control, *BLOCK, *POOL) as node:
+    options = "--role", "language", "--encoder", encode.control, "--research"
+    with serving(checkpoint, *options, *BLOCK, *POOL) as node:
         node.ask_when_connected(text="Hello?", image_data=picture(0))
         yield node
 
 
 @pytest.fixture(scope="module")
 def unified(checkpoint: Path) -> Iterator[ServeNode]:
-    with serving(checkpoint, "--decoders", "2") as node:
+    with serving(checkpoint, "--decoders", "2", "--research") as node:
         yield node
 
 
@@ -204,6 +207,60 @@ def test_openais_api_is_the_same_on_all_roles(unified: ServeNode, language: Serv
     assert answers[0][1][0] == answers[0][1][1] != ""
 
 
+def conversation(*pictures: str) -> list[dict[str, Any]]:
+    parts = [{"type": "image_url", "image_url": {"url": each}} for each in pictures]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "What is this?"}]}]
+
+
+def test_the_timeline_of_the_split_names_both_nodes_and_what_was_sent(language: ServeNode, encode: ServeNode):
+    """Pictures that no other test sends: they are encoded for this one."""
+    for node, seeds in ((language, (501, 502)), (encode, (503, 504))):
+        body = {"messages": conversation(*map(picture, seeds)), "max_tokens": 4, "temperature": 0, "timeline": True}
+        timeline = node.client.post("/v1/chat/completions", json=body | {"ignore_eos": True}).json()["timeline"]
+        assert timeline["split"]
+        assert [each["role"] for each in timeline["nodes"]] == ["language", "encode"]
+        of = {each: [span for span in timeline["spans"] if span["stage"] == each] for each in ("encode", "transfer")}
+        assert [span["label"] for span in of["encode"]] == ["image 1", "image 2"]
+        rounds = of["transfer"]
+        assert [span["label"] for span in rounds] == [f"round {number}" for number in range(1, len(rounds) + 1)]
+        assert len(rounds) > 1
+        assert timeline["bytes_on_wire"] == sum(span["bytes"] for span in rounds) > 0
+        assert {span["node"] for span in (*of["encode"], *rounds)} == {1}
+        here = {span["stage"] for span in timeline["spans"] if span["node"] == 0}
+        assert here == {"prepare", "queue", "prefill", "decode"}
+        assert all(span["begin_ms"] <= span["end_ms"] <= timeline["total_ms"] for span in timeline["spans"])
+
+
+def test_all_roles_look_at_the_same_rows_and_tokens(unified: ServeNode, language: ServeNode, encode: ServeNode):
+    body = {"messages": conversation(picture(1), picture(2, 96, 64)), "answer_ids": [5, 9, 2]}
+    for path in ("/research/rows", "/research/tokens"):
+        answers = [node.client.post(path, json=body) for node in (unified, language, encode)]
+        assert [answer.status_code for answer in answers] == [200] * 3
+        assert answers[0].json() == answers[1].json() == answers[2].json()
+    scaled = body | {"deepstack_scales": [0], "max_tokens": 8, "temperature": 0, "logprobs": True}
+    told = [node.client.post("/v1/chat/completions", json=scaled).json() for node in (unified, language, encode)]
+    assert told[0]["choices"] == told[1]["choices"] == told[2]["choices"]
+
+
+def test_each_node_knows_the_cluster_around_it(language: ServeNode, encode: ServeNode):
+    language.ask(**REQUESTS["image"])
+    ours, theirs = language.client.get("/cluster"), encode.client.get("/cluster")
+    own, encoder = ours.json()["nodes"]
+    assert (own["self"], own["role"], encoder["self"], encoder["role"]) == (True, "language", False, "encode")
+    assert (encoder["name"], encoder["state"], encoder["reason"]) == ("encoder 0", "ready", None)
+    assert encoder["requests"] > 0
+    assert encoder["transfer"] == own["transfer"]
+    assert encoder["transfer"]["bytes"] > 0
+    until(lambda: (language.client.get("/cluster").json()["nodes"][1]["encoder_cache"] or {}).get("entries"))
+    assert {"node": "encoder 0", "what": "connected"}.items() <= ours.json()["events"][0].items()
+    itself, *others = theirs.json()["nodes"]
+    assert (itself["role"], itself["state"]) == ("encode", "ready")
+    assert itself["encoder_cache"]["entries"] > 0
+    assert [(each["role"], each["state"]) for each in others] == [("language", "ready")]
+    for response in (ours, theirs):
+        assert not re.search(r"://|\d:\d|127\.0|localhost", response.text)
+
+
 def test_every_role_is_healthy_and_says_which_it_is(unified: ServeNode, language: ServeNode, encode: ServeNode):
     for node, role in ((unified, "unified"), (language, "language"), (encode, "encode")):
         for path, status in (("/health", "ok"), ("/ready", "ready"), ("/health_generate", "ok")):
@@ -331,6 +388,14 @@ def test_an_encoder_that_dies_is_replaced_and_at_last_reported(checkpoint: Path,
         encoders[0].process.kill()
         after = node.ask(**REQUESTS["image"])
         assert after["output_ids"] == right
+        # whoever watches sees it within the deadline of heartbeats, and what became of its requests
+        until(lambda: node.client.get("/cluster").json()["nodes"][1]["state"] == "unreachable")
+        cluster = node.client.get("/cluster").json()
+        assert cluster["nodes"][1]["reason"] == f"encoder 0 has not replied for {HEARTBEAT_TIMEOUT_S:g} s"
+        assert cluster["nodes"][1]["encoder_cache"] is None
+        assert cluster["nodes"][2]["state"] == "ready"
+        happened = [(event["node"], event["what"]) for event in cluster["events"]]
+        assert happened[-1] == ("encoder 0", cluster["nodes"][1]["reason"]) or happened[-1][0] == "encoder 1"
 
         assert encoders[1].terminate()[0] == 0
         response = node.client.post("/generate", json={"sampling_params": TOKENS, **REQUESTS["image"]})
@@ -371,6 +436,9 @@ def test_a_language_node_with_vision_weights_encodes_when_nobody_else_does(check
         answer = node.ask(**REQUESTS["images"])
         assert answer["output_ids"] == unified.ask(**REQUESTS["images"])["output_ids"]
         assert "split" not in answer["meta_info"]
+        cluster = node.client.get("/cluster").json()
+        assert (cluster["nodes"][1]["state"], cluster["nodes"][1]["reason"]) == ("unreachable", "not connected yet")
+        assert "a request is encoded here" in cluster["events"][-1]["what"]
         assert node.terminate()[0] == 0
 
 
