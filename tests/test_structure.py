@@ -64,7 +64,7 @@ ALLOWED = {
     ),
 }
 # they import nothing but each other
-EVERYWHERE = tuple(f"deepstack_jax.{name}" for name in ("errors", "processes", "rounding", "sharding"))
+EVERYWHERE = tuple(f"deepstack_jax.{name}" for name in ("errors", "processes", "rounding", "sharding", "version"))
 PROJECT = ("deepstack_jax", "pallas_kernels", "converters")
 
 

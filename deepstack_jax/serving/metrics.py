@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from types import MappingProxyType
 
 import jax
@@ -24,6 +23,7 @@ from starlette.responses import Response
 from deepstack_jax.engine.runner import Chunk
 from deepstack_jax.serving.errors import as_request_error
 from deepstack_jax.serving.readings import Reading
+from deepstack_jax.version import VERSION
 
 PREFIX = "deepstack_jax_"
 OPENMETRICS = "application/openmetrics-text"
@@ -209,7 +209,7 @@ class Exposition(Collector):
             vllm: whether there are metrics under vLLM's names.
         """
         self._metrics, self._readings, self._vllm = metrics, readings, vllm
-        self._info = {"role": role, "model_name": model_name, "version": version("deepstack-jax")}
+        self._info = {"role": role, "model_name": model_name, "version": VERSION}
         self._labels = {"model_name": model_name, "engine": "0"}
 
     def response(self, accept: str) -> Response:

@@ -18,6 +18,7 @@ from deepstack_jax.engine.runner import QueueFullError
 from deepstack_jax.serving.endpoint import Service, get_route
 from deepstack_jax.serving.errors import error_response, without_places
 from deepstack_jax.serving.metrics import Exposition
+from deepstack_jax.version import VERSION
 
 NO_LOAD: Mapping[str, float] = MappingProxyType({})
 ONLY_PROBES = "only_probes"  # in the state of a request that came while the server had all connections that it takes
@@ -58,7 +59,7 @@ def probe_routes(service: Service, *, vllm_metrics: bool, options: Mapping[str, 
         return state(await service.node.self_test())
 
     async def version_of(_request: Request) -> Response:
-        return JSONResponse({"version": version("deepstack-jax")})
+        return JSONResponse({"version": VERSION})
 
     async def metrics(request: Request) -> Response:
         node = service.node

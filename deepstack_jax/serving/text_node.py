@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing, suppress
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from deepstack_jax.serving.readings import Reading, encoder_pool_readings, engin
 from deepstack_jax.serving.remote_rows import RemoteRows
 from deepstack_jax.serving.requests import GenerateRequest, Inputs, admit_media, check_logprobs
 from deepstack_jax.serving.timeline import image_names, local_spans
+from deepstack_jax.version import VERSION
 
 NUM_TEXT_THREADS = 2
 LEAST_DEFAULT_TOKENS = 1024  # of an answer whose length the request leaves open, as far as the context allows
@@ -271,7 +271,7 @@ class TextNode:
     @cached_property
     def fingerprint(self) -> str:
         """What the bits of answers depend on beside the request: OpenAI's `system_fingerprint`."""
-        return f"deepstack-jax-{version('deepstack-jax')},{self._model.dtype.name},{self.engine_shape}"
+        return f"deepstack-jax-{VERSION},{self._model.dtype.name},{self.engine_shape}"
 
     def token_ids(self, text: str, empty: bool = False) -> list[int]:
         """The token ids of a text as it is.

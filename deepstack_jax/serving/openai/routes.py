@@ -1,7 +1,7 @@
 """The routes of OpenAI's API. An encode node passes its requests on to a language node."""
 
 from collections.abc import Awaitable, Callable
-from importlib.metadata import version
+from functools import cache
 
 import msgspec
 from starlette.requests import Request
@@ -23,8 +23,10 @@ from deepstack_jax.serving.openai.models import (
 )
 from deepstack_jax.serving.openai.responses import ResponsesRequest, respond_to_response
 from deepstack_jax.serving.openapi import openapi
+from deepstack_jax.serving.parsing import to_json
 from deepstack_jax.serving.requests import GenerateRequest
 from deepstack_jax.serving.text_node import TextNode
+from deepstack_jax.version import VERSION
 
 Respond = Callable[[Service, TextNode, Call, Reply], Awaitable[None]]
 
@@ -50,11 +52,16 @@ def openai_routes(service: Service) -> list[Route]:
         return await one_model(service, request)
 
     async def schema(_request: Request) -> Response:
-        return JSONResponse(openapi(BODIES, version("deepstack-jax")))
+        return Response(_schema(), media_type="application/json")
 
     posts = [Route(path, _endpoint(service, path, respond), methods=["POST"]) for path, (respond, _) in POSTS.items()]
     gets = {"/v1/models": models, "/v1/models/{id:path}": model, "/openapi.json": schema}
     return [*posts, *(get_route(path, endpoint) for path, endpoint in gets.items())]
+
+
+@cache
+def _schema() -> bytes:
+    return to_json(openapi(BODIES, VERSION))
 
 
 def _endpoint(service: Service, path: str, respond: Respond) -> Endpoint:

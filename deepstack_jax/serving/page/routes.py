@@ -4,7 +4,6 @@ import asyncio
 import base64
 import secrets
 from collections.abc import Mapping
-from importlib.metadata import version
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from deepstack_jax.serving.errors import RequestError
 from deepstack_jax.serving.openai.fields import parse_body
 from deepstack_jax.serving.page.files import File, draw, knows_drawings, sample_file, samples_for, static_files
 from deepstack_jax.serving.parsing import to_json
+from deepstack_jax.version import VERSION
 
 # The page runs only its own scripts and sends nothing to other sites; no other site shows it in a frame or reads it.
 HEADERS: Mapping[str, str] = MappingProxyType(
@@ -100,7 +100,7 @@ def _info(service: Service, known: bool) -> dict[str, Any]:
     """What the page has to know of the server. Only who is `known` learns the model's name."""
     node, policy = service.loaded, service.policy
     told = {
-        "version": version("deepstack-jax"),
+        "version": VERSION,
         "research": service.research,
         "max_items": policy.max_items,
         "max_bytes": policy.max_bytes,
