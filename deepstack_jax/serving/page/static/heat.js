@@ -53,7 +53,7 @@ export class HeatMaps {
       onpointermove: (event) => this.#move(this.#tokenAt(event)),
       onpointerdown: (event) => this.#move(this.#tokenAt(event)),
     }, canvas);
-    return { index, canvas, element: el("figure", {}, el("figcaption", {}, el("strong", {}, name), " ", range), grid) };
+    return { index, canvas, layer: el("canvas", { width: box.width, height: box.height }), element: el("figure", {}, el("figcaption", {}, el("strong", {}, name), " ", range), grid) };
   }
 
   /** Whole device pixels per token, so that tokens are equally large. */
@@ -86,11 +86,25 @@ export class HeatMaps {
   }
 
   /** Draws all maps anew. */
-  draw() { this.maps.forEach((map) => this.#drawMap(map)); }
+  draw() {
+    this.maps.forEach((map) => this.#drawLayer(map));
+    this.#show();
+  }
 
-  #drawMap({ index, canvas }) {
+  /** Copies the maps, and the cursor over them: large grids take too long to be drawn at each move. */
+  #show() {
     const { cell, width, height } = this.#box();
-    const context = canvas.getContext("2d");
+    for (const { canvas, layer } of this.maps) {
+      const context = canvas.getContext("2d");
+      context.clearRect(0, 0, width, height);
+      context.drawImage(layer, 0, 0);
+      this.#drawCursor(context, cell);
+    }
+  }
+
+  #drawLayer({ index, layer }) {
+    const { cell, width, height } = this.#box();
+    const context = layer.getContext("2d");
     context.globalAlpha = 1;
     context.clearRect(0, 0, width, height);
     if (this.picture && (index === null || this.underneath)) context.drawImage(this.picture, 0, 0, width, height);
@@ -105,7 +119,6 @@ export class HeatMaps {
       }
     }
     if (index === null) this.#drawGrid(context, cell, width, height);
-    this.#drawCursor(context, cell);
   }
 
   #drawGrid(context, cell, width, height) {
@@ -161,7 +174,7 @@ export class HeatMaps {
     this.cursor = [row, column];
     const norms = this.names.map((name, index) => `${name} ${number(this.#norm(index, row, column))}`);
     this.readout.textContent = `row ${row}, column ${column}: ${norms.join(", ")}`;
-    this.draw();
+    this.#show();
   }
 }
 
