@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = "no chromium in PATH: install it (Debian: apt-get install --yes chromium)"
 AXE = "axe-core@4.10.3"
 AXE_CACHE = Path(__file__).parent.parent / "build" / "axe-core"
+TIMEOUT_MS = 120_000  # servers compile on their first requests, on machines that are busy
 VIEWS = ("chat", "deepstack", "tokens", "cluster")
 SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 REFUSED = "Failed to load resource: the server responded with a status of "
@@ -24,6 +25,7 @@ REFUSED = "Failed to load resource: the server responded with a status of "
 def chromium() -> Iterator[Browser]:
     """Debian's browser, without a window; its camera shows a test picture."""
     camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    expect.set_options(timeout=TIMEOUT_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=camera)
         try:
@@ -61,7 +63,7 @@ class Watched:
 def watched(browser: Browser, url: str, **options: Any) -> Iterator[Watched]:
     """A tab of a new profile, not yet opened on the page. At its end nothing may have gone wrong in it."""
     context = browser.new_context(**{"viewport": {"width": 1180, "height": 820}} | options)
-    context.set_default_timeout(60_000)
+    context.set_default_timeout(TIMEOUT_MS)
     tab = Watched(context.new_page(), url)
     tab.page.on("console", tab.on_console)
     tab.page.on("pageerror", lambda error: tab.errors.append(str(error)))
