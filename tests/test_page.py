@@ -120,6 +120,7 @@ def test_the_next_turn_sends_the_earlier_ones_again(page: Page):
         {"role": "assistant", "content": first},
         {"role": "user", "content": [{"type": "text", "text": "<b>Is there a star?</b>"}]},
     ]
+    expect(page.locator("#welcome")).to_be_hidden()
     assert page.locator(".asked .text").all_inner_texts() == ["Read the number.", "<b>Is there a star?</b>"]
 
 
@@ -164,6 +165,7 @@ def test_pictures_come_by_drop_paste_camera_and_samples(page: Page):
     expect(attached).to_have_count(2)
     page.locator("#samples button").first.click()  # begins a new question
     expect(attached).to_have_count(1)
+    expect(page.locator("#welcome")).to_be_visible()
     assert page.locator("#question").input_value() == "Describe the picture."
 
 

@@ -32,7 +32,10 @@ export function startChat(serverInfo, openView) {
   });
   const sees = info.video !== false; // a model of text alone takes neither
   document.querySelector("label[for=files]").hidden = byId("files").hidden = !sees;
-  if (!sees) byId("question").placeholder = "Ask something";
+  if (!sees) {
+    byId("question").placeholder = "Ask something";
+    byId("welcome").textContent = "Nothing is asked yet.";
+  }
   byId("camera").hidden = !sees || !hasCamera();
   byId("camera").addEventListener("click", () => attempt(async () => attach(await takePicture())));
   byId("draw").hidden = !info.demo;
@@ -118,6 +121,7 @@ function clear() {
   beginChat();
   turnsForgotten();
   byId("turns").replaceChildren();
+  byId("welcome").hidden = false;
   setDraft({ media: [], truth: null, anew: false }, "");
   show(byId("composer-error"), "");
   announce("A new chat.");
@@ -138,6 +142,7 @@ async function ask() {
   turn.body = { model: info.model, messages: messagesOf(before, turn), ...samplingOf(byId("sampling")) };
   const view = new TurnView(turn, info, look);
   turns.push(turn);
+  byId("welcome").hidden = true;
   byId("turns").append(view.element);
   setDraft({ media: [], truth: null, anew: false }, "");
   view.element.scrollIntoView({ block: "end" });
