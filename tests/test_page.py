@@ -395,6 +395,8 @@ def test_without_a_level_the_description_changes_and_differences_are_marked(page
     assert without.locator("h3").inner_text() == "without level 2"
     assert without.locator(".text").inner_text() == description[1]
     assert without.locator("mark").all_inner_texts() == ["ring"]
+    page.locator("#view-deepstack").get_by_role("button", name="Draw me a new one").click()
+    expect(page.locator(".variant")).to_have_count(0)  # they were about another picture
 
 
 def test_a_token_shows_what_else_was_likely_and_its_experts(page: Page):

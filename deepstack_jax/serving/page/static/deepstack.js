@@ -70,6 +70,7 @@ class View {
       const { images } = await callJson("/research/rows", { body: { messages: subject.messages } });
       if (mine !== this.number) return;
       this.shown = subject;
+      this.#forgetOthers(subject);
       const parts = images.map((image, index) => new HeatMaps(image, subject.media[index]));
       this.maps.replaceChildren(...(parts.length ? parts.map((part) => part.element) : [el("p", { class: "note" }, "There is no picture in it.")]));
       await Promise.all(parts.map((part) => part.ready));
@@ -91,11 +92,16 @@ class View {
   async #answersOf(wanted) {
     const subject = await this.bar.current();
     if (!subject) throw new Failure("there is nothing to ask about: ask about a picture in the chat first");
-    if (subject.question !== this.asked?.question || subject.key !== this.asked?.key) this.answers.replaceChildren();
+    this.#forgetOthers(subject);
     this.asked = subject;
     const all = Array(this.levels.length).fill(1);
     for (const scales of [all, ...wanted]) await this.#answer(subject, scales, scales === all);
     announce("The answers are below the levels.");
+  }
+
+  /** Answers stand beside each other only if they are about the same. */
+  #forgetOthers(subject) {
+    if (subject.question !== this.asked?.question || subject.key !== this.asked?.key) this.answers.replaceChildren();
   }
 
   async #answer(subject, scales, isBase) {
