@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +42,24 @@ from deepstack_jax.programs import (
 from deepstack_jax.sampling import Logprobs, SamplingParams, TokenLogprobs, TokenMask
 
 # one program, not one per array
-_empty_state = sharding.on_mesh_of(argument=0)(
+_zero_state = sharding.on_mesh_of(argument=0)(
     jax.jit(lambda _, *sizes: EngineState.empty(*sizes), static_argnums=range(1, 6))
 )
+
+
+def _empty_state(parameter: jax.Array | None, *sizes: Any) -> EngineState:
+    """A state of `EngineState.empty`'s arguments where a parameter is: on its mesh, or bound to its device."""
+    return _bound(_zero_state(parameter, *sizes), parameter)
+
+
+def _bound[Arrays](arrays: Arrays, parameter: jax.Array | None) -> Arrays:
+    """Arrays bound to the device of a parameter, as rows from elsewhere are: JAX compiles anew for unbound ones.
+
+    On a mesh they are bound already.
+    """
+    if sharding.mesh_of(parameter) is not None:
+        return arrays
+    return jax.device_put(arrays, jax.local_devices()[0] if parameter is None else next(iter(parameter.devices())))
 
 
 @dataclass(frozen=True)
@@ -93,7 +108,7 @@ class _Flight:
     rows: np.ndarray | None = None  # the slots of `tokens`, None for all
     first_logprobs: Logprobs | None = None  # [R]
     logprobs: Logprobs | None = None  # [B, N]
-    launched_at: float = field(default_factory=time.monotonic)
+    launched_at: float = field(default_factory=lambda: time.monotonic())
 
 
 class Engine:
@@ -137,7 +152,7 @@ class Engine:
         self._stalled = True
         vision = model.config.vision is not None
         most_rows = shape.pools * max(width * requests for width, requests in shape.tail_rows)
-        self._no_rows = self._placed(empty_rows(model.config, most_rows, model.mesh)) if vision else None
+        self._no_rows = self._empty_rows(most_rows) if vision else None
         self._no_masks: dict[int, TokenMask] = {}
         self._turns = 0
         self._reset()
@@ -153,25 +168,17 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._flights: deque[_Flight] = deque()
         pages = self.shape.pools * self.num_pages
-        state = _empty_state(
-            next(iter(self.model.params.values()), None),  # one tells the mesh
-            self.model.config,
-            self.shape.slots,
-            pages,
-            self.shape.page,
-            self._end_tokens,
+        self._state = _empty_state(
+            self._parameter, self.model.config, self.shape.slots, pages, self.shape.page, self._end_tokens
         )
-        self._state = self._placed(state)
 
-    def _placed[Arrays](self, arrays: Arrays) -> Arrays:
-        """Arrays bound to the model's device, as rows from elsewhere are: JAX compiles programs anew for unbound ones.
+    @property
+    def _parameter(self) -> jax.Array | None:
+        """Any parameter: one tells the mesh."""
+        return next(iter(self.model.params.values()), None)
 
-        On a mesh they are bound already.
-        """
-        if self.model.mesh is not None:
-            return arrays
-        first = next((each for each in self.model.params.values() if isinstance(each, jax.Array)), None)
-        return jax.device_put(arrays, jax.local_devices()[0] if first is None else next(iter(first.devices())))
+    def _empty_rows(self, count: int) -> VisualRows:
+        return _bound(empty_rows(self.model.config, count, self.model.mesh), self._parameter)
 
     def warm_up(self) -> None:
         """Compiles every language program: decodes nothing at each width, then prefills a prompt of each width."""
@@ -197,7 +204,7 @@ class Engine:
     def warm_up_rows(self, count: int) -> None:
         """Compiles what puts `count` visual rows that come from elsewhere into a chunk."""
         zero = np.int32(0)
-        rows = self._placed(empty_rows(self.model.config, count, self.model.mesh))
+        rows = self._empty_rows(count)
         if jax.process_count() > 1:
             rows = jax.tree.map(np.asarray, rows)  # as they come then
         write_rows(self.model.config, jax.tree.map(jnp.zeros_like, self._no_rows), rows, zero, zero, zero)

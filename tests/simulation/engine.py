@@ -124,6 +124,7 @@ class Options:
     shape: EngineShape
     num_pages: int
     program_seconds: float
+    research: bool = False
 
     def build(self, fake: Any, max_context: int | None = None, max_waiting: int = 64) -> SimulatedEngine:
         in_line = max_waiting + self.shape.slots

@@ -92,7 +92,7 @@ class _Peer:
     last_heard: float
     gone: "asyncio.Future[None]"  # ends when it leaves or is silent for too long
     number: int  # which of the language nodes that connected it is
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.monotonic())
     num_requests: int = 0
     num_failures: int = 0
     bytes_written: int = 0

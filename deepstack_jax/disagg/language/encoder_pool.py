@@ -82,7 +82,7 @@ class EncoderStatus:
     name: str
     state: Literal["ready", "unreachable", "unhealthy"] = "unreachable"
     reason: str | None = "not connected yet"
-    since: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=lambda: time.monotonic())
     known: bool = False
     load: NodeLoad | None = None
     requests: int = 0
