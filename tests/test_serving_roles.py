@@ -218,6 +218,7 @@ def test_the_timeline_of_the_split_names_both_nodes_and_what_was_sent(language: 
         body = {"messages": conversation(*map(picture, seeds)), "max_tokens": 4, "temperature": 0, "timeline": True}
         timeline = node.client.post("/v1/chat/completions", json=body | {"ignore_eos": True}).json()["timeline"]
         assert timeline["split"]
+        assert [each["name"] for each in timeline["nodes"]] == ["language", "encoder 0"]
         assert [each["role"] for each in timeline["nodes"]] == ["language", "encode"]
         of = {each: [span for span in timeline["spans"] if span["stage"] == each] for each in ("encode", "transfer")}
         assert [span["label"] for span in of["encode"]] == ["image 1", "image 2"]

@@ -104,7 +104,7 @@ def timeline_fields(
         "split": bool(encoders),
         "nodes": [
             {"name": role, "role": role},
-            *({"name": f"encode {number + 1}", "role": "encode"} for number in encoders),
+            *({"name": f"encoder {number}", "role": "encode"} for number in encoders),
         ],
         "spans": [
             {
