@@ -110,7 +110,9 @@ class SparseMoE(nnx.Module):
         logits = self.gate(hidden) if is_float32 else self.gate(coarse) + self.gate(hidden - coarse)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.top_k)
         if self.norm_topk_prob:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+            # XLA for NVIDIA launches a sum over an axis by itself, and merges additions with what reads the weights
+            total = jax.lax.platform_dependent(weights, cuda=_sum_by_additions, default=_sum_over_choices)
+            weights = weights / total[:, None]
         return weights, chosen, logits
 
     def __call__(
@@ -129,3 +131,14 @@ class SparseMoE(nnx.Module):
         if active is not None:
             chosen = jnp.where(active.reshape(-1, 1), chosen, -1)
         return sharding.constrain(self.experts(tokens, chosen, weights).reshape(hidden.shape), "slots")
+
+
+def _sum_over_choices(weights: jax.Array) -> jax.Array:
+    return jnp.sum(weights, axis=-1)
+
+
+def _sum_by_additions(weights: jax.Array) -> jax.Array:
+    total = weights[:, 0]
+    for choice in range(1, weights.shape[1]):
+        total += weights[:, choice]
+    return total

@@ -23,7 +23,7 @@ def count_launches(thunks: list[aot.Thunk]) -> int:
     return sum(each.launches and "kConditional" not in each.within for each in thunks)
 
 
-@pytest.mark.parametrize(("slots", "of_two_layers"), [(1, 40), (8, 40), (64, 42)])
+@pytest.mark.parametrize(("slots", "of_two_layers"), [(1, 38), (8, 38), (64, 40)])
 def test_a_decoding_step_is_one_graph(slots: int, of_two_layers: int):
     two, four = (step_of(slots, layers) for layers in (2, 4))
     for thunks in (two, four):

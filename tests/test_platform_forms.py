@@ -1,10 +1,11 @@
-"""The two forms of the rotation agree: that for NVIDIA, which no test runs on its chip, and that for all others."""
+"""What has two forms, one for NVIDIA, which no test runs on its chip, and one for all others: both are right."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepstack_jax.models import moe
 from pallas_kernels.norm_rope_append import xla
 
 
@@ -17,3 +18,11 @@ def test_both_forms_are_the_pairs_rotated_by_their_angles(shape: tuple[int, ...]
     for form in (xla._rotate_halves, xla._rotate_whole):
         # two products and a sum in float32 of values below 5
         np.testing.assert_allclose(form(x, cos, sin), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("choices", [1, 2, 8])
+def test_both_forms_sum_each_tokens_routing_weights(choices: int):
+    weights = jax.random.uniform(jax.random.key(0), (5, choices))
+    expected = np.asarray(weights, np.float64).sum(axis=1)
+    for form in (moe._sum_over_choices, moe._sum_by_additions):
+        np.testing.assert_allclose(form(weights), expected, rtol=1e-6)  # at most seven additions in float32
