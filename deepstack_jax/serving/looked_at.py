@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -43,12 +44,14 @@ def of_batch(batch: Batch, rows: VisualRows | None) -> LookedAt:
     return LookedAt(PromptArrays(*arrays), list(zip(firsts, sizes, strict=False)))
 
 
-def joined_rows(parts: Sequence[VisualRows]) -> VisualRows | None:
-    """Parts of a prompt's rows, one after another on the host; None for none."""
+def joined_rows(parts: Sequence[tuple[int, VisualRows]]) -> VisualRows | None:
+    """The first so many rows of each part, one part after another, on the host; None for no parts."""
     if not parts:
         return None
-    levels = None if parts[0].deepstack is None else np.concatenate([np.asarray(each.deepstack) for each in parts])
-    return VisualRows(np.concatenate([np.asarray(each.embeds) for each in parts]), levels)  # type: ignore[arg-type]
+    return jax.tree.map(
+        lambda *arrays: np.concatenate([np.asarray(x)[:count] for (count, _), x in zip(parts, arrays, strict=True)]),
+        *(rows for _, rows in parts),
+    )
 
 
 def scaled_rows(looked_at: LookedAt, scales: Sequence[float]) -> LookedAt:

@@ -99,10 +99,10 @@ class RemoteRows:
         Raises:
             TransferFailedError, NoEncoderError: as `answer`.
         """
-        arrived: dict[int, VisualRows] = {}
+        arrived: dict[int, tuple[int, VisualRows]] = {}
 
         def on_rows(block: BlockRows, rows: VisualRows) -> None:
-            arrived[block.first_row] = VisualRows(*(None if x is None else x[: block.rows] for x in rows))  # type: ignore[arg-type]
+            arrived[block.first_row] = block.rows, rows
 
         async with self.encoders.fetch(secrets.token_hex(16), payload, deadline, on_rows) as fetch:
             prompt = await fetch.prompt

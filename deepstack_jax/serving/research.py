@@ -59,6 +59,7 @@ def research_routes(service: Service) -> list[Route]:
                 async with one_at_a_time:
                     left = most - len(body.answer_ids)
                     looked_at = await node.look_at(request, call.deadline, lambda count: _check_length(count, left))
+                    call.tokens.add(looked_at.length + len(body.answer_ids), 0)
                     run = asyncio.get_running_loop().run_in_executor
                     return await run(thread, lambda: look(node, looked_at, body))
 
