@@ -8,6 +8,16 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 
+async def settle(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels those that still run, and waits until all have ended. Nobody is told of their errors any more.
+
+    Otherwise asyncio logs the error of a task that failed just before its reader was cancelled.
+    """
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 class Tasks:
     """Tasks in the event loop in which they are started.
 

@@ -17,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.disagg.tasks import settle
 from deepstack_jax.engine.runner import Chunk, DeadlineError, QueueFullError, RequestFailed, StoppingError
 from deepstack_jax.processing.processor import DecodeStream
 from deepstack_jax.serving.bodies import Bodies
@@ -203,9 +204,7 @@ class Service:
             left = max(deadline - time.monotonic(), 0) + SLACK_SECONDS
             done, _ = await asyncio.wait((task, *others), timeout=left, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in (task, *others):
-                one.cancel()
-            await asyncio.gather(task, *others, return_exceptions=True)
+            await settle(task, *others)
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error
         if not done:

@@ -14,7 +14,7 @@ from typing import Protocol
 import httpx
 import msgspec
 
-from deepstack_jax.disagg.tasks import Tasks
+from deepstack_jax.disagg.tasks import Tasks, settle
 from deepstack_jax.engine.runner import DeadlineError
 from deepstack_jax.errors import one_line
 from deepstack_jax.serving.errors import RequestError
@@ -206,11 +206,7 @@ async def _unless_gone[T](step: Awaitable[T], node: LanguageNode, deadline: floa
     except httpx.HTTPError as error:
         raise _LostError(f"{type(error).__name__}: {one_line(error)}") from None
     finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-            if not task.cancelled():
-                task.exception()  # otherwise it is logged as if nobody had expected it
+        await settle(task)
     if node.gone.done():
         raise _LostError("it is gone")
     raise DeadlineError("no answer in time from the language node: ask for less, or retry later")

@@ -5,6 +5,8 @@ from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
+from deepstack_jax.disagg.tasks import settle
+
 
 def closing_all(sources: Iterable[AsyncGenerator[Any]]) -> AsyncExitStack:
     """A context that closes all sources at its end."""
@@ -37,6 +39,4 @@ async def merged[T](sources: Sequence[AsyncGenerator[T]], ended: Collection[int]
                     continue
                 waiting[asyncio.ensure_future(anext(sources[number]))] = number
     finally:
-        for task in waiting:
-            task.cancel()
-        await asyncio.gather(*waiting, return_exceptions=True)
+        await settle(*waiting)

@@ -11,6 +11,7 @@ from typing import Any
 from deepstack_jax.disagg.language.encoder_pool import EncoderPool
 from deepstack_jax.disagg.language.fetch import Fetch, KnownPrompt
 from deepstack_jax.disagg.language.incoming import BlockRows
+from deepstack_jax.disagg.tasks import settle
 from deepstack_jax.engine.prefix_cache import ImageSpan
 from deepstack_jax.engine.request import GenerationPlan, Image
 from deepstack_jax.engine.request import Request as EngineRequest
@@ -147,9 +148,7 @@ async def _unless_failed(chunks: AsyncGenerator[Chunk], done: "asyncio.Future[No
             done.result()
         yield await first
     finally:
-        if not first.done():
-            first.cancel()
-            await asyncio.wait({first})
+        await settle(first)
     async for chunk in chunks:
         yield chunk
 

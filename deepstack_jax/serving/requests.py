@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from deepstack_jax.disagg.tasks import settle
 from deepstack_jax.errors import one_line, printable, short
 from deepstack_jax.processing.decoders import Decoders
 from deepstack_jax.processing.messages import parse_messages
@@ -273,8 +274,7 @@ async def admit_media(request: GenerateRequest, policy: MediaPolicy, decoders: D
                     part[one.kind] = later("image" if one.kind == "image" else "video", one.source, one.options)
         await asyncio.gather(*tasks)
     finally:
-        for task in tasks:  # if one fails, or the client disconnects, the others are not needed
-            task.cancel()
+        await settle(*tasks)  # if one fails, or the client disconnects, the others are not needed
     for part in parts:
         if part["type"] in part:
             part[part["type"]] = part[part["type"]].result()

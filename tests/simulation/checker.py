@@ -150,7 +150,8 @@ class Checker:
             return "" if status in (400, 503, 504) else "it is not valid"
         if call.machine in cluster.encoders:  # it has passed the request on to any language node
             causes = self._recent(call) or cluster.memories.when or cluster.encode_failures
-            return "" if causes or self._at_once(call) >= knobs.max_waiting else "nothing was disturbed"
+            overload = self._at_once(call) >= min(knobs.max_waiting, knobs.max_attempts_at_once)
+            return "" if causes or overload else "nothing was disturbed"
         if "waiting already" in reason and self._at_once(call) >= knobs.max_waiting:
             return ""
         if own and any(text in reason for text in ("is starting", "is stopping", "takes no more", "stopped")):
