@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -21,6 +22,9 @@ def main() -> int:
     parser.add_argument("--digest", action="store_true", help="print a digest of the history and its length only")
     parser.add_argument("--trace", action="store_true", help="print the history")
     options = parser.parse_args()
+
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell lets what runs in its background ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
 
     from tests.simulation.cluster import run
 
