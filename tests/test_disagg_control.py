@@ -487,8 +487,12 @@ class TestLiving:
                 took = await until(lambda: not encoders.num_encoders)
                 process.process.send_signal(signal.SIGCONT)
                 assert took <= HEARTBEAT_TIMEOUT_S + 0.5  # this process has other tasks too
+                (status,) = encoders.encoders  # as those see it who watch
+                assert (status.state, status.load) == ("unreachable", None)
+                assert [event.what for event in encoders.events] == ["connected", status.reason]
                 await until(lambda: encoders.num_encoders == 1)
                 assert list(encoders.receiver.peers) == before  # it has the same incarnation
+                assert (status.state, [*encoders.events][-1].what) == ("ready", "is back")
 
         asyncio.run(work())
 

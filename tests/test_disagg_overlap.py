@@ -274,6 +274,13 @@ def test_another_encoder_continues_with_the_rows_that_are_missing(model: dsj.Mod
             other.open(other.num_waiting)
             assert tokens_of(await answering) == await expected(whole, (1, 2, 3, 4))
             assert remote.encoders.receiver.attempts == 2
+            gone, left = (remote.encoders.encoders[place] for place in (first, 1 - first))
+            assert (gone.state, gone.requests, gone.failures) == ("unreachable", 1, 1)
+            assert (left.state, left.requests, left.failures) == ("ready", 1, 0)
+            assert left.num_bytes > 0 < gone.num_bytes
+            *_, lost, moved = ((event.node, event.what) for event in remote.encoders.events)
+            assert lost == (gone.name, gone.reason)
+            assert moved == (left.name, f"took over a request of {gone.name}")
 
     run(work)
 
@@ -287,6 +294,7 @@ def test_a_fetch_that_fails_ends_its_request_in_the_engine(model: dsj.Model, run
             await server.close()
             with pytest.raises(TransferFailedError, match="no encoder is left"):
                 await answering
+            assert "a request failed: no encoder is left" in [*remote.encoders.events][-1].what
             await until(lambda: not runner.waiting)
             assert runner.engine.free_slots == 2
 
