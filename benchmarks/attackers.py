@@ -177,7 +177,7 @@ def serving(split: bool) -> Iterator[tuple[str, dict[str, psutil.Process]]]:
             process = subprocess.Popen([*serve, "--port", str(port), *more], stderr=subprocess.DEVNULL)
             stack.callback(process.wait, 30)
             stack.callback(process.terminate)
-            wait_for(f"http://127.0.0.1:{port}/health", process)
+            wait_for(f"http://127.0.0.1:{port}/ready", process)
             return psutil.Process(process.pid)
 
         port, control = free_port(), f"tcp://127.0.0.1:{free_port()}"
@@ -186,7 +186,6 @@ def serving(split: bool) -> Iterator[tuple[str, dict[str, psutil.Process]]]:
             nodes["language"] = start(free_port(), "--role", "language", "--encoder", control)
         else:
             nodes = {"unified": start(port)}
-        wait_for(f"http://127.0.0.1:{port}/ready", *nodes.values())
         os.sched_setaffinity(0, cores[len(cores) // 2 :])
         yield f"http://127.0.0.1:{port}", nodes
 
@@ -196,9 +195,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_for(url: str, *processes: subprocess.Popen[bytes] | psutil.Process) -> None:
+def wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + START_S
-    while time.monotonic() < end and all(psutil.pid_exists(process.pid) for process in processes):
+    while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(httpx.HTTPError):
             if httpx.get(url, timeout=5).is_success:
                 return
