@@ -136,7 +136,11 @@ def read_back(directory: Path, piece: Piece, leaf: Leaf) -> np.ndarray:
     """
     sample = directory / _SAMPLE
     array, shown = directory / PARAMS / _STATE / piece.path, sample / PARAMS / _STATE / piece.path
-    shutil.copytree(directory / PARAMS, sample / PARAMS, ignore=_arrays)
+    try:
+        shutil.copytree(directory / PARAMS, sample / PARAMS, ignore=_arrays)
+    except shutil.Error as error:  # it lists (source, target, reason) of all files
+        ((_, _, reason), *_) = error.args[0]
+        raise OSError(reason) from None
     try:
         shown.mkdir()
         window = Leaf((piece.count, *leaf.shape[1:]), leaf.dtype)
