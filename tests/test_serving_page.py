@@ -15,6 +15,7 @@ from deepstack_jax.engine.options import EngineOptions
 from deepstack_jax.serving.access import Access, Keys
 from deepstack_jax.serving.hosts import HostRule
 from deepstack_jax.serving.http import create_app
+from deepstack_jax.serving.page import files
 from deepstack_jax.serving.page.files import static_files
 from deepstack_jax.serving.policy import MediaPolicy
 from deepstack_jax.serving.text_node import TextNode
@@ -102,6 +103,10 @@ def test_the_page_learns_what_it_needs_and_the_models_name_only_with_a_key(clien
         assert response.headers["content-type"] == "image/png"
         assert Image.open(io.BytesIO(response.content)).size[0] > 32
         assert each["question"]
+    kept = files._sample_file.cache_info().currsize
+    for number in range(20):  # names that requests choose are not kept
+        assert client.get(f"/page/samples/drawing-{number * 1000}").status_code == 404
+    assert files._sample_file.cache_info().currsize == kept
 
 
 def test_while_the_model_loads_the_page_is_there():

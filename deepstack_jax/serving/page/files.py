@@ -14,7 +14,7 @@ from deepstack_jax.config import ModelConfig
 from deepstack_jax.demo.samples import Exchange, sample
 from deepstack_jax.models.registry import read_config
 
-SEEDS = (3, 14, 15, 92)  # of the sample pictures for tiny-vl
+_DRAWINGS = {f"drawing-{seed}": seed for seed in (3, 14, 15, 92)}  # the sample pictures for tiny-vl, by their seeds
 _HERE = Path(__file__).parent
 _PHOTOGRAPHS = {
     "coffee": (BUNDLED["tiny-vl"].parent / "coffee.jpg", "What is on the table?"),
@@ -78,19 +78,22 @@ def samples_for(config: ModelConfig) -> list[dict[str, str]]:
     if config.vision is None:
         return []
     if knows_drawings(config):
-        named = {f"drawing-{seed}": "Describe the picture." for seed in SEEDS}
+        named = dict.fromkeys(_DRAWINGS, "Describe the picture.")
     else:
         named = {name: question for name, (_, question) in _PHOTOGRAPHS.items()}
     return [{"name": name, "url": f"/page/samples/{name}", "question": text} for name, text in named.items()]
 
 
-@cache
 def sample_file(name: str) -> File | None:
     """The sample picture of that name, None if there is none."""
-    if name in _PHOTOGRAPHS:
-        return File(_PHOTOGRAPHS[name][0].read_bytes(), TYPES["jpg"])
-    seeds = {f"drawing-{seed}": seed for seed in SEEDS}
-    return File(draw(seeds[name]).png, TYPES["png"]) if name in seeds else None
+    return _sample_file(name) if name in _PHOTOGRAPHS or name in _DRAWINGS else None
+
+
+@cache  # of names that there are: requests choose others
+def _sample_file(name: str) -> File:
+    if name in _DRAWINGS:
+        return File(draw(_DRAWINGS[name]).png, TYPES["png"])
+    return File(_PHOTOGRAPHS[name][0].read_bytes(), TYPES["jpg"])
 
 
 def draw(seed: int) -> Drawn:
