@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepstack_jax.checkpoint import Model
@@ -60,10 +61,15 @@ def encode_rows(model: Model, batch: Batch, scales: Sequence[float] = ()) -> Vis
     if not batch.visuals:
         return None
     rows = concat_rows(model, encode_images(model, batch.visuals), batch.visuals)
-    if not scales or rows.deepstack is None:
+    return scale_rows(rows, scales) if scales else rows
+
+
+def scale_rows(rows: VisualRows, scales: Sequence[float]) -> VisualRows:
+    """Returns the rows with their DeepStack levels, which are donated, multiplied by scales."""
+    if rows.deepstack is None:
         return rows
     each_row = np.tile(np.asarray(scales, np.float32), (len(rows.embeds), 1))
-    return rows._replace(deepstack=scale_deepstack(rows.deepstack, each_row))
+    return rows._replace(deepstack=scale_deepstack(jnp.asarray(rows.deepstack), each_row))
 
 
 def checked_scales(config: ModelConfig, scales: Sequence[float] | None) -> tuple[float, ...]:

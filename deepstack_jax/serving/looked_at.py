@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepstack_jax.config import ModelConfig
+from deepstack_jax.encoding import scale_rows
 from deepstack_jax.models.vision import VisualRows
 from deepstack_jax.processing.batch import Batch
-from deepstack_jax.programs import PromptArrays, scale_deepstack
+from deepstack_jax.programs import PromptArrays
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,9 @@ def joined_rows(parts: Sequence[tuple[int, VisualRows]]) -> VisualRows | None:
 def scaled_rows(looked_at: LookedAt, scales: Sequence[float]) -> LookedAt:
     """The prompt with the DeepStack levels of its rows multiplied by scales."""
     rows = looked_at.prompt.rows
-    if rows is None or rows.deepstack is None:
+    if rows is None:
         return looked_at
-    each_row = np.tile(np.asarray(scales, np.float32), (len(rows.embeds), 1))
-    scaled = rows._replace(deepstack=scale_deepstack(jnp.asarray(rows.deepstack), each_row))
-    return replace(looked_at, prompt=replace(looked_at.prompt, rows=scaled))
+    return replace(looked_at, prompt=replace(looked_at.prompt, rows=scale_rows(rows, scales)))
 
 
 def with_answer(looked_at: LookedAt, answer_ids: Sequence[int]) -> LookedAt:
