@@ -16,12 +16,12 @@ from deepstack_jax.config import ModelConfig
 from deepstack_jax.engine.runner import DeadlineError
 from deepstack_jax.processing.processor import Processor
 from deepstack_jax.research import MAX_TOKENS, TokenChoices, token_choices
-from deepstack_jax.serving.encode_node import EncodeNode
 from deepstack_jax.serving.endpoint import Call, Endpoint, Reply, Service
 from deepstack_jax.serving.errors import RequestError
 from deepstack_jax.serving.looked_at import LookedAt, pictures_of, with_answer
 from deepstack_jax.serving.openai.chat import chat_request, thinking_of
 from deepstack_jax.serving.openai.fields import ChatRequest, TokenId, check_model, parse_body
+from deepstack_jax.serving.openai.routes import text_endpoint
 from deepstack_jax.serving.parsing import read_body
 from deepstack_jax.serving.requests import GenerateRequest
 from deepstack_jax.serving.text_node import TextNode
@@ -44,12 +44,7 @@ def research_routes(service: Service) -> list[Route]:
     one_at_a_time, thread = asyncio.Lock(), ThreadPoolExecutor(1, thread_name_prefix="research")
 
     def endpoint(path: str, most: int, look: Look) -> Endpoint:
-        async def respond(call: Call, reply: Reply) -> None:
-            node = service.node
-            if isinstance(node, EncodeNode):
-                await node.forward(path, call, reply)
-                return
-            assert isinstance(node, TextNode)
+        async def respond(_: Service, node: TextNode, call: Call, reply: Reply) -> None:
             node.check_research()
             if jax.process_count() > 1:
                 raise RequestError("research looks only into models of one process: serve it in one", 400)
@@ -66,7 +61,7 @@ def research_routes(service: Service) -> list[Route]:
             answer = await _by_deadline(looked(), call.deadline)
             await reply.json(lambda: answer)
 
-        return Endpoint(service, respond)
+        return text_endpoint(service, path, respond)
 
     looks = {"/research/rows": (MAX_LOOKED_AT, _rows), "/research/tokens": (MAX_TOKENS, _tokens)}
     return [Route(path, endpoint(path, *each), methods=["POST"]) for path, each in looks.items()]

@@ -54,7 +54,9 @@ def openai_routes(service: Service) -> list[Route]:
     async def schema(_request: Request) -> Response:
         return Response(_schema(), media_type="application/json")
 
-    posts = [Route(path, _endpoint(service, path, respond), methods=["POST"]) for path, (respond, _) in POSTS.items()]
+    posts = [
+        Route(path, text_endpoint(service, path, respond), methods=["POST"]) for path, (respond, _) in POSTS.items()
+    ]
     gets = {"/v1/models": models, "/v1/models/{id:path}": model, "/openapi.json": schema}
     return [*posts, *(get_route(path, endpoint) for path, endpoint in gets.items())]
 
@@ -64,7 +66,9 @@ def _schema() -> bytes:
     return to_json(openapi(BODIES, VERSION))
 
 
-def _endpoint(service: Service, path: str, respond: Respond) -> Endpoint:
+def text_endpoint(service: Service, path: str, respond: Respond) -> Endpoint:
+    """An endpoint of nodes with the text model, to which an encode node passes its requests on."""
+
     async def answer(call: Call, reply: Reply) -> None:
         node = service.node
         if isinstance(node, EncodeNode):
