@@ -173,8 +173,7 @@ class TextNode:
             NoEncoderError: no encoder is left, and this node encodes by itself.
         """
         assert self._remote is not None
-        parts = inputs.prompt, inputs.images, inputs.videos, inputs.options
-        payload = await self._preparation.in_thread(lambda: pack(*parts))
+        payload = await self._packed(inputs)
 
         def planned(choice: int) -> Callable[[PromptArrays], GenerationPlan]:
             return lambda prompt: self._plan(request, prompt, choice)
@@ -218,13 +217,16 @@ class TextNode:
     async def _look_remotely(
         self, remote: RemoteRows, inputs: Inputs, deadline: float, check: Callable[[int], None]
     ) -> LookedAt:
-        payload = await self._preparation.in_thread(
-            lambda: pack(inputs.prompt, inputs.images, inputs.videos, inputs.options)
-        )
+        payload = await self._packed(inputs)
         try:
             return await remote.rows_of(payload, deadline, check)
         except TransferFailedError as error:
             raise RequestError(without_places(one_line(error)), error.status) from None
+
+    async def _packed(self, inputs: Inputs) -> bytes:
+        """What is sent to an encode node."""
+        parts = inputs.prompt, inputs.images, inputs.videos, inputs.options
+        return await self._preparation.in_thread(lambda: pack(*parts))
 
     async def start(self) -> None:
         """Reads the tokenizer, compiles the language programs and runs a tiny prompt.
